@@ -1,0 +1,28 @@
+"""Everything that can go wrong, one class a kind of failure.
+
+Each message is one line: what failed, on what, and what to do next.
+"""
+
+
+class ConvMixerHubError(Exception):
+    """Base of all errors that this package raises on purpose."""
+
+
+class ModelSizeError(ConvMixerHubError, ValueError):
+    """A model was asked for with sizes that it cannot have."""
+
+
+class UnknownModelError(ConvMixerHubError, LookupError):
+    """No model, or no trained model, has this name."""
+
+
+class CheckpointError(ConvMixerHubError, RuntimeError):
+    """A checkpoint is missing, damaged, or does not fit the model."""
+
+
+class DataError(ConvMixerHubError, ValueError):
+    """A data set or an image cannot be read as one."""
+
+
+class TrainingError(ConvMixerHubError, RuntimeError):
+    """A training run cannot start, or cannot go on."""

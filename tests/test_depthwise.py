@@ -1,0 +1,76 @@
+import pytest
+import torch
+from torch.nn import functional as F
+
+from convmixer_hub import depthwise
+from convmixer_hub.depthwise import DepthWiseConv2d
+
+
+def result_and_gradients(conv, x):
+    """The output, and what input, weight and bias get for one fixed gradient of it."""
+    x = x.detach().requires_grad_()
+    y = conv(x)
+    direction = torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view_as(y)
+    return y, *torch.autograd.grad(y, [x, conv.weight, conv.bias], direction)
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("shape", [(1, 4, 5, 5), (3, 8, 16, 16), (2, 5, 12, 7), (2, 3, 1, 2)])
+@pytest.mark.parametrize("kernel_size", [1, 3, 5, 7, 9])
+def test_gradients_are_those_of_the_plain_convolution(kernel_size, shape, memory_format):
+    conv = DepthWiseConv2d(shape[1], kernel_size)
+    x = torch.randn(shape).contiguous(memory_format=memory_format)
+
+    def plain(x):
+        return F.conv2d(x, conv.weight, conv.bias, padding="same", groups=shape[1])
+
+    plain.weight, plain.bias = conv.weight, conv.bias
+    found = result_and_gradients(conv, x)
+    assert found[0].grad_fn.name() == "_DepthWiseConvFunctionBackward"
+    torch.testing.assert_close(found, result_and_gradients(plain, x), atol=2e-5, rtol=2e-5)
+
+
+def test_the_formula_is_exact_to_second_order():
+    x, weight, bias = (
+        torch.randn(shape, dtype=torch.float64, requires_grad=True)
+        for shape in [(2, 3, 4, 5), (3, 1, 3, 3), (3,)]
+    )
+    function = depthwise._DepthWiseConvFunction.apply
+    assert torch.autograd.gradcheck(function, (x, weight, bias))
+    assert torch.autograd.gradgradcheck(function, (x, weight, bias))
+
+
+@pytest.mark.parametrize("frozen", ["weight", "bias", "input"])
+def test_frozen_parts_get_no_gradient(frozen):
+    conv = DepthWiseConv2d(4, 3)
+    x = torch.randn(2, 4, 6, 6, requires_grad=frozen != "input")
+    parts = {"weight": conv.weight, "bias": conv.bias, "input": x}
+    parts[frozen].requires_grad_(False)
+    conv(x).sum().backward()
+    assert {name for name, part in parts.items() if part.grad is None} == {frozen}
+
+
+def test_elsewhere_it_is_the_plain_convolution():
+    conv = DepthWiseConv2d(4, 3)
+    x = torch.randn(2, 4, 6, 6)
+    names = [conv.double()(x.double()).grad_fn.name(), conv.float()(x[0]).grad_fn.name()]
+    with torch.autocast("cpu", torch.bfloat16):
+        names.append(conv(x).grad_fn.name())
+    assert "_DepthWiseConvFunctionBackward" not in names
+    with torch.no_grad():
+        assert conv(x).grad_fn is None
+
+
+def test_it_works_under_functional_transforms():
+    conv = DepthWiseConv2d(4, 3)
+    x = torch.randn(3, 2, 4, 6, 6)
+    parameters = dict(conv.named_parameters())
+
+    def loss(parameters, x):
+        return torch.func.functional_call(conv, parameters, (x,)).square().sum()
+
+    each = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(parameters, x)
+    for i in range(3):
+        one = torch.func.grad(loss)(parameters, x[i])
+        for name, gradient in one.items():
+            torch.testing.assert_close(each[name][i], gradient, atol=1e-4, rtol=1e-4)
