@@ -27,6 +27,7 @@ class _DepthWiseConvFunction(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         x, weight, bias = inputs
         ctx.save_for_backward(x, weight)
+        ctx.save_for_forward(x, weight)
         ctx.has_bias = bias is not None
 
     @staticmethod
@@ -47,6 +48,19 @@ class _DepthWiseConvFunction(torch.autograd.Function):
         if ctx.has_bias and ctx.needs_input_grad[2]:
             grad_bias = grad.sum((0, 2, 3))
         return grad_x, grad_weight, grad_bias
+
+    @staticmethod
+    def jvp(
+        ctx: Any, x_tangent: Tensor | None, weight_tangent: Tensor | None, bias: Tensor | None
+    ) -> Tensor:
+        x, weight = ctx.saved_tensors
+        options = {"padding": weight.shape[-1] // 2, "groups": weight.shape[0]}
+        tangent = torch.zeros_like(x) if bias is None else bias.view(-1, 1, 1).expand_as(x)
+        if x_tangent is not None:
+            tangent = tangent + F.conv2d(x_tangent, weight, **options)
+        if weight_tangent is not None:
+            tangent = tangent + F.conv2d(x, weight_tangent, **options)
+        return tangent
 
 
 class DepthWiseConv2d(nn.Conv2d):
@@ -92,6 +106,7 @@ class DepthWiseConv2d(nn.Conv2d):
             x.device.type == self.weight.device.type == "cpu"
             and x.dtype == self.weight.dtype == torch.float32
             and x.dim() == 4
+            and x.shape[0] > 0
             and torch.is_grad_enabled()
             and not torch.is_autocast_enabled("cpu")
             and not torch.compiler.is_compiling()

@@ -26,3 +26,8 @@ class DataError(ConvMixerHubError, ValueError):
 
 class TrainingError(ConvMixerHubError, RuntimeError):
     """A training run cannot start, or cannot go on."""
+
+
+def first_line(error: BaseException) -> str:
+    """Shorten another library's error to one line."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

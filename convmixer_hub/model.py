@@ -219,6 +219,7 @@ class ConvMixer(nn.Module):
         self.num_classes = num_classes
         self.in_chans = in_chans
         self.num_features = d_model
+        self.global_pool = global_pool
         self.head_hidden_size = self.classification.num_features
         self.grad_checkpointing = False
         self.feature_info = [
@@ -294,9 +295,9 @@ class ConvMixer(nn.Module):
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Replace the head by a fresh one; the pooling stays unless another is named."""
-        if global_pool is None:
-            global_pool = self.classification.pool.pool_type
-        self.classification.reset(num_classes, global_pool, **get_device_dtype(self))
+        if global_pool is not None:
+            self.global_pool = global_pool
+        self.classification.reset(num_classes, self.global_pool, **get_device_dtype(self))
         self.num_classes = num_classes
         self.head_hidden_size = self.classification.num_features
 

@@ -56,9 +56,24 @@ def test_elsewhere_it_is_the_plain_convolution():
     names = [conv.double()(x.double()).grad_fn.name(), conv.float()(x[0]).grad_fn.name()]
     with torch.autocast("cpu", torch.bfloat16):
         names.append(conv(x).grad_fn.name())
+    names.append(conv(x[:0]).grad_fn.name())
     assert "_DepthWiseConvFunctionBackward" not in names
     with torch.no_grad():
         assert conv(x).grad_fn is None
+
+
+def test_forward_and_reverse_jacobians_agree():
+    conv = DepthWiseConv2d(2, 3)
+    x = torch.randn(1, 2, 3, 3)
+    torch.testing.assert_close(torch.func.jacfwd(conv)(x), torch.func.jacrev(conv)(x))
+    tangents = (torch.randn_like(x), torch.randn_like(conv.weight), torch.randn_like(conv.bias))
+    function = depthwise._DepthWiseConvFunction.apply
+    inputs = (x, conv.weight.detach(), conv.bias.detach())
+    _, found = torch.func.jvp(function, inputs, tangents)
+    _, expected = torch.func.jvp(
+        lambda *inputs: F.conv2d(*inputs, padding="same", groups=2), inputs, tangents
+    )
+    torch.testing.assert_close(found, expected)
 
 
 def test_it_works_under_functional_transforms():
