@@ -1,0 +1,295 @@
+"""Labelled images from disk, as models want them: readers, transforms, loaders.
+
+Three layouts are known, and a folder tells which one it is:
+
+- parquet files as the Hugging Face Hub keeps them (`train-*.parquet`, `test-*.parquet`, at any
+  depth), with an image column `img` or `image` and a class column `label`;
+- torchvision's `cifar-10-batches-py`;
+- class folders: `train/<class>/*.png`, `test/<class>/*.png` (or `val`, `validation` for `test`).
+"""
+
+from __future__ import annotations
+
+import copy
+import io
+import json
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+from timm.data import create_transform
+from torch.utils.data import DataLoader, Dataset, Subset
+from torchvision import datasets, transforms
+
+from .errors import DataError, first_line
+
+SPLIT_FOLDERS = {"train": ("train",), "test": ("test", "val", "validation")}
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Bring an image of any mode to upright 8-bit RGB.
+
+    An EXIF rotation is applied and transparency is laid over white. Grey values of 16 bits are
+    scaled to 8 (Pillow alone would cut them off at 255); grey floats count as 0 to 1, or as 0 to
+    their maximum if that is higher.
+    """
+    image = ImageOps.exif_transpose(image)
+    if image.mode == "F" or image.mode.startswith("I"):
+        values = np.nan_to_num(np.asarray(image, dtype=np.float64))
+        white = max(1.0, values.max()) if image.mode == "F" else 65535.0
+        image = Image.fromarray((255.0 * values / white).clip(0, 255).round().astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+def open_image(source: str | Path | bytes, name: str | None = None) -> Image.Image:
+    """Open an image file, or the bytes of one, as upright 8-bit RGB.
+
+    Args:
+        source: A path, or the content of a file.
+        name: What to call the image in an error; its path if not given.
+
+    Raises:
+        DataError: If there is no such file, or it is no image.
+    """
+    name = name or str(source)
+    try:
+        with warnings.catch_warnings():
+            # Pillow warns of large photographs, and refuses what no camera takes.
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+                return to_rgb(image)
+    except FileNotFoundError:
+        raise DataError(f"{name}: no such file; check the path") from None
+    except IsADirectoryError:
+        raise DataError(f"{name}: is a folder; name the image files in it") from None
+    except PermissionError:
+        raise DataError(f"{name}: may not be read; change its permissions") from None
+    except UnidentifiedImageError:
+        raise DataError(f"{name}: not an image that Pillow can read; give a PNG, JPEG, …") from None
+    except Image.DecompressionBombError:
+        raise DataError(f"{name}: has too many pixels to be safe; scale it down first") from None
+    except Exception as error:  # each of Pillow's decoders fails in its own way
+        reason = first_line(error)
+        raise DataError(f"{name}: damaged image ({reason}); replace the file") from None
+
+
+class LabelledImages(Dataset[tuple[Any, int]]):
+    """What a reader gives: `(image, label)`, and the names of the classes by label."""
+
+    classes: list[str]
+    transform: Callable[[Image.Image], Any] | None
+
+    def __len__(self) -> int:
+        raise NotImplementedError
+
+
+class ParquetImages(LabelledImages):
+    """Images and labels from parquet files in the Hugging Face Hub's layout.
+
+    Args:
+        files: The files, read in this order.
+        transform: Applied to each RGB image.
+
+    Raises:
+        DataError: If a file is no parquet file, or lacks the columns, or a label is out of range.
+    """
+
+    def __init__(self, files: Sequence[Path], transform: Callable | None = None) -> None:
+        try:
+            import pyarrow
+            from pyarrow import parquet
+        except ImportError:
+            raise DataError(
+                f"{files[0]}: reading parquet needs pyarrow: pip install 'convmixer-hub[train]'"
+            ) from None
+        try:
+            table = pyarrow.concat_tables(parquet.read_table(file) for file in files)
+        except (pyarrow.ArrowException, OSError) as error:
+            raise DataError(
+                f"{files[0]}: cannot be read as parquet ({first_line(error)}); download it again"
+            ) from None
+        image_column = next((c for c in ("img", "image") if c in table.column_names), None)
+        if image_column is None or "label" not in table.column_names:
+            raise DataError(
+                f"{files[0]}: has the columns {', '.join(table.column_names)}; needed are an image "
+                "column 'img' or 'image' and a class column 'label'"
+            )
+        self.transform = transform
+        self.source = files[0].parent
+        self.images = table[image_column].combine_chunks()
+        self.labels = table["label"].to_pylist()
+        self.classes = self._class_names(table.schema.metadata)
+        if not self.labels:
+            raise DataError(f"{files[0]}: holds no images; download it again")
+        for row, label in enumerate(self.labels):
+            if not isinstance(label, int) or not 0 <= label < len(self.classes):
+                raise DataError(
+                    f"{files[0]}: row {row} has the label {label!r}, but there are "
+                    f"{len(self.classes)} classes; labels run from 0 to {len(self.classes) - 1}"
+                )
+
+    def _class_names(self, metadata: Mapping[bytes, bytes] | None) -> list[str]:
+        try:
+            info = json.loads((metadata or {})[b"huggingface"])
+            return list(info["info"]["features"]["label"]["names"])
+        except (KeyError, TypeError, ValueError):
+            known = [label for label in self.labels if isinstance(label, int)]
+            return [str(label) for label in range(max(known, default=-1) + 1)]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        name = f"{self.source}, row {index} of its parquet files"
+        content = self.images[index]["bytes"].as_py()
+        if content is None:
+            raise DataError(f"{name}: holds no image; remove the row")
+        image = open_image(content, name)
+        return (self.transform(image) if self.transform else image), self.labels[index]
+
+
+def load_images(
+    data_dir: str | Path, split: str, transform: Callable | None = None
+) -> LabelledImages:
+    """Read one split of a data set; the layout is found out from the folder.
+
+    Args:
+        data_dir: Folder with one of the layouts named at the top of this module.
+        split: `train` or `test`.
+        transform: Applied to each RGB image.
+
+    Raises:
+        DataError: If the folder holds none of the layouts, or nothing for this split.
+    """
+    folder = Path(data_dir)
+    if not folder.is_dir():
+        raise DataError(f"{folder}: no such folder; give the folder that holds the data set")
+
+    parquet_files = sorted(folder.rglob("*.parquet"))
+    names = SPLIT_FOLDERS[split]
+    if parquet_files:
+        for name in names:
+            files = [file for file in parquet_files if file.name.startswith(name)]
+            if files:
+                return ParquetImages(files, transform)
+        raise DataError(f"{folder}: holds parquet files, but none named {split}-*.parquet")
+    if (folder / datasets.CIFAR10.base_folder).is_dir():
+        try:
+            return datasets.CIFAR10(str(folder), train=split == "train", transform=transform)
+        except (RuntimeError, OSError, EOFError) as error:
+            raise DataError(
+                f"{folder / datasets.CIFAR10.base_folder}: incomplete or damaged "
+                f"({first_line(error)}); download it again with torchvision.datasets.CIFAR10"
+            ) from None
+    for name in names:
+        if (folder / name).is_dir():
+            try:
+                return datasets.ImageFolder(str(folder / name), transform, loader=open_image)
+            except FileNotFoundError as error:
+                raise DataError(f"{folder / name}: {first_line(error)}") from None
+    raise DataError(
+        f"{folder}: no data set found; expected {split}-*.parquet files, torchvision's "
+        f"{datasets.CIFAR10.base_folder}, or class folders {names[0]}/<class>/*.png"
+    )
+
+
+def hold_out(count: int, size: int, seed: int) -> tuple[list[int], list[int]]:
+    """Split the indices of a training set into kept and held-out ones.
+
+    Args:
+        count: Number of training images.
+        size: Number of images to hold out.
+        seed: The same seed gives the same split everywhere.
+
+    Raises:
+        DataError: If so many cannot be held out.
+    """
+    if not 0 <= size < count:
+        raise DataError(f"cannot hold out {size} of {count} training images; hold out fewer")
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist()
+    return sorted(order[size:]), sorted(order[:size])
+
+
+def eval_transform(data_config: Mapping[str, Any], image_size: int | None = None) -> Callable:
+    """Resize, crop and normalise as a model's timm data config says, in evaluation.
+
+    Args:
+        data_config: From `timm.data.resolve_model_data_config(model)`.
+        image_size: Side in pixels, in place of the config's.
+    """
+    config = dict(data_config)
+    if image_size is not None:
+        config["input_size"] = (config["input_size"][0], image_size, image_size)
+    return create_transform(**config, is_training=False)
+
+
+def train_transform(data_config: Mapping[str, Any], crop_size: int) -> Callable:
+    """Pad by reflection, cut a random square, flip half of the images, and normalise.
+
+    The usual augmentation of CIFAR; the square is cut from the image at its own scale.
+
+    Args:
+        data_config: From `timm.data.resolve_model_data_config(model)`.
+        crop_size: Side of the square, in pixels; an eighth of it is padded on each side.
+    """
+    image_size = data_config["input_size"][-1]
+    return transforms.Compose(
+        [
+            transforms.Resize(image_size),
+            transforms.CenterCrop(image_size),
+            transforms.RandomCrop(crop_size, padding=crop_size // 8, padding_mode="reflect"),
+            transforms.RandomHorizontalFlip(),
+            transforms.ToTensor(),
+            transforms.Normalize(data_config["mean"], data_config["std"]),
+        ]
+    )
+
+
+def make_loader(
+    images: Dataset[tuple[Any, int]],
+    batch_size: int,
+    workers: int = 0,
+    training_seed: int | None = None,
+) -> DataLoader:
+    """Serve a data set in batches.
+
+    Args:
+        images: A data set of `(tensor, label)`.
+        batch_size: Images a batch.
+        workers: Processes that read ahead; 0 reads in this one.
+        training_seed: If given, shuffle and augment with this seed; drop an incomplete batch.
+    """
+    generator = None
+    if training_seed is not None:
+        generator = torch.Generator().manual_seed(training_seed)
+    return DataLoader(
+        images,
+        batch_size=batch_size,
+        shuffle=generator is not None,
+        drop_last=generator is not None,
+        num_workers=workers,
+        generator=generator,
+    )
+
+
+def read_batches(loader: DataLoader) -> Iterator[list[torch.Tensor]]:
+    """Iterate over a loader; an error in one of its workers comes as the line that it was there."""
+    try:
+        yield from loader
+    except DataError as error:
+        _, _, line = str(error).strip().rpartition("DataError: ")
+        raise DataError(line) from None
+
+
+def with_transform(images: LabelledImages, transform: Callable, indices: Sequence[int]) -> Subset:
+    """Take these images of a data set, seen through another transform."""
+    view = copy.copy(images)
+    view.transform = transform
+    return Subset(view, indices)
