@@ -1,0 +1,34 @@
+"""Trained ConvMixers by name. Importing this package registers the models with timm."""
+
+from .checkpoint import CheckpointRecord, find_checkpoint, get_record
+from .errors import (
+    CheckpointError,
+    ConvMixerHubError,
+    DataError,
+    ModelSizeError,
+    TrainingError,
+    UnknownModelError,
+)
+from .model import ClassificationHead, ConvMixer, ConvMixerLayer, PatchEmbeddings
+from .zoo import convmixer_96_8_ks5_p1, convmixer_256_8_ks9_p1, convmixer_cifar
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CheckpointError",
+    "CheckpointRecord",
+    "ClassificationHead",
+    "ConvMixer",
+    "ConvMixerHubError",
+    "ConvMixerLayer",
+    "DataError",
+    "ModelSizeError",
+    "PatchEmbeddings",
+    "TrainingError",
+    "UnknownModelError",
+    "convmixer_96_8_ks5_p1",
+    "convmixer_256_8_ks9_p1",
+    "convmixer_cifar",
+    "find_checkpoint",
+    "get_record",
+]

@@ -1,0 +1,257 @@
+"""From the name of a trained model to a file on this machine whose bytes are the right ones.
+
+A file comes from the copy embedded in this package, from the Hugging Face Hub's local cache, or
+from the Hub. Wherever it comes from, its SHA-256 has to be the recorded one.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import os
+import shutil
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import hf_hub_download, try_to_load_from_cache
+from safetensors import SafetensorError, safe_open
+from timm.models import save_for_hf
+from torch import Tensor, nn
+
+from .errors import CheckpointError, UnknownModelError, first_line
+
+SOURCES = ("auto", "embedded", "hub")
+WEIGHTS_FILE = "model.safetensors"
+CONFIG_FILE = "config.json"
+
+
+@dataclass(frozen=True)
+class CheckpointRecord:
+    """What is known of one trained model: where its file is, what it must be, how good it is.
+
+    Attributes:
+        name: `arch.tag`.
+        sha256: Digest of the safetensors file, in hexadecimal.
+        size: Length of the file, in bytes.
+        dataset: What the model was trained and measured on.
+        top1: Top-1 accuracy on the test images, in percent.
+        revision: Tag or commit of the Hub repository.
+    """
+
+    name: str
+    sha256: str
+    size: int
+    dataset: str
+    top1: float
+    revision: str = "v1"
+
+    @property
+    def repo_id(self) -> str:
+        """The Hub repository; `CONVMIXER_HUB_NAMESPACE` moves it to another owner."""
+        return f"{os.environ.get('CONVMIXER_HUB_NAMESPACE') or 'convmixer-hub'}/{self.name}"
+
+
+RECORDS: dict[str, CheckpointRecord] = {
+    record.name: record
+    for record in [
+        CheckpointRecord(
+            name="convmixer_cifar.cifar10",
+            sha256="60634823f0e6061e9990e0cf92024f11492c248dc79e33664cbcf79be463fd7c",
+            size=2620544,
+            dataset="CIFAR-10",
+            top1=89.87,
+        ),
+    ]
+}
+
+
+def suggest(name: str, known: Iterable[str]) -> str:
+    """Say which known names are nearest to this one, or else name them all."""
+    known = sorted(known)
+    near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+    return f"did you mean {' or '.join(near)}?" if near else f"known are: {', '.join(known)}"
+
+
+def get_record(name: str) -> CheckpointRecord:
+    """Look up the record of a trained model; a bare arch means its first tag.
+
+    Raises:
+        UnknownModelError: If no trained model has this name.
+    """
+    for record in RECORDS.values():
+        if name in (record.name, record.name.partition(".")[0]):
+            return record
+    raise UnknownModelError(f"no trained weights are named '{name}'; {suggest(name, RECORDS)}")
+
+
+def _choose_source(source: str | None) -> str:
+    source = source or os.environ.get("CONVMIXER_HUB_SOURCE") or "auto"
+    if source not in SOURCES:
+        raise CheckpointError(
+            f"unknown source of weights '{source}'; "
+            f"set CONVMIXER_HUB_SOURCE to one of {', '.join(SOURCES)}"
+        )
+    return source
+
+
+def find_embedded(record: CheckpointRecord) -> Path | None:
+    """Find the copy that came with this package; it need not be intact.
+
+    A wheel carries `weights/` inside the package, a checkout and a torch.hub clone beside it.
+    """
+    package = Path(__file__).resolve().parent
+    for weights in (package / "weights", package.parent / "weights"):
+        file = weights / record.name / WEIGHTS_FILE
+        if file.is_file():
+            return file
+    return None
+
+
+def locate(record: CheckpointRecord) -> str:
+    """Tell where `find_checkpoint` would take a model from: `embedded`, `cache` or `hub`."""
+    if _choose_source(None) != "hub" and find_embedded(record) is not None:
+        return "embedded"
+    cached = try_to_load_from_cache(record.repo_id, WEIGHTS_FILE, revision=record.revision)
+    return "cache" if isinstance(cached, str) else "hub"
+
+
+def find_checkpoint(
+    name: str, source: str | None = None, cache_dir: str | Path | None = None
+) -> Path:
+    """Find the weights of a trained model on this machine, downloading them if they are not.
+
+    Args:
+        name: `arch.tag`, or an arch alone for its first tag.
+        source: `embedded`, `hub`, or `auto`: embedded if there is a copy, else the Hub's cache,
+            else the Hub. If not given, `CONVMIXER_HUB_SOURCE` decides; its default is `auto`.
+        cache_dir: The Hub's cache folder; huggingface_hub's own by default.
+
+    Returns:
+        Path of a safetensors file whose SHA-256 is the recorded one.
+
+    Raises:
+        UnknownModelError: If no trained model has this name.
+        CheckpointError: If the file cannot be had, or is not the recorded one.
+    """
+    record = get_record(name)
+    source = _choose_source(source)
+    if source != "hub":
+        embedded = find_embedded(record)
+        if embedded is not None:
+            verify_file(embedded, record, "reinstall the package, or set CONVMIXER_HUB_SOURCE=hub")
+            return embedded
+        if source == "embedded":
+            raise CheckpointError(
+                f"{record.name}: this installation carries no copy of the weights; "
+                "reinstall the package, or set CONVMIXER_HUB_SOURCE=hub"
+            )
+    try:
+        downloaded = Path(
+            hf_hub_download(
+                record.repo_id, WEIGHTS_FILE, revision=record.revision, cache_dir=cache_dir
+            )
+        )
+    except Exception as error:  # the client, its HTTP library and the disk each have their own
+        raise CheckpointError(
+            f"{record.name}: cannot be had from the Hub repository {record.repo_id} "
+            f"({first_line(error)}); check the network, or reinstall the package and unset "
+            "CONVMIXER_HUB_SOURCE to use its own copy"
+        ) from None
+    # The cache has links to its files; a damaged one comes back unless the file itself goes.
+    verify_file(downloaded.resolve(), record, "delete it, and it is downloaded again")
+    return downloaded
+
+
+def verify_file(path: Path, record: CheckpointRecord, remedy: str) -> None:
+    """Refuse a file that is not, byte for byte, the recorded one.
+
+    Raises:
+        CheckpointError: With the fault and the remedy.
+    """
+    size = path.stat().st_size
+    if size != record.size:
+        raise CheckpointError(
+            f"{path}: has {size} bytes, but {record.name} has {record.size}; {remedy}"
+        )
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    if digest != record.sha256:
+        raise CheckpointError(
+            f"{path}: its SHA-256 is {digest}, but {record.name} has {record.sha256}; {remedy}"
+        )
+
+
+def check_safetensors(path: Path) -> None:
+    """Refuse a file that is not in the safetensors format; a pickle is never opened.
+
+    Raises:
+        CheckpointError: With the fault and the remedy.
+    """
+    try:
+        with safe_open(path, framework="pt"):
+            return
+    except FileNotFoundError:
+        reason, remedy = "no such file", "check the path"
+    except (SafetensorError, OSError) as error:
+        reason = f"not a whole safetensors file ({first_line(error)})"
+        remedy = "write it with safetensors.torch.save_file; pickles are not opened"
+    raise CheckpointError(f"{path}: {reason}; {remedy}")
+
+
+def check_state_dict(
+    state_dict: Mapping[str, Tensor],
+    expected: Mapping[str, Sequence[int]],
+    ignored: Collection[str],
+    source: str,
+) -> None:
+    """Refuse a state dict unless every tensor is there, has its shape, and holds numbers.
+
+    Args:
+        state_dict: What is about to be loaded.
+        expected: The shape that each tensor must have, by key.
+        ignored: Keys whose tensors are not going to be loaded.
+        source: Where the state dict comes from, for the message.
+
+    Raises:
+        CheckpointError: Naming the first key that does not fit, and the remedy.
+    """
+    remedy = "use the checkpoint of this architecture, or pretrained=False"
+    for key in [*expected, *(key for key in state_dict if key not in expected)]:
+        if key in ignored:
+            continue
+        if key not in state_dict:
+            raise CheckpointError(f"{source}: tensor '{key}' is missing; {remedy}")
+        if key not in expected:
+            raise CheckpointError(f"{source}: the model has no tensor '{key}'; {remedy}")
+        found, wanted = tuple(state_dict[key].shape), tuple(expected[key])
+        if found != wanted:
+            raise CheckpointError(
+                f"{source}: tensor '{key}' has shape {found}, the model's has {wanted}; {remedy}"
+            )
+    for key, tensor in state_dict.items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise CheckpointError(
+                f"{source}: tensor '{key}' holds NaN or infinite numbers; "
+                "use another copy, or a checkpoint of an earlier epoch"
+            )
+
+
+def save_model(model: nn.Module, folder: Path, extra_config: Mapping[str, Any]) -> None:
+    """Write `config.json` and `model.safetensors` as timm and the Hub read them.
+
+    Each file is replaced whole or not at all.
+
+    Args:
+        model: A model made by `timm.create_model`.
+        folder: Where the two files go; made if missing.
+        extra_config: Entries added to `config.json`.
+    """
+    temporary = folder / ".saving"
+    shutil.rmtree(temporary, ignore_errors=True)  # of a process that was killed while saving
+    temporary.mkdir(parents=True)
+    save_for_hf(model, str(temporary), model_config=dict(extra_config), safe_serialization=True)
+    for name in (WEIGHTS_FILE, CONFIG_FILE):
+        os.replace(temporary / name, folder / name)
+    temporary.rmdir()

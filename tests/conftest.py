@@ -1,0 +1,86 @@
+"""Fixtures that several test modules share."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pyarrow
+import pytest
+import torch
+from PIL import Image
+from pyarrow import parquet
+
+import convmixer_hub  # noqa: F401  (registers the models)
+from convmixer_hub.zoo import CIFAR10_CLASSES
+
+CHECKOUT = Path(__file__).resolve().parent.parent
+IMAGES = CHECKOUT / "tests" / "images"
+
+
+@pytest.fixture(autouse=True)
+def _same_numbers_every_time():
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def batch() -> torch.Tensor:
+    """Two images' worth of numbers."""
+    return torch.randn(2, 3, 32, 32)
+
+
+@pytest.fixture
+def write_parquet(tmp_path):
+    """Write images and labels as the Hub keeps CIFAR-10; give the folder."""
+
+    def write(split: str, images: list[bytes], labels: list, column: str = "img") -> Path:
+        folder = tmp_path / "data" / "plain_text"
+        folder.mkdir(parents=True, exist_ok=True)
+        table = pyarrow.table(
+            {column: [{"bytes": image, "path": None} for image in images], "label": labels}
+        )
+        label = {"names": list(CIFAR10_CLASSES), "_type": "ClassLabel"}
+        info = {"info": {"features": {"label": label}}}
+        table = table.replace_schema_metadata({"huggingface": json.dumps(info)})
+        parquet.write_table(table, folder / f"{split}-00000-of-00001.parquet")
+        return tmp_path / "data"
+
+    return write
+
+
+def encode(image: Image.Image, format: str = "PNG", **options) -> bytes:
+    """Encode an image in memory."""
+    buffer = io.BytesIO()
+    image.save(buffer, format, **options)
+    return buffer.getvalue()
+
+
+@pytest.fixture
+def cifar_sample(write_parquet) -> Path:
+    """A data set of the ten shipped images: four times over for training, once for testing."""
+    images = [(IMAGES / f"{name}.png").read_bytes() for name in CIFAR10_CLASSES]
+    write_parquet("train", images * 4, list(range(10)) * 4)
+    return write_parquet("test", images, list(range(10)))
+
+
+@pytest.fixture
+def run_python(tmp_path):
+    """Run Python code in a fresh process, offline, in another folder; give what it printed."""
+
+    def run(code: str, *options: str, **environment: str) -> str:
+        offline = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hf")}
+        result = subprocess.run(
+            [sys.executable, *options, "-c", code],
+            cwd=tmp_path,
+            env={**os.environ, **offline, **environment},
+            capture_output=True,
+            text=True,
+        )
+        assert result.returncode == 0, result.stderr
+        return result.stdout.strip()
+
+    return run

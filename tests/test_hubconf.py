@@ -1,0 +1,70 @@
+import inspect
+import shutil
+
+import pytest
+import timm
+import torch
+
+import hubconf
+from convmixer_hub.zoo import default_cfgs
+
+from .conftest import CHECKOUT
+
+TIMM_ARCHS = ["convmixer_1536_20", "convmixer_768_32", "convmixer_1024_20_ks9_p14"]
+
+
+@pytest.fixture
+def plain_checkout(tmp_path):
+    """The files that a clone or a GitHub zip has, in torch.hub's cache, nothing installed."""
+    folder = tmp_path / "torch" / "hub" / "someone_convmixer-hub_main"
+    folder.mkdir(parents=True)
+    shutil.copy(CHECKOUT / "hubconf.py", folder)
+    for name in ("convmixer_hub", "weights"):
+        ignored = shutil.ignore_patterns("__pycache__")
+        shutil.copytree(CHECKOUT / name, folder / name, ignore=ignored)
+    return folder
+
+
+def test_every_arch_and_timms_own_have_an_entry_point():
+    entry_points = {
+        name
+        for name, function in inspect.getmembers(hubconf, inspect.isfunction)
+        if function.__module__ == "hubconf"
+    }
+    assert entry_points == {*default_cfgs, *TIMM_ARCHS}
+    assert all(getattr(hubconf, name).__doc__ for name in entry_points)
+
+
+@pytest.mark.parametrize("arch", TIMM_ARCHS)
+def test_timms_archs_are_handed_on(arch):
+    ours = getattr(hubconf, arch)(device="meta", num_classes=3)
+    theirs = timm.create_model(arch, device="meta", num_classes=3)
+    assert type(ours) is timm.models.ConvMixer
+    assert repr(ours) == repr(theirs)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        "'{folder}', 'convmixer_cifar', source='local'",
+        "'someone/convmixer-hub:main', 'convmixer_cifar', skip_validation=True, trust_repo=True",
+    ],
+    ids=["checkout", "zip in the cache"],
+)
+def test_torch_hub_loads_from_a_plain_checkout(plain_checkout, run_python, arguments, tmp_path):
+    code = (
+        "import torch, sys\n"
+        f"model = torch.hub.load({arguments.format(folder=plain_checkout)}, pretrained=True)\n"
+        "print(sys.modules['convmixer_hub'].__file__)\n"
+        "print(model.get_classifier().weight.double().sum().item())\n"
+    )
+    # -I: neither the current folder nor PYTHONPATH is searched.
+    file, total = run_python(code, "-I", TORCH_HOME=str(tmp_path / "torch")).splitlines()[-2:]
+    assert file == str(plain_checkout / "convmixer_hub" / "__init__.py")
+    expected = timm.create_model("convmixer_cifar", pretrained=True).get_classifier().weight
+    assert float(total) == expected.double().sum().item()
+
+
+def test_torch_hub_explains():
+    assert "CIFAR-10" in torch.hub.help(str(CHECKOUT), "convmixer_cifar", source="local")

@@ -1,0 +1,272 @@
+import json
+import shutil
+
+import pytest
+import safetensors.torch
+import timm
+import torch
+
+from convmixer_hub import CheckpointError, UnknownModelError
+from convmixer_hub.checkpoint import RECORDS, find_checkpoint, save_model
+from convmixer_hub.zoo import CIFAR10_CLASSES, list_models, load_trained
+
+from .conftest import CHECKOUT
+
+ARCHS = ["convmixer_256_8_ks9_p1", "convmixer_96_8_ks5_p1", "convmixer_cifar"]
+NAME = "convmixer_cifar.cifar10"
+
+
+@pytest.fixture
+def tampered_folder(tmp_path):
+    """A copy of the shipped folder whose tensors went through a function."""
+
+    def tamper(change) -> str:
+        folder = tmp_path / NAME
+        shutil.copytree(CHECKOUT / "weights" / NAME, folder)
+        state_dict = safetensors.torch.load_file(folder / "model.safetensors")
+        change(state_dict)
+        safetensors.torch.save_file(state_dict, folder / "model.safetensors")
+        return str(folder)
+
+    return tamper
+
+
+def test_timm_lists_our_models():
+    assert set(timm.list_models("*convmixer*")) >= {*ARCHS, "convmixer_768_32"}
+    pretrained = set(timm.list_pretrained("*convmixer*"))
+    assert {name for name in pretrained if name.partition(".")[0] in ARCHS} == set(RECORDS)
+
+
+@pytest.mark.parametrize(
+    ("arch", "parameters"),
+    [
+        ("convmixer_cifar", 643_338),
+        ("convmixer_256_8_ks9_p1", 706_570),
+        ("convmixer_96_8_ks5_p1", 99_082),
+    ],
+)
+def test_every_arch_is_what_its_name_says(arch, parameters):
+    model = timm.create_model(arch)
+    assert sum(parameter.numel() for parameter in model.parameters()) == parameters
+    assert model.num_classes == 10
+    config = timm.data.resolve_model_data_config(model)
+    assert config["input_size"] == (3, 32, 32)
+    assert config["crop_pct"] == 1.0
+    assert config["mean"] == (0.4914, 0.4822, 0.4465)
+    assert model.pretrained_cfg["label_names"] == CIFAR10_CLASSES
+    rows, columns = model.forward_features(torch.randn(1, 3, 32, 32)).shape[2:]
+    assert (rows, columns) == model.pretrained_cfg["pool_size"]
+    for role in ("first_conv", "classifier"):
+        assert model.get_submodule(model.pretrained_cfg[role]) is not None
+
+
+def test_list_models_matches_the_registry():
+    assert [(model.name, bool(model.record)) for model in list_models()] == [
+        ("convmixer_cifar.cifar10", True),
+        ("convmixer_256_8_ks9_p1", False),
+        ("convmixer_96_8_ks5_p1", False),
+    ]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"model_name": NAME},
+        {"model_name": "convmixer_cifar"},
+        {"model_name": "convmixer_cifar", "pretrained_cfg": "cifar10"},
+        {"model_name": "convmixer_cifar", "pretrained_cfg": timm.models.get_pretrained_cfg(NAME)},
+        {"model_name": NAME, "pretrained_cfg_overlay": {"crop_pct": 0.9}},
+        {"model_name": f"local-dir:{CHECKOUT}/weights/{NAME}"},
+    ],
+    ids=["name", "arch", "tag", "configuration", "overlay", "folder"],
+)
+def test_every_way_to_the_weights_gives_the_same_logits(arguments, batch, monkeypatch):
+    monkeypatch.setenv("CONVMIXER_HUB_SOURCE", "embedded")
+    expected = safetensors.torch.load_file(find_checkpoint(NAME))
+    model = timm.create_model(**arguments, pretrained=True).eval()
+    torch.testing.assert_close(model.state_dict(), expected, atol=0, rtol=0)
+    reference = timm.create_model("convmixer_cifar").eval()
+    reference.load_state_dict(expected)
+    assert torch.equal(model(batch), reference(batch))
+
+
+def test_head_and_stem_are_adapted_and_nothing_else(batch):
+    original = timm.create_model(NAME, pretrained=True)
+    model = timm.create_model(NAME, pretrained=True, num_classes=37, in_chans=1)
+    assert model.eval()(batch[:, :1]).shape == (2, 37)
+    changed = {
+        key
+        for key, tensor in model.state_dict().items()
+        if tensor.shape != original.state_dict()[key].shape
+        or not torch.equal(tensor, original.state_dict()[key])
+    }
+    assert changed == {
+        "patch_emb.conv.weight",
+        "classification.linear.weight",
+        "classification.linear.bias",
+    }
+    grey = original.patch_emb.conv.weight.sum(dim=1, keepdim=True)
+    torch.testing.assert_close(model.patch_emb.conv.weight, grey)
+
+
+def test_the_features_of_a_trained_model_are_had_by_features_only(batch):
+    whole = timm.create_model(NAME, pretrained=True).eval()
+    features = timm.create_model(NAME, pretrained=True, features_only=True, out_indices=[7]).eval()
+    torch.testing.assert_close(features(batch)[0], whole.forward_features(batch))
+
+
+def test_a_callers_own_file_wins(tmp_path, batch):
+    other = timm.create_model("convmixer_cifar").eval()
+    safetensors.torch.save_file(other.state_dict(), tmp_path / "mine.safetensors")
+    overlay = {"file": str(tmp_path / "mine.safetensors")}
+    model = timm.create_model(NAME, pretrained=True, pretrained_cfg_overlay=overlay).eval()
+    assert torch.equal(model(batch), other(batch))
+
+
+@pytest.mark.parametrize("adapted", [{}, {"num_classes": 37}, {"in_chans": 1, "num_classes": 37}])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            lambda tensors: tensors.pop("patch_emb.conv.weight"),
+            "tensor 'patch_emb.conv.weight' is missing; use the checkpoint of this architecture",
+        ),
+        (
+            lambda tensors: tensors.pop("conv_mixer_layers.3.norm1.bias"),
+            "tensor 'conv_mixer_layers.3.norm1.bias' is missing; use the checkpoint of this",
+        ),
+        (
+            lambda tensors: tensors.update(extra=torch.zeros(1)),
+            "the model has no tensor 'extra'; use the checkpoint of this architecture",
+        ),
+        (
+            lambda tensors: tensors.update({"patch_emb.conv.weight": torch.zeros(256, 3, 4, 4)}),
+            r"tensor 'patch_emb.conv.weight' has shape \(256, 3, 4, 4\), the model's has "
+            r"\(256, 3, 2, 2\); use the checkpoint of this architecture",
+        ),
+        (
+            lambda tensors: tensors["patch_emb.norm.weight"][7:].fill_(float("nan")),
+            "tensor 'patch_emb.norm.weight' holds NaN or infinite numbers; use another copy",
+        ),
+    ],
+    ids=["no stem", "missing", "extra", "shape", "nan"],
+)
+def test_a_state_dict_that_does_not_fit_is_refused(tampered_folder, change, message, adapted):
+    folder = tampered_folder(change)
+    with pytest.raises(CheckpointError, match=f"^{folder}: {message}"):
+        timm.create_model(f"local-dir:{folder}", pretrained=True, **adapted)
+
+
+def test_a_pickle_is_refused_by_name(tampered_folder, tmp_path):
+    folder = tampered_folder(lambda tensors: None)
+    torch.save(load_trained(NAME).state_dict(), tmp_path / NAME / "model.safetensors")
+    with pytest.raises(CheckpointError, match="not a whole safetensors file .* pickles are not op"):
+        timm.create_model(f"local-dir:{folder}", pretrained=True)
+
+
+def test_an_arch_without_weights_says_so():
+    with pytest.raises(
+        UnknownModelError,
+        match="convmixer_96_8_ks5_p1 has no trained weights; use pretrained=False, or one of: ",
+    ):
+        timm.create_model("convmixer_96_8_ks5_p1", pretrained=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        (
+            "convmixer_cifr",
+            "no trained weights are named 'convmixer_cifr'; did you mean convmixer_",
+        ),
+        ("resnet50", "no trained weights are named 'resnet50'; known are: convmixer_cifar.cifar10"),
+    ],
+)
+def test_an_unknown_name_proposes_others(name, message):
+    with pytest.raises(UnknownModelError, match=message):
+        load_trained(name)
+
+
+def test_a_folder_that_is_no_model_is_refused(tmp_path):
+    with pytest.raises(CheckpointError, match="config.json: missing, or not a model's config"):
+        load_trained(str(tmp_path))
+
+
+def test_a_folder_of_an_unknown_arch_is_refused(tmp_path):
+    (tmp_path / "config.json").write_text('{"architecture": "convmixer_cifr"}')
+    with pytest.raises(CheckpointError, match="has the architecture 'convmixer_cifr'; did you"):
+        load_trained(str(tmp_path))
+
+
+def test_a_folder_does_not_shadow_a_known_name(tmp_path, monkeypatch):
+    save_model(timm.create_model("convmixer_96_8_ks5_p1"), tmp_path / "convmixer_cifar", {})
+    monkeypatch.chdir(tmp_path)
+    assert load_trained("convmixer_cifar").num_features == 256
+    assert load_trained("./convmixer_cifar").num_features == 96
+
+
+def test_another_pooling_is_saved_too(tmp_path, batch):
+    model = timm.create_model(NAME, pretrained=True).eval()
+    model.reset_classifier(10, "catavgmax")
+    save_model(model, tmp_path, {})
+    assert torch.equal(load_trained(str(tmp_path)).eval()(batch), model.eval()(batch))
+
+
+def test_what_a_killed_process_left_behind_is_no_hindrance(tmp_path):
+    (tmp_path / ".saving").mkdir()
+    (tmp_path / ".saving" / "model.safetensors").write_text("half of it")
+    save_model(timm.create_model("convmixer_96_8_ks5_p1"), tmp_path, {})
+    load_trained(str(tmp_path))
+    assert {file.name for file in tmp_path.iterdir()} == {"config.json", "model.safetensors"}
+
+
+def test_a_saved_model_comes_back(tmp_path, batch):
+    model = timm.create_model("convmixer_96_8_ks5_p1", num_classes=4).eval()
+    labels = ["a", "b", "c", "d"]
+    save_model(model, tmp_path, {"label_names": labels})
+    loaded = load_trained(str(tmp_path)).eval()
+    assert torch.equal(loaded(batch), model(batch))
+    assert list(loaded.pretrained_cfg["label_names"]) == labels
+    assert {file.name for file in tmp_path.iterdir()} == {"config.json", "model.safetensors"}
+    assert json.loads((tmp_path / "config.json").read_text())["architecture"] == (
+        "convmixer_96_8_ks5_p1"
+    )
+
+
+LOGITS = """
+import torch
+torch.manual_seed(0)
+batch = torch.randn(4, 3, 32, 32)
+print(model.eval()(batch).detach().numpy().tobytes().hex())
+"""
+
+
+@pytest.mark.slow
+def test_timm_and_both_kinds_of_folder_agree_bit_for_bit(run_python):
+    by_name = "import timm, convmixer_hub; model = timm.create_model('{}', pretrained=True)"
+    by_hub = (
+        "import torch; "
+        "model = torch.hub.load('{}', 'convmixer_cifar', source='local', pretrained=True)"
+    )
+    outputs = {
+        run_python(by_name.format("convmixer_cifar") + LOGITS, PYTHONPATH=str(CHECKOUT)),
+        run_python(
+            by_name.format(f"local-dir:{CHECKOUT}/weights/{NAME}") + LOGITS,
+            PYTHONPATH=str(CHECKOUT),
+        ),
+        run_python(by_hub.format(CHECKOUT) + LOGITS),
+    }
+    assert len(outputs) == 1
+    assert len(outputs.pop()) == 4 * 10 * 4 * 2
+
+
+def test_the_package_opens_no_socket_for_embedded_weights(run_python):
+    code = (
+        "import sys\n"
+        "def forbid(event, _):\n"
+        "    assert not event.startswith('socket.connect'), event\n"
+        "sys.addaudithook(forbid)\n"
+        "import timm, convmixer_hub\n"
+        "timm.create_model('convmixer_cifar', pretrained=True)\n"
+    )
+    run_python(code, PYTHONPATH=str(CHECKOUT), HF_HUB_OFFLINE="0")
