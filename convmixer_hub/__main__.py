@@ -1,0 +1,5 @@
+"""`python -m convmixer_hub` is `convmixer`."""
+
+from .cli import main
+
+main()

@@ -1,0 +1,140 @@
+import json
+import shutil
+
+import pytest
+from click.testing import CliRunner
+
+from convmixer_hub import __version__, get_record
+from convmixer_hub.cli import main
+from convmixer_hub.data import open_image
+from convmixer_hub.zoo import CIFAR10_CLASSES
+
+from .conftest import CHECKOUT, IMAGES
+
+NAME = "convmixer_cifar.cifar10"
+
+
+@pytest.fixture
+def convmixer():
+    """Run the command line."""
+
+    def invoke(*arguments):
+        return CliRunner().invoke(main, [str(argument) for argument in arguments])
+
+    return invoke
+
+
+def test_version(convmixer):
+    assert __version__ in convmixer("--version").output
+
+
+def test_list_shows_every_model_in_aligned_columns(convmixer):
+    result = convmixer("list")
+    assert result.exit_code == 0
+    header, *rows = result.output.splitlines()
+    assert header.split() == ["name", "parameters", "input", "data", "set", "top-1", "source"]
+    trained = rows[0]
+    top1 = f"{get_record(NAME).top1:.2f} %"
+    assert trained.split(maxsplit=4) == [
+        NAME,
+        "643,338",
+        "3×32×32",
+        "CIFAR-10",
+        f"{top1}  embedded",
+    ]
+    assert trained.index("643,338") == header.index("parameters")
+    assert [row.split()[0] for row in rows[1:]] == [
+        "convmixer_256_8_ks9_p1",
+        "convmixer_96_8_ks5_p1",
+    ]
+    assert all(row.endswith("untrained") for row in rows[1:])
+
+
+@pytest.mark.parametrize("document", ["README.md", f"weights/{NAME}/README.md"])
+def test_documents_state_the_recorded_top1(document):
+    assert f"{get_record(NAME).top1:.2f}" in (CHECKOUT / document).read_text()
+
+
+def test_predict_answers_in_words_and_in_json(convmixer):
+    images = [IMAGES / "cat.png", IMAGES / "ship.png"]
+    lines = convmixer("predict", *images, "--top-k", 2).output.splitlines()
+    answers = json.loads(convmixer("predict", *images, "--top-k", 2, "--json").output)
+    assert [answer["image"] for answer in answers] == [str(image) for image in images]
+    for line, answer in zip(lines, answers, strict=True):
+        first, second = answer["predictions"]
+        assert first["label"] in CIFAR10_CLASSES
+        assert first["probability"] >= second["probability"]
+        assert line == (
+            f"{answer['image']}: {first['label']} {100 * first['probability']:.1f} %, "
+            f"{second['label']} {100 * second['probability']:.1f} %"
+        )
+
+
+def test_a_file_that_is_no_image_is_named_and_the_others_answered(convmixer, tmp_path):
+    bad = tmp_path / "notes.png"
+    bad.write_text("no image")
+    result = convmixer("predict", bad, IMAGES / "cat.png", tmp_path / "none.png", "--json")
+    assert result.exit_code == 1
+    assert [answer["image"] for answer in json.loads(result.stdout)] == [str(IMAGES / "cat.png")]
+    assert result.stderr.splitlines() == [
+        f"Error: {bad}: not an image that Pillow can read; give a PNG, JPEG, …",
+        f"Error: {tmp_path / 'none.png'}: no such file; check the path",
+    ]
+
+
+def test_predict_draws_a_figure(convmixer, tmp_path):
+    figure = tmp_path / "figure.png"
+    assert convmixer("predict", IMAGES / "cat.png", "--figure", figure).exit_code == 0
+    assert open_image(figure).width > 100
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["predict", IMAGES / "cat.png", "--model"], ["evaluate", "--data", "."]],
+    ids=["predict", "evaluate"],
+)
+def test_an_unknown_model_proposes_the_nearest(convmixer, arguments):
+    result = convmixer(*arguments, "convmixer_cifr")
+    assert result.exit_code == 1
+    assert result.stderr == (
+        f"Error: no trained weights are named 'convmixer_cifr'; did you mean {NAME}?\n"
+    )
+
+
+def test_a_damaged_checkpoint_is_one_line_on_stderr(convmixer, tmp_path):
+    shutil.copytree(CHECKOUT / "weights" / NAME, tmp_path / NAME)
+    weights = tmp_path / NAME / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:5000])
+    result = convmixer("predict", IMAGES / "cat.png", "--model", tmp_path / NAME)
+    assert result.exit_code == 1
+    assert result.stderr.startswith(f"Error: {weights}: not a whole safetensors file (")
+    assert len(result.stderr.splitlines()) == 1
+
+
+def test_evaluate_prints_top1(convmixer, cifar_sample):
+    result = convmixer("evaluate", NAME, "--data", cifar_sample, "--workers", 0)
+    assert result.exit_code == 0
+    right = round(float(result.stdout.split("top-1 ")[1].split(" %")[0]) / 10)
+    assert result.stdout == f"{NAME}: top-1 {10 * right:.2f} % ({right} of 10 test images right)\n"
+
+
+def test_train_predict_and_evaluate_take_the_same_folder(convmixer, cifar_sample, tmp_path):
+    run = tmp_path / "run"
+    options = ["--epochs", 1, "--batch-size", 10, "--small-crop-epochs", 0, "--workers", 0]
+    trained = convmixer(
+        "train", "convmixer_96_8_ks5_p1", "--data", cifar_sample, "--output", run, *options
+    )
+    assert trained.exit_code == 0, trained.stderr
+    assert trained.stdout.endswith(
+        f"{run}: finished; measure it with: convmixer evaluate {run} --data {cifar_sample}\n"
+    )
+    assert convmixer("evaluate", run, "--data", cifar_sample, "--workers", 0).exit_code == 0
+    assert convmixer("predict", IMAGES / "cat.png", "--model", run).exit_code == 0
+
+
+def test_the_module_is_the_command(run_python):
+    code = "import runpy; runpy.run_module('convmixer_hub', run_name='__main__')"
+    output = run_python(
+        f"import sys; sys.argv = ['x', '--version']; {code}", PYTHONPATH=str(CHECKOUT)
+    )
+    assert __version__ in output

@@ -1,0 +1,58 @@
+import pytest
+import timm
+import torch
+from PIL import Image
+
+from convmixer_hub import DataError
+from convmixer_hub.data import eval_transform, open_image
+from convmixer_hub.predict import Prediction, draw_predictions, predict
+from convmixer_hub.zoo import CIFAR10_CLASSES, load_trained
+
+from .conftest import IMAGES
+
+
+def test_probabilities_are_the_softmax_of_the_logits():
+    model = load_trained("convmixer_cifar")
+    image = open_image(IMAGES / "ship.png")
+    [found] = predict(model, [image], top_k=99)
+    transform = eval_transform(timm.data.resolve_model_data_config(model))
+    with torch.no_grad():
+        expected = model(transform(image)[None]).softmax(1)[0]
+    assert [p.probability for p in found] == sorted(expected.tolist(), reverse=True)
+    assert found[0].label == CIFAR10_CLASSES[expected.argmax()]
+    assert {p.label for p in found} == set(CIFAR10_CLASSES)
+
+
+def test_eight_of_ten_unseen_images_are_right():
+    images = [open_image(IMAGES / f"{name}.png") for name in CIFAR10_CLASSES]
+    predictions = predict(load_trained("convmixer_cifar"), images, top_k=1)
+    assert sum(p.label == name for [p], name in zip(predictions, CIFAR10_CLASSES)) >= 8
+
+
+@pytest.mark.parametrize("size", [(1, 1), (20, 300), (640, 480)])
+def test_images_of_any_size_are_answered(size):
+    model = timm.create_model("convmixer_96_8_ks5_p1")
+    [found] = predict(model, [Image.new("RGB", size)], top_k=2)
+    assert len(found) == 2
+
+
+@pytest.mark.parametrize("num_classes", [3, 37])
+def test_a_fresh_head_does_not_inherit_the_names_of_the_old_classes(num_classes):
+    model = timm.create_model("convmixer_cifar", pretrained=True, num_classes=num_classes)
+    [found] = predict(model, [Image.new("RGB", (32, 32))], top_k=num_classes)
+    assert {p.label for p in found} == {str(i) for i in range(num_classes)}
+
+
+def test_predictions_are_drawn(tmp_path):
+    image = open_image(IMAGES / "cat.png")
+    classes = [Prediction("cat", 0.9), Prediction("dog", 0.1)]
+    for count in (1, 7):
+        file = tmp_path / f"{count}.png"
+        draw_predictions([image] * count, ["a title"] * count, [classes] * count, file)
+        assert open_image(file).width > 100
+
+
+def test_a_drawing_that_cannot_be_written_is_named(tmp_path):
+    file = tmp_path / "missing" / "figure.png"
+    with pytest.raises(DataError, match=r"figure.png: cannot be written .*; name a PNG file"):
+        draw_predictions([Image.new("RGB", (2, 2))], ["a"], [[Prediction("cat", 1.0)]], file)
