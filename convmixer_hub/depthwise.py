@@ -106,9 +106,9 @@ class DepthWiseConv2d(nn.Conv2d):
             x.device.type == self.weight.device.type == "cpu"
             and x.dtype == self.weight.dtype == torch.float32
             and x.dim() == 4
-            and x.shape[0] > 0
             and torch.is_grad_enabled()
             and not torch.is_autocast_enabled("cpu")
             and not torch.compiler.is_compiling()
             and not torch.jit.is_tracing()
+            and x.shape[0] > 0  # last: while tracing, a size is no number
         )

@@ -117,7 +117,7 @@ def test_the_hub_serves_the_same_weights_and_then_its_cache(hub, run_python, tmp
     repository = tmp_path / "cache" / "models--somebody--convmixer_cifar.cifar10"
     assert hashlib.sha256(Path(path).read_bytes()).hexdigest() == get_record(NAME).sha256
     assert repository in Path(path).parents
-    assert hub.asked[0] == f"/somebody/{NAME}/resolve/v1/model.safetensors"
+    assert f"/somebody/{NAME}/resolve/v1/model.safetensors" in hub.asked
     assert run_python(code, HF_HUB_OFFLINE="1", **environment) == path
 
 
