@@ -3,7 +3,6 @@ import shutil
 
 import pytest
 import timm
-import torch
 
 import hubconf
 from convmixer_hub.zoo import default_cfgs
@@ -64,7 +63,3 @@ def test_torch_hub_loads_from_a_plain_checkout(plain_checkout, run_python, argum
     assert file == str(plain_checkout / "convmixer_hub" / "__init__.py")
     expected = timm.create_model("convmixer_cifar", pretrained=True).get_classifier().weight
     assert float(total) == expected.double().sum().item()
-
-
-def test_torch_hub_explains():
-    assert "CIFAR-10" in torch.hub.help(str(CHECKOUT), "convmixer_cifar", source="local")
