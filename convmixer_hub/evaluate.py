@@ -39,13 +39,13 @@ def evaluate(
         model: Maps images to logits; left in evaluation mode.
         loader: Serves `(images, labels)`.
         device: Where the model is.
-        progress: Show a progress bar.
+        progress: Show a progress bar, if there is a terminal.
     """
     model.eval()
     correct = count = 0
     batches = read_batches(loader)
     for images, labels in tqdm(
-        batches, desc="evaluate", total=len(loader), leave=False, disable=not progress
+        batches, desc="evaluate", total=len(loader), leave=False, disable=None if progress else True
     ):
         predicted = model(images.to(device)).argmax(dim=1)
         correct += int((predicted == labels.to(device)).sum())

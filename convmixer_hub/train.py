@@ -124,7 +124,7 @@ def train(
         data_dir: Folder of the data set, see `data.load_images`; its test split is not read.
         output: The run folder. If it holds a run with the same settings, that run is resumed.
         workers: Processes that read and augment images.
-        progress: Show progress bars.
+        progress: Show progress bars, if there is a terminal, and a line an epoch.
 
     Returns:
         The run folder, which `timm.create_model("local-dir:…", pretrained=True)` takes as it is.
@@ -234,7 +234,7 @@ def _train_epoch(
         total=len(loader),
         unit="step",
         leave=False,
-        disable=not progress,
+        disable=None if progress else True,
     ) as bar:
         for step, (images, labels) in enumerate(bar, start=epoch * len(loader)):
             scheduler.step_update(step)
