@@ -329,7 +329,7 @@ def _keep_freed_memory() -> None:
     """Let glibc reuse freed activations instead of giving their pages back to the kernel.
 
     By default every tensor over 32 MiB is mapped, zeroed page by page, and unmapped again at each
-    step: about 40 % of a training step on two cores. Elsewhere than on glibc this does nothing.
+    step, which is a good part of its time. Elsewhere than on glibc this does nothing.
     """
     m_trim_threshold, m_top_pad, m_mmap_max = -1, -2, -4
     try:
