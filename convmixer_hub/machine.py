@@ -1,0 +1,93 @@
+"""The machine that a job runs on: its device, its memory, and the processes that share the job."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def describe_machine() -> str:
+    """Name the kind of machine in a few words, such as `2 CPU cores (AMD EPYC)`."""
+    if torch.cuda.is_available():
+        return f"{torch.cuda.device_count()} × {torch.cuda.get_device_name()}"
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        models = [line.partition(":")[2].strip() for line in lines if "model name" in line]
+    except OSError:
+        models = []
+    kind = models[0] if models else platform.processor() or platform.machine()
+    return f"{os.cpu_count()} CPU cores ({kind})"
+
+
+def keep_freed_memory() -> None:
+    """Let glibc reuse freed activations instead of giving their pages back to the kernel.
+
+    By default every tensor over 32 MiB is mapped, zeroed page by page, and unmapped again at each
+    step, which is a good part of its time. Elsewhere than on glibc this does nothing.
+    """
+    m_trim_threshold, m_top_pad, m_mmap_max = -1, -2, -4
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):
+        return
+    mallopt(m_mmap_max, 0)
+    mallopt(m_trim_threshold, -1)  # never
+    mallopt(m_top_pad, 2**28)  # grow in steps of 256 MiB
+
+
+def get_rank() -> int:
+    """Give the number of this process, from 0; the first one alone prints and writes files."""
+    return int(os.environ["RANK"]) if _started_by_torchrun() else 0
+
+
+def get_world_size() -> int:
+    """Give the number of processes."""
+    return int(os.environ["WORLD_SIZE"]) if _started_by_torchrun() else 1
+
+
+def _started_by_torchrun() -> bool:
+    return dist.is_available() and dist.is_torchelastic_launched()
+
+
+@contextmanager
+def join_processes() -> Iterator[torch.device]:
+    """Meet the other processes that torchrun started, if any; give the device of this one.
+
+    Processes on CPUs talk through gloo, processes on GPUs, one each, through NCCL.
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if not _started_by_torchrun():
+        yield device
+        return
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        yield device
+    finally:
+        dist.destroy_process_group()
+
+
+def sum_over_processes(tensor: Tensor) -> Tensor:
+    """Replace a tensor, in place, by its sum over all processes."""
+    if get_world_size() > 1:
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def take_from_first_process(value: Any) -> Any:
+    """Give every process what the first one passes."""
+    values = [value]
+    if get_world_size() > 1:
+        dist.broadcast_object_list(values)
+    return values[0]

@@ -1,0 +1,100 @@
+import copy
+
+import pytest
+import timm
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from convmixer_hub import fused
+from convmixer_hub.fused import GELUBatchNorm2d, fuse_gelu_and_norm
+from convmixer_hub.model import ConvMixer
+
+
+@pytest.fixture(params=["compiled", "plain"])
+def _compiler(request, monkeypatch):
+    """With a C++ compiler, and on a machine without one."""
+    if request.param == "plain":
+        monkeypatch.setattr(fused, "can_compile", lambda: False)
+
+
+@pytest.mark.parametrize("kind", ["contiguous", "channels_last", "expanded gradient"])
+@pytest.mark.parametrize("shape", [(2, 3, 5, 7), (4, 16, 8, 8)])
+@pytest.mark.usefixtures("_compiler")
+def test_result_gradients_and_statistics_are_those_of_the_two_modules(shape, kind):
+    separate = nn.BatchNorm2d(shape[1])
+    nn.init.normal_(separate.weight)
+    nn.init.normal_(separate.bias)
+    separate.running_mean += 3  # far from the mean of the batch
+    together = GELUBatchNorm2d(shape[1])
+    together.load_state_dict(separate.state_dict())
+    x = 3 * torch.randn(shape)
+    if kind == "channels_last":
+        x = x.contiguous(memory_format=torch.channels_last)
+    direction = torch.randn(shape)
+    if kind == "expanded gradient":  # as the mean over all places gives it
+        direction = torch.randn(*shape[:2], 1, 1).expand(shape)
+    found = []
+    for norm, y in [(separate, lambda x: separate(F.gelu(x))), (together, together)]:
+        x = x.detach().requires_grad_()
+        result = y(x)
+        gradients = torch.autograd.grad(result, [x, norm.weight, norm.bias], direction)
+        found.append([result, *gradients, *norm.buffers()])
+        norm.eval()
+        found[-1].append(y(x))
+    torch.testing.assert_close(found[1], found[0], atol=3e-5, rtol=3e-5)
+
+
+def test_a_constant_channel_far_from_zero_keeps_its_variance():
+    x = torch.full((8, 1, 16, 16), 1000.0) + torch.randn(8, 1, 16, 16)
+    norm = GELUBatchNorm2d(1)
+    for _ in range(200):  # until the running mean is there
+        y = norm(x)
+    torch.testing.assert_close(y, nn.BatchNorm2d(1)(x), atol=1e-3, rtol=1e-3)
+
+
+def test_the_gradient_formula_is_exact():
+    x, weight, bias = (
+        torch.randn(shape, dtype=torch.float64, requires_grad=True)
+        for shape in [(3, 2, 4, 3), (2,), (2,)]
+    )
+
+    def function(x, weight, bias):
+        centre = torch.zeros(2, dtype=torch.float64)
+        return fused._GELUBatchNormFunction.apply(x, weight, bias, centre, 1e-5)[0]
+
+    assert torch.autograd.gradcheck(function, (x, weight, bias))
+    expected = F.batch_norm(F.gelu(x), None, None, weight, bias, training=True)
+    torch.testing.assert_close(function(x, weight, bias), expected)
+
+
+def test_gelu_is_exact_to_rounding():
+    z = torch.linspace(-12, 12, 100_001, dtype=torch.float64).requires_grad_()
+    exact = F.gelu(z)
+    [slope] = torch.autograd.grad(exact.sum(), z)
+    y, fast_slope = fused._gelu_and_slope(z.detach().float())
+    torch.testing.assert_close(y.double(), exact.detach(), atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(fast_slope.double(), slope, atol=1e-6, rtol=1e-6)
+
+
+def test_a_fused_model_trains_as_the_plain_one():
+    plain = timm.create_model("convmixer_96_8_ks5_p1")
+    fast = copy.deepcopy(plain)
+    fuse_gelu_and_norm(fast)
+    assert sum(isinstance(module, GELUBatchNorm2d) for module in fast.modules()) == 17
+    assert list(fast.state_dict()) == list(plain.state_dict())
+    x, labels = torch.randn(4, 3, 32, 32), torch.tensor([0, 1, 2, 3])
+    for model in (plain, fast):
+        F.cross_entropy(model(x), labels).backward()
+    for (name, expected), parameter in zip(plain.named_parameters(), fast.parameters()):
+        difference = (parameter.grad - expected.grad).norm()
+        assert difference <= 1e-4 * expected.grad.norm() + 1e-6, name
+    torch.testing.assert_close(dict(fast.named_buffers()), dict(plain.named_buffers()))
+    torch.testing.assert_close(fast.eval()(x), plain.eval()(x), atol=1e-4, rtol=1e-4)
+
+
+def test_another_activation_stays_as_it_is():
+    model = ConvMixer(8, 1, kernel_size=3, patch_size=2, act_layer=nn.ReLU)
+    before = repr(model)
+    fuse_gelu_and_norm(model)
+    assert repr(model) == before
