@@ -1,0 +1,45 @@
+import pytest
+import timm
+import torch
+
+from convmixer_hub import TrainingError
+from convmixer_hub.bench import _make_sequential, _make_timms, bench_train
+from convmixer_hub.fused import fuse_gelu_and_norm
+
+ARCH = "convmixer_96_8_ks5_p1"
+
+
+def copy_by_order(source, target):
+    """Give one model the weights of another with the same layers in the same order."""
+    tensors = list(source.state_dict().values())
+    target.load_state_dict(dict(zip(target.state_dict(), tensors, strict=True)))
+
+
+@pytest.mark.parametrize("make", [_make_timms, _make_sequential])
+def test_all_variants_compute_the_same(make):
+    ours = timm.create_model(ARCH)
+    other = make(ours)
+    copy_by_order(ours, other)
+    fuse_gelu_and_norm(ours)
+    x = torch.randn(2, 3, 32, 32)
+    torch.testing.assert_close(ours(x), other(x), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.slow
+def test_variants_are_timed_in_turns():
+    speeds = bench_train(ARCH, ["sequential", "ours"], batch_size=4, rounds=1, progress=False)
+    assert [speed.variant for speed in speeds] == ["sequential", "ours"]
+    assert all(speed.images_per_second > 0 and speed.peak_memory > 0 for speed in speeds)
+
+
+def test_other_models_are_not_timed():
+    for name in ("resnet18", "nonsense"):
+        with pytest.raises(TrainingError, match=f"{name}: is no ConvMixer of this package; name"):
+            bench_train(name)
+
+
+@pytest.mark.slow
+def test_a_variant_that_fails_is_named():
+    message = r"^ours: cannot be timed \(\w+: .*\); leave it out, or give a smaller --batch-size$"
+    with pytest.raises(TrainingError, match=message):
+        bench_train(ARCH, ["ours"], batch_size=-1, progress=False)
