@@ -9,14 +9,22 @@ from pathlib import Path
 from typing import Any
 
 import click
+import timm
+import torch
 
 from . import __version__
-from .checkpoint import locate
+from .bench import VARIANTS, bench_train
+from .card import write_card
+from .checkpoint import find_checkpoint, locate
 from .data import open_image
 from .errors import ConvMixerHubError, DataError
 from .evaluate import evaluate_on
-from .predict import draw_predictions, predict
-from .train import STATE_FILE, TrainingSettings, train
+from .figures import draw_predictions
+from .files import write_file
+from .machine import describe_machine, get_rank
+from .predict import predict
+from .run_folder import STATE_FILE
+from .train import OPTIMIZERS, TrainingSettings, train
 from .zoo import list_models, load_trained
 
 DEFAULT_MODEL = "convmixer_cifar"
@@ -59,7 +67,11 @@ def list_command() -> None:
                 locate(record) if record else "untrained",
             ]
         )
-    widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
+    _print_table(rows)
+
+
+def _print_table(rows: list[list[str]]) -> None:
+    widths = [max(len(cell) for cell in column) for column in zip(*rows)]
     for row in rows:
         click.echo("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
 
@@ -69,7 +81,7 @@ def list_command() -> None:
 @click.option("--model", "name", default=DEFAULT_MODEL, show_default=True, help="Name or folder.")
 @click.option("--top-k", default=3, show_default=True, type=_POSITIVE)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON, one object an image.")
-@click.option("--figure", type=click.Path(path_type=Path), help="Also draw them into this file.")
+@click.option("--figure", type=click.Path(path_type=Path), help="Also draw them into this PNG.")
 def predict_command(
     images: tuple[Path, ...], name: str, top_k: int, as_json: bool, figure: Path | None
 ) -> None:
@@ -78,6 +90,8 @@ def predict_command(
     A file that is no image is named on stderr, the others are still answered, and the exit
     status is 1.
     """
+    if figure is not None and figure.suffix.lower() != ".png":
+        raise click.UsageError(f"--figure {figure}: is written as PNG; give it a name in .png")
     model = load_trained(name)
     answered, predictions, thumbnails = [], [], []
     for path in images:
@@ -102,7 +116,8 @@ def predict_command(
         ]
         click.echo(json.dumps(result, indent=2))
     if figure is not None and thumbnails:
-        draw_predictions(thumbnails, [path.stem for path in answered], predictions, figure)
+        titles = [path.stem for path in answered]
+        write_file(figure, draw_predictions(thumbnails, titles, predictions))
     if len(answered) < len(images):
         sys.exit(1)
 
@@ -123,30 +138,98 @@ _data_option = click.option(
 def evaluate_command(name: str, data: Path, batch_size: int, workers: int) -> None:
     """Measure the top-1 accuracy of NAME (a model or a folder) on the test images of a data set."""
     result = evaluate_on(load_trained(name), data, batch_size, workers)
+    if get_rank() > 0:
+        return
     click.echo(
         f"{name}: top-1 {result.top1:.2f} % ({result.correct} of {result.count} test images right)"
     )
+
+
+@main.command("card")
+@click.argument("name", default=DEFAULT_MODEL)
+@_data_option
+@click.option(
+    "--output", type=click.Path(path_type=Path), help="Folder to write to, the model's by default."
+)
+def card_command(name: str, data: Path, output: Path | None) -> None:
+    """Write the model card of NAME (a model or a run folder), with its figures.
+
+    All of it comes from the checkpoint, its metrics.csv, and one test on the data set; NOTES.md in
+    the model's folder is appended.
+    """
+    folder = Path(name)
+    if not folder.is_dir():
+        folder = find_checkpoint(name, "embedded").parent
+    click.echo(write_card(folder, data, output))
+
+
+@main.group("bench")
+def bench_group() -> None:
+    """Measure speed and memory on this machine."""
+
+
+@bench_group.command("train")
+@click.argument("model", default=DEFAULT_MODEL)
+@click.option("--batch-size", default=128, show_default=True, type=click.IntRange(min=2))
+@click.option("--rounds", default=5, show_default=True, type=_POSITIVE, help="Steps that count.")
+@click.option(
+    "--variant",
+    "variants",
+    multiple=True,
+    type=click.Choice(list(VARIANTS)),
+    help="Only this one; may be repeated.",
+)
+def bench_train_command(
+    model: str, batch_size: int, rounds: int, variants: tuple[str, ...]
+) -> None:
+    """Time training steps of MODEL and of other implementations of it, in turns.
+
+    timm: its ConvMixer as a user gets it (fp32, NCHW, eager); timm-bf16, timm-compiled: with bf16
+    autocast or torch.compile, and channels_last; sequential: the code in the paper's appendix.
+    """
+    speeds = bench_train(model, variants or tuple(VARIANTS), batch_size, rounds)
+    rows = [["variant", "images/s", f"× {speeds[0].variant}", "peak memory"]]
+    for speed in speeds:
+        ratio = speed.images_per_second / speeds[0].images_per_second
+        rows.append(
+            [
+                speed.variant,
+                f"{speed.images_per_second:.1f}",
+                f"{ratio:.2f}",
+                f"{speed.peak_memory:.0f} MiB",
+            ]
+        )
+    click.echo(
+        f"{model}, batch {batch_size}, median of {rounds} steps each in turns, "
+        f"{describe_machine()}, torch {torch.__version__}, timm {timm.__version__}"
+    )
+    _print_table(rows)
 
 
 @main.command("train")
 @click.argument("model")
 @_data_option
 @click.option("--output", required=True, type=click.Path(path_type=Path), help="The run folder.")
-@click.option("--workers", default=1, show_default=True, type=_NOT_NEGATIVE)
 @click.option("--epochs", default=_SETTINGS.epochs, show_default=True)
 @click.option(
-    "--small-crop-epochs",
-    default=_SETTINGS.small_crop_epochs,
+    "--final-share",
+    default=_SETTINGS.final_share,
     show_default=True,
-    help="The first so many epochs see smaller crops, for speed.",
+    help="Share of the epochs, at the end, with whole images and a falling learning rate.",
 )
 @click.option(
     "--small-crop-size",
     default=_SETTINGS.small_crop_size,
     show_default=True,
-    help="Side of these crops, in pixels.",
+    help="Side of the crops before that, in pixels.",
 )
 @click.option("--batch-size", default=_SETTINGS.batch_size, show_default=True)
+@click.option(
+    "--optimizer",
+    default=_SETTINGS.optimizer,
+    show_default=True,
+    type=click.Choice(list(OPTIMIZERS)),
+)
 @click.option(
     "--lr",
     "learning_rate",
@@ -155,10 +238,10 @@ def evaluate_command(name: str, data: Path, batch_size: int, workers: int) -> No
     help="Peak learning rate.",
 )
 @click.option(
-    "--warmup",
-    default=_SETTINGS.warmup,
+    "--warmup-epochs",
+    default=_SETTINGS.warmup_epochs,
     show_default=True,
-    help="Share of the steps in which the learning rate rises.",
+    help="In the first so many, the learning rate rises.",
 )
 @click.option("--weight-decay", default=_SETTINGS.weight_decay, show_default=True)
 @click.option("--label-smoothing", default=_SETTINGS.label_smoothing, show_default=True)
@@ -169,20 +252,55 @@ def evaluate_command(name: str, data: Path, batch_size: int, workers: int) -> No
     help="Largest norm of the gradient.",
 )
 @click.option(
+    "--rand-augment",
+    default=_SETTINGS.rand_augment,
+    help="timm's description of one, such as rand-m9-n2-mstd0.5-inc1.",
+)
+@click.option(
+    "--random-erasing",
+    default=_SETTINGS.random_erasing,
+    show_default=True,
+    help="Probability that a rectangle is filled with noise.",
+)
+@click.option("--mixup", default=_SETTINGS.mixup, show_default=True, help="Its alpha.")
+@click.option("--cutmix", default=_SETTINGS.cutmix, show_default=True, help="Its alpha.")
+@click.option(
+    "--ema-decay",
+    default=_SETTINGS.ema_decay,
+    show_default=True,
+    help="If above 0, the run gives the moving average of the weights.",
+)
+@click.option(
     "--held-out",
     default=_SETTINGS.held_out,
     show_default=True,
     help="Training images kept back to measure accuracy after each epoch.",
 )
 @click.option("--seed", default=_SETTINGS.seed, show_default=True)
-def train_command(model: str, data: Path, output: Path, workers: int, **settings: Any) -> None:
-    """Train MODEL from scratch; the same command goes on with an interrupted run."""
+@click.option(
+    "--continue-from",
+    type=click.Path(path_type=Path),
+    help="A shorter run to begin with, from when its learning rate began to fall.",
+)
+@click.option("--skip-damaged", is_flag=True, help="Leave out images that cannot be read.")
+def train_command(
+    model: str,
+    data: Path,
+    output: Path,
+    continue_from: Path | None,
+    skip_damaged: bool,
+    **settings: Any,
+) -> None:
+    """Train MODEL from scratch; the same command goes on with an interrupted run.
+
+    torchrun starts it in several processes or on several GPUs:
+    torchrun --nproc-per-node 2 -m convmixer_hub train ...
+    """
     try:
-        run = train(TrainingSettings(model, **settings), data, output, workers)
+        run = train(TrainingSettings(model, **settings), data, output, continue_from, skip_damaged)
     except KeyboardInterrupt:
-        kept = (
-            "keeps what the finished epochs gave" if (output / STATE_FILE).exists() else "is empty"
-        )
+        kept = "keeps all but the last minute" if (output / STATE_FILE).exists() else "is empty"
         click.echo(f"\nstopped; {output} {kept}, and the same command goes on from there", err=True)
         sys.exit(130)
-    click.echo(f"{run}: finished; measure it with: convmixer evaluate {run} --data {data}")
+    if get_rank() == 0:
+        click.echo(f"{run}: finished; measure it with: convmixer evaluate {run} --data {data}")

@@ -1,4 +1,4 @@
-"""Top-1 accuracy of a model on labelled images."""
+"""How good a model is on labelled images: accuracy, confusions, calibration."""
 
 from __future__ import annotations
 
@@ -7,13 +7,16 @@ from pathlib import Path
 
 import torch
 from timm.data import resolve_model_data_config
-from torch import nn
-from torch.utils.data import DataLoader
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
-from .data import eval_transform, load_images, make_loader, read_batches
+from .data import LabelledImages, eval_transform, load_images, make_loader, read_batches
 from .errors import DataError
+from .machine import get_rank, get_world_size, join_processes, sum_over_processes
 from .zoo import get_label_names
+
+CALIBRATION_BINS = 15
 
 
 @dataclass(frozen=True)
@@ -37,7 +40,7 @@ def evaluate(
 
     Args:
         model: Maps images to logits; left in evaluation mode.
-        loader: Serves `(images, labels)`.
+        loader: Serves `(images, labels)`; under torchrun, this process's share of them.
         device: Where the model is.
         progress: Show a progress bar, if there is a terminal.
     """
@@ -50,19 +53,16 @@ def evaluate(
         predicted = model(images.to(device)).argmax(dim=1)
         correct += int((predicted == labels.to(device)).sum())
         count += len(labels)
-    return Evaluation(correct, count)
+    total = sum_over_processes(torch.tensor([correct, count], device=device))
+    return Evaluation(*total.tolist())
 
 
-def evaluate_on(
-    model: nn.Module, data_dir: str | Path, batch_size: int = 64, workers: int = 0
-) -> Evaluation:
-    """Measure a model on the test images of a data set, prepared as the model's config says.
+def load_test_images(model: nn.Module, data_dir: str | Path) -> LabelledImages:
+    """Read the test images of a data set, prepared as the model's config says.
 
     Args:
         model: From `timm.create_model`.
         data_dir: Folder of the data set, see `data.load_images`.
-        batch_size: Images at a time; changes the speed, not the result.
-        workers: Processes that read images.
 
     Raises:
         DataError: If the data cannot be read, or its classes are not the model's.
@@ -76,5 +76,98 @@ def evaluate_on(
             f"{', '.join(known) if known else model.num_classes}; "
             "evaluate it on data with the same classes in the same order"
         )
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return evaluate(model.to(device), make_loader(images, batch_size, workers), device)
+    return images
+
+
+def evaluate_on(
+    model: nn.Module, data_dir: str | Path, batch_size: int = 64, workers: int = 0
+) -> Evaluation:
+    """Measure a model on the test images of a data set, prepared as the model's config says.
+
+    Under torchrun the processes share the images, and each gets the result for all of them.
+
+    Args:
+        model: From `timm.create_model`.
+        data_dir: Folder of the data set, see `data.load_images`.
+        batch_size: Images at a time; changes the speed, not the result.
+        workers: Processes that read images.
+
+    Raises:
+        DataError: If the data cannot be read, or its classes are not the model's.
+    """
+    images = load_test_images(model, data_dir)
+    share = Subset(images, range(get_rank(), len(images), get_world_size()))
+    with join_processes() as device:
+        return evaluate(
+            model.to(device), make_loader(share, batch_size, workers), device, get_rank() == 0
+        )
+
+
+@torch.inference_mode()
+def collect_probabilities(
+    model: nn.Module, data_dir: str | Path, batch_size: int = 64, workers: int = 0
+) -> tuple[Tensor, Tensor]:
+    """Keep what a model says of each test image of a data set.
+
+    Returns:
+        Probabilities `[count, num_classes]` in double precision, and labels `[count]`.
+
+    Raises:
+        DataError: If the data cannot be read, or its classes are not the model's.
+    """
+    loader = make_loader(load_test_images(model, data_dir), batch_size, workers)
+    batches = tqdm(read_batches(loader), "test", len(loader), leave=False, disable=None)
+    model.eval()
+    device = next(model.parameters()).device
+    logits, labels = zip(*[(model(images.to(device)).cpu(), labels) for images, labels in batches])
+    return torch.cat(logits).double().softmax(dim=1), torch.cat(labels)
+
+
+def count_confusions(probabilities: Tensor, labels: Tensor) -> Tensor:
+    """Count images by label (row) and first choice (column): `[num_classes, num_classes]`."""
+    num_classes = probabilities.shape[1]
+    pairs = labels * num_classes + probabilities.argmax(dim=1)
+    return pairs.bincount(minlength=num_classes**2).view(num_classes, num_classes)
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """How far the probability of the first choice can be believed, in bins of equal width.
+
+    Attributes:
+        counts: Images in each bin.
+        confidence: Mean probability of the first choice in each bin, 0 where there is no image.
+        accuracy: Share of right first choices in each bin, 0 where there is no image.
+    """
+
+    counts: Tensor
+    confidence: Tensor
+    accuracy: Tensor
+
+    @property
+    def mean_confidence(self) -> float:
+        """Mean probability of the first choice over all images."""
+        return float((self.counts * self.confidence).sum() / self.counts.sum())
+
+    @property
+    def error(self) -> float:
+        """Expected calibration error: the mean distance of confidence and accuracy (0 to 1)."""
+        distances = (self.confidence - self.accuracy).abs()
+        return float((self.counts * distances).sum() / self.counts.sum())
+
+
+def measure_calibration(
+    probabilities: Tensor, labels: Tensor, bins: int = CALIBRATION_BINS
+) -> Calibration:
+    """Compare probabilities `[count, num_classes]` of first choices with how often they are right.
+
+    A probability on the border of two bins belongs to the lower one.
+    """
+    confidence, predicted = probabilities.max(dim=1)
+    bin_of = ((confidence * bins).ceil().long() - 1).clamp(0, bins - 1)
+    counts = bin_of.bincount(minlength=bins)
+
+    def mean(values: Tensor) -> Tensor:
+        return bin_of.bincount(weights=values, minlength=bins) / counts.clamp(min=1)
+
+    return Calibration(counts, mean(confidence), mean((predicted == labels).double()))

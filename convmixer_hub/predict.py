@@ -1,10 +1,9 @@
-"""What a model sees in images: the likeliest classes, in words or as a picture."""
+"""What a model sees in images: the likeliest classes."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from PIL import Image
@@ -12,7 +11,6 @@ from timm.data import resolve_model_data_config
 from torch import nn
 
 from .data import eval_transform
-from .errors import DataError
 from .zoo import get_label_names
 
 
@@ -49,47 +47,3 @@ def predict(
             ]
         )
     return predictions
-
-
-def draw_predictions(
-    images: Sequence[Image.Image],
-    titles: Sequence[str],
-    predictions: Sequence[Sequence[Prediction]],
-    file: Path,
-) -> None:
-    """Draw images with bars for their likeliest classes.
-
-    Args:
-        images: RGB images.
-        titles: One above each image.
-        predictions: As `predict` gives them.
-        file: PNG, SVG or PDF to write.
-
-    Raises:
-        DataError: If matplotlib is not installed, or the file cannot be written.
-    """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise DataError("drawing needs matplotlib: pip install 'convmixer-hub[figures]'") from None
-    columns = min(5, len(images))
-    rows = -(-len(images) // columns)
-    figure = Figure(figsize=(2.1 * columns, 3.0 * rows), layout="constrained")
-    axes = figure.subplots(2 * rows, columns, squeeze=False, height_ratios=[3, 1] * rows)
-    for axis in axes.flat:
-        axis.set_axis_off()
-    for i, (image, title, classes) in enumerate(zip(images, titles, predictions)):
-        picture = axes[2 * (i // columns), i % columns]
-        picture.imshow(image, interpolation="nearest")
-        picture.set_title(title, fontsize=10)
-        bars = axes[2 * (i // columns) + 1, i % columns]
-        heights = range(len(classes))
-        bars.barh(heights, [c.probability for c in classes], color="#9ecae1")
-        for height, c in zip(heights, classes):
-            bars.text(0.02, height, f"{c.label} {c.probability:.0%}", va="center", fontsize=9)
-        bars.set_xlim(0, 1)
-        bars.invert_yaxis()
-    try:
-        figure.savefig(file, dpi=100)
-    except (OSError, ValueError) as error:
-        raise DataError(f"{file}: cannot be written ({error}); name a PNG file") from None

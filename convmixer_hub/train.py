@@ -1,23 +1,10 @@
-"""Training a model on labelled images, with a run folder that the same command resumes.
-
-A run folder holds
-
-- `training_state.pt`: all that the next epoch needs, and what the epochs before it gave;
-- `config.json`, `model.safetensors`: the model as timm and the Hub take it;
-- `metrics.csv`: one line an epoch.
-
-The state is written first and the others follow from it, each replaced whole or not at all.
-"""
+"""Training a model on labelled images, alone or in several processes, with a resumable run."""
 
 from __future__ import annotations
 
-import csv
-import ctypes
 import math
-import os
+import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -25,65 +12,96 @@ from typing import Any
 
 import timm
 import torch
-from timm.data import resolve_model_data_config
+from timm.data import Mixup, resolve_model_data_config
+from timm.data.random_erasing import RandomErasing
 from timm.optim import create_optimizer_v2, muon
-from timm.scheduler import CosineLRScheduler
-from timm.utils import random_seed
+from timm.utils import ModelEmaV3, random_seed
 from torch import nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from .checkpoint import save_model, suggest
+from .checkpoint import suggest
 from .data import (
+    LabelledImages,
+    TrainingImages,
+    derive_seed,
     eval_transform,
     hold_out,
+    is_rand_augment,
     load_images,
     make_loader,
-    read_batches,
-    train_transform,
     with_transform,
 )
-from .errors import DataError, TrainingError, UnknownModelError, first_line
+from .errors import DataError, TrainingError, UnknownModelError
 from .evaluate import evaluate
+from .fused import fuse_gelu_and_norm
+from .machine import (
+    describe_machine,
+    get_rank,
+    get_world_size,
+    join_processes,
+    keep_freed_memory,
+    sum_over_processes,
+    take_from_first_process,
+)
+from .run_folder import branch_off, open_run, save_results, save_state
 from .zoo import default_cfgs
 
-STATE_FILE = "training_state.pt"
-METRICS_FILE = "metrics.csv"
+OPTIMIZERS: dict[str, dict[str, Any]] = {
+    "muon": {"fallback_lr_scale": 0.5},
+    "adamw": {"betas": (0.9, 0.99)},
+}
+SECONDS_BETWEEN_SAVES = 60.0
 SPLIT_SEED = 0
 
 
 @dataclass(frozen=True)
 class TrainingSettings:
-    """What a run computes, given the data, the kind of device and the number of workers.
+    """What a run computes, given the data and the kind of device.
+
+    The learning rate rises for a while, stays at its peak, and falls to 0 over the last epochs.
+    Until it falls, nothing depends on the number of epochs.
 
     Attributes:
         model: Name of an arch in timm's registry.
         epochs: Passes over the training images.
-        small_crop_epochs: The first so many epochs see smaller crops, for speed.
-        small_crop_size: Side of these crops, in pixels.
-        batch_size: Images a step.
-        learning_rate: Muon's peak for the 1x1 convolutions, the stem and the head; its AdamW for
-            the other parameters has half of it. Both rise from 0 over the first `warmup` of all
-            steps, then fall to 0 on a cosine.
-        warmup: Share of the steps, between 0 and 1.
+        final_share: Share of the epochs (rounded, at least one epoch) at the end in which the
+            learning rate falls and images are seen whole; before that, smaller crops save time.
+        warmup_epochs: In the first so many, the learning rate rises from 0.
+        small_crop_size: Side of the smaller crops, in pixels.
+        batch_size: Images a step, over all processes.
+        optimizer: `muon` or `adamw`, as timm has them.
+        learning_rate: The peak. Muon takes it for the 1x1 convolutions, the stem and the head; its
+            AdamW for the other parameters takes half of it.
         weight_decay: On the weights of convolutions and linear maps alone.
         label_smoothing: Share of the target spread over all classes.
         clip_grad: Largest norm of the gradient.
+        rand_augment: timm's description of a RandAugment, such as `rand-m9-n2-mstd0.5-inc1`.
+        random_erasing: Probability that a rectangle of an image is filled with noise.
+        mixup: Alpha of mixup; 0 for none.
+        cutmix: Alpha of cutmix; 0 for none. With both, a batch gets one of them.
+        ema_decay: If above 0, the run gives the exponential moving average of the weights.
         held_out: Training images kept back to measure accuracy after each epoch.
         seed: Of the initial weights, the order of the images and their augmentation.
     """
 
     model: str
-    epochs: int = 9
-    small_crop_epochs: int = 6
+    epochs: int = 12
+    final_share: float = 0.4
+    warmup_epochs: float = 1.0
     small_crop_size: int = 24
     batch_size: int = 128
+    optimizer: str = "muon"
     learning_rate: float = 0.02
-    warmup: float = 0.25
     weight_decay: float = 0.05
     label_smoothing: float = 0.1
     clip_grad: float = 1.0
+    rand_augment: str = ""
+    random_erasing: float = 0.0
+    mixup: float = 0.0
+    cutmix: float = 0.0
+    ema_decay: float = 0.0
     held_out: int = 0
     seed: int = 0
 
@@ -95,35 +113,74 @@ class TrainingSettings:
         """
         for name, fits, range_ in [
             ("epochs", self.epochs >= 1, "at least 1"),
-            ("small_crop_epochs", 0 <= self.small_crop_epochs < self.epochs, "0 to epochs - 1"),
+            ("final_share", 0 <= self.final_share <= 1, "0 to 1"),
+            ("warmup_epochs", 0 <= self.warmup_epochs < math.inf, "at least 0"),
             ("small_crop_size", self.small_crop_size >= 1, "at least 1"),
             ("batch_size", self.batch_size >= 2, "at least 2"),
+            ("optimizer", self.optimizer in OPTIMIZERS, " or ".join(sorted(OPTIMIZERS))),
             ("learning_rate", 0 < self.learning_rate < math.inf, "above 0"),
-            ("warmup", 0 <= self.warmup < 1, "at least 0 and below 1"),
             ("weight_decay", 0 <= self.weight_decay < math.inf, "at least 0"),
             ("label_smoothing", 0 <= self.label_smoothing < 1, "at least 0 and below 1"),
             ("clip_grad", self.clip_grad > 0, "above 0"),
+            ("rand_augment", is_rand_augment(self.rand_augment), "one such as rand-m9-n2-inc1"),
+            ("random_erasing", 0 <= self.random_erasing <= 1, "0 to 1"),
+            ("mixup", 0 <= self.mixup < math.inf, "at least 0"),
+            ("cutmix", 0 <= self.cutmix < math.inf, "at least 0"),
+            (
+                "batch_size",
+                self.batch_size % 2 == 0 or not self.mixes,
+                "an even number, for mixup and cutmix",
+            ),
+            ("ema_decay", 0 <= self.ema_decay < 1, "at least 0 and below 1"),
             ("held_out", self.held_out >= 0, "at least 0"),
             ("seed", 0 <= self.seed < 2**31, "0 to 2147483647"),
         ]:
             if not fits:
                 raise TrainingError(f"{name} is {getattr(self, name)}: give {range_}")
 
+    @property
+    def mixes(self) -> bool:
+        """Tell whether images are mixed with one another."""
+        return self.mixup > 0 or self.cutmix > 0
+
+    @property
+    def final_epochs(self) -> int:
+        """Number of epochs in which the learning rate falls."""
+        return max(1, round(self.final_share * self.epochs))
+
+    @property
+    def peak_epochs(self) -> int:
+        """Number of epochs before the learning rate falls."""
+        return self.epochs - self.final_epochs
+
+    def learning_rate_factor(self, epochs_done: float) -> float:
+        """Give the learning rate as a share of its peak."""
+        rise = epochs_done / self.warmup_epochs if self.warmup_epochs else 1.0
+        fall = (self.epochs - epochs_done) / self.final_epochs
+        return min(rise, 1.0, fall)
+
 
 def train(
     settings: TrainingSettings,
     data_dir: str | Path,
     output: str | Path,
-    workers: int = 1,
+    continue_from: str | Path | None = None,
+    skip_damaged: bool = False,
     progress: bool = True,
 ) -> Path:
     """Train a model, or go on with a run that was interrupted.
+
+    Under torchrun, all processes share each batch; with the same batch size their number changes
+    the result by rounding alone (unless images are mixed, erased or RandAugmented, which each
+    process does for itself).
 
     Args:
         settings: What to compute.
         data_dir: Folder of the data set, see `data.load_images`; its test split is not read.
         output: The run folder. If it holds a run with the same settings, that run is resumed.
-        workers: Processes that read and augment images.
+        continue_from: Folder of a shorter run with the same settings. A new run begins with what
+            that one had when its learning rate began to fall, as if it had computed it itself.
+        skip_damaged: Train without the images that cannot be read, naming them on stderr.
         progress: Show progress bars, if there is a terminal, and a line an epoch.
 
     Returns:
@@ -131,219 +188,251 @@ def train(
 
     Raises:
         UnknownModelError: If timm's registry has no such model.
-        TrainingError: If the folder holds another run, or the loss is no longer a number.
+        TrainingError: If the folder holds another run or cannot be written, or the loss is no
+            longer a number.
         DataError: If the data cannot be read, or is less than one batch.
     """
-    run = Path(output)
+    folder = Path(output)
     if not timm.is_model(settings.model):
         raise UnknownModelError(
             f"no model is named '{settings.model}'; {suggest(settings.model, default_cfgs)}"
         )
-    images = load_images(data_dir, "train")
-    state = _open_run(run, settings, list(images.classes))
-    _keep_freed_memory()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if device.type == "cpu":
-        _orthogonalise_in_fp32()
-
-    random_seed(settings.seed)
-    model = timm.create_model(settings.model, num_classes=len(images.classes)).to(device)
-    data_config = resolve_model_data_config(model)
-    image_size = data_config["input_size"][-1]
-    if settings.small_crop_size > image_size:
-        raise TrainingError(
-            f"small_crop_size is {settings.small_crop_size}: {settings.model} takes images of "
-            f"{image_size} pixels, give at most that"
-        )
-    kept, held_out = hold_out(len(images), settings.held_out, SPLIT_SEED)
-    steps_per_epoch = len(kept) // settings.batch_size
-    if steps_per_epoch == 0:
-        raise DataError(
-            f"{data_dir}: {len(kept)} training images are less than one batch of "
-            f"{settings.batch_size}; give a smaller --batch-size"
-        )
-    held_out_loader = make_loader(
-        with_transform(images, eval_transform(data_config), held_out), 256, workers
-    )
-
-    optimizer = create_optimizer_v2(
-        model,
-        opt="muon",
-        lr=settings.learning_rate,
-        weight_decay=settings.weight_decay,
-        fallback_lr_scale=0.5,
-    )
-    total_steps = settings.epochs * steps_per_epoch
-    warmup_steps = int(settings.warmup * total_steps)
-    scheduler = CosineLRScheduler(
-        optimizer,
-        t_initial=total_steps - warmup_steps,
-        warmup_t=warmup_steps,
-        warmup_prefix=True,
-        t_in_epochs=False,
-    )
-
-    if state["epoch"]:
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        _save(run, model, state)
-    for epoch in range(state["epoch"], settings.epochs):
-        crop_size = settings.small_crop_size if epoch < settings.small_crop_epochs else image_size
-        random_seed(settings.seed, epoch)
-        loader = make_loader(
-            with_transform(images, train_transform(data_config, crop_size), kept),
-            settings.batch_size,
-            workers,
-            training_seed=settings.seed * 10_000 + epoch,
-        )
-        metrics: dict[str, Any] = {"epoch": epoch + 1, "crop_size": crop_size}
-        metrics |= _train_epoch(
-            model, loader, optimizer, scheduler, settings, epoch, device, progress
-        )
-        if held_out:
-            result = evaluate(model, held_out_loader, device, progress)
-            metrics["held_out_top1"] = round(result.top1, 2)
-        state["epoch"] = epoch + 1
-        state["model"] = model.state_dict()
-        state["optimizer"] = optimizer.state_dict()
-        state["metrics"] = [*state["metrics"], metrics]
-        _save(run, model, state)
-        if progress:
-            tqdm.write("  ".join(f"{name} {value}" for name, value in metrics.items()))
-    return run
-
-
-def _train_epoch(
-    model: nn.Module,
-    loader: DataLoader,
-    optimizer: torch.optim.Optimizer,
-    scheduler: CosineLRScheduler,
-    settings: TrainingSettings,
-    epoch: int,
-    device: torch.device,
-    progress: bool,
-) -> dict[str, Any]:
-    """Go once over the training images; return the epoch's loss, accuracy and speed."""
-    model.train()
-    start = time.perf_counter()
-    loss_sum, correct, count = 0.0, 0, 0
-    title = f"epoch {epoch + 1}/{settings.epochs}"
-    with tqdm(
-        read_batches(loader),
-        desc=title,
-        total=len(loader),
-        unit="step",
-        leave=False,
-        disable=None if progress else True,
-    ) as bar:
-        for step, (images, labels) in enumerate(bar, start=epoch * len(loader)):
-            scheduler.step_update(step)
-            images, labels = images.to(device), labels.to(device)
-            logits = model(images)
-            loss = F.cross_entropy(logits, labels, label_smoothing=settings.label_smoothing)
-            if not math.isfinite(loss.item()):
-                raise TrainingError(
-                    f"the loss is {loss.item()} in epoch {epoch + 1} (finished epochs, which are "
-                    f"kept: {epoch}); start a new run with a smaller --lr"
-                )
-            optimizer.zero_grad()
-            loss.backward()
-            nn.utils.clip_grad_norm_(model.parameters(), settings.clip_grad)
-            optimizer.step()
-
-            loss_sum += loss.item() * len(labels)
-            correct += int((logits.argmax(dim=1) == labels).sum())
-            count += len(labels)
-            speed = count / (time.perf_counter() - start)
-            bar.set_postfix_str(
-                f"loss {loss_sum / count:.3f}, accuracy {100 * correct / count:.1f} %, "
-                f"{speed:.0f} images/s"
-            )
-    return {
-        "train_loss": round(loss_sum / count, 4),
-        "train_top1": round(100.0 * correct / count, 2),
-        "seconds": round(time.perf_counter() - start, 1),
-    }
-
-
-def _open_run(run: Path, settings: TrainingSettings, classes: list[str]) -> dict[str, Any]:
-    """Make the run folder, or read the state of the run in it; refuse any other folder."""
-    state_file = run / STATE_FILE
-    identity: dict[str, Any] = {"settings": asdict(settings), "classes": classes}
-    try:
-        run.mkdir(parents=True, exist_ok=True)
-        # Names with a dot are left over from a process that was killed while saving.
-        is_new = all(file.name.startswith(".") for file in run.iterdir())
-    except OSError as error:
-        raise TrainingError(
-            f"{run}: cannot be made or read ({first_line(error)}); name another --output"
-        ) from None
-    if not os.access(run, os.W_OK):
-        raise TrainingError(f"{run}: may not be written to; name another --output")
-    if is_new:
-        return {**identity, "epoch": 0, "metrics": []}
-    if not state_file.exists():
-        raise TrainingError(
-            f"{run}: holds files but no {STATE_FILE}, so it is no run to go on with; "
-            "name another --output"
-        )
-    try:
-        state: dict[str, Any] = torch.load(state_file, map_location="cpu", weights_only=True)
-        found = {**state["settings"], "classes": state["classes"]}
-    except Exception as error:  # torch.load has no error of its own
-        raise TrainingError(
-            f"{state_file}: damaged ({first_line(error)}); name another --output"
-        ) from None
-    for name, value in {**identity["settings"], "classes": classes}.items():
-        if found.get(name) != value:
+    with join_processes() as device:
+        if settings.batch_size % get_world_size():
             raise TrainingError(
-                f"{run}: holds a run with {name} {found.get(name)!r}, not {value!r}; "
-                "give the same settings and data to resume it, or name another --output"
+                f"batch_size is {settings.batch_size}: give a multiple of the number of "
+                f"processes, {get_world_size()}"
             )
-    return state
+        images = load_images(data_dir, "train")
+        state = None
+        if get_rank() == 0:
+            identity = {"settings": asdict(settings), "classes": list(images.classes)}
+            state = open_run(folder, identity)
+            if continue_from is not None and not state["epoch"] and not state["step"]:
+                state = branch_off(Path(continue_from), identity, settings.peak_epochs)
+        state = take_from_first_process(state)
+        progress = progress and get_rank() == 0
+        run = _Run(settings, folder, state, images, device, skip_damaged, progress)
+        while state["epoch"] < settings.epochs:
+            run.train_epoch()
+    return folder
 
 
-def _save(run: Path, model: nn.Module, state: dict[str, Any]) -> None:
-    """Write the run folder; wherever this is interrupted, the folder can be resumed."""
-    with _replacing(run / STATE_FILE) as temporary:
-        torch.save(state, temporary)
-    save_model(model, run, {"label_names": state["classes"], "training": state["settings"]})
-    with _replacing(run / METRICS_FILE) as temporary, temporary.open("w", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=list(state["metrics"][0]))
-        writer.writeheader()
-        writer.writerows(state["metrics"])
+class _Run:
+    """One process's part in a training run; all of it that lasts is in `state`."""
 
+    def __init__(
+        self,
+        settings: TrainingSettings,
+        folder: Path,
+        state: dict[str, Any],
+        images: LabelledImages,
+        device: torch.device,
+        skip_damaged: bool,
+        progress: bool,
+    ) -> None:
+        self.settings = settings
+        self.folder = folder
+        self.state = state
+        self.device = device
+        self.progress = progress
+        state["machine"] = describe_machine()
+        random_seed(settings.seed)
+        self._build_model(len(images.classes))
+        self._read_images(images, skip_damaged)
+        self.mix = Mixup(
+            mixup_alpha=settings.mixup,
+            cutmix_alpha=settings.cutmix,
+            label_smoothing=settings.label_smoothing,
+            num_classes=len(images.classes),
+        )
+        self.erase = RandomErasing(settings.random_erasing, mode="pixel", device=device)
+        if "model" in state:
+            self.model.load_state_dict(state["model"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            if self.average is not None:
+                self.average.module.load_state_dict(state["average"])
+            if state["step"] == 0:
+                self._save_results()
 
-@contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    """Give a temporary path to write to; rename it to `path` when all went well."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    def _build_model(self, num_classes: int) -> None:
+        settings = self.settings
+        model = timm.create_model(settings.model, num_classes=num_classes).to(self.device)
+        if self.device.type == "cpu":
+            keep_freed_memory()
+            fuse_gelu_and_norm(model)
+            # timm's Muon computes in bf16. On a CPU without instructions for it, the products of
+            # its 256x256 matrices take longer than the rest of the step.
+            muon.zeropower_via_newtonschulz = partial(
+                muon.zeropower_via_newtonschulz, dtype=torch.float32
+            )
+        elif get_world_size() > 1:
+            model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        self.model = model
+        self.average = ModelEmaV3(model, settings.ema_decay) if settings.ema_decay else None
+        self.network: nn.Module = model
+        if get_world_size() > 1:
+            if any(type(module) is nn.BatchNorm2d for module in model.modules()):
+                raise TrainingError(
+                    f"{settings.model}: its BatchNorm cannot be computed over several processes "
+                    "on CPUs, that of GELU ConvMixers alone can; start one process"
+                )
+            self.network = DistributedDataParallel(model, broadcast_buffers=False)
+        self.optimizer = create_optimizer_v2(
+            model,
+            opt=settings.optimizer,
+            lr=settings.learning_rate,
+            weight_decay=settings.weight_decay,
+            **OPTIMIZERS[settings.optimizer],
+        )
 
+    def _read_images(self, images: LabelledImages, skip_damaged: bool) -> None:
+        settings = self.settings
+        data_config = resolve_model_data_config(self.model)
+        image_size = data_config["input_size"][-1]
+        if settings.small_crop_size > image_size:
+            raise TrainingError(
+                f"small_crop_size is {settings.small_crop_size}: {settings.model} takes images of "
+                f"{image_size} pixels, give at most that"
+            )
+        kept, held_out = hold_out(len(images), settings.held_out, SPLIT_SEED)
+        self.images = TrainingImages(
+            images,
+            kept,
+            data_config,
+            settings.seed,
+            settings.rand_augment,
+            skip_damaged,
+            self.device,
+            self.progress,
+        )
+        if self.progress:
+            for line in self.images.damaged:
+                tqdm.write(f"skipped: {line}", file=sys.stderr)
+        if len(self.images) < settings.batch_size:
+            raise DataError(
+                f"{len(self.images)} training images are less than one batch of "
+                f"{settings.batch_size}; give a smaller --batch-size"
+            )
+        own_held_out = held_out[get_rank() :: get_world_size()]
+        self.held_out_loader = make_loader(
+            with_transform(images, eval_transform(data_config), own_held_out), batch_size=256
+        )
 
-def _keep_freed_memory() -> None:
-    """Let glibc reuse freed activations instead of giving their pages back to the kernel.
+    def train_epoch(self) -> None:
+        """Go on to the end of the epoch, and save what it gave."""
+        settings, state = self.settings, self.state
+        epoch, first_step = state["epoch"], state["step"]
+        # Sums over the epoch so far; they begin anew with it.
+        sums = state["sums"] if first_step else {"loss": 0.0, "correct": 0.0, "seconds": 0.0}
+        is_final = epoch >= settings.peak_epochs
+        crop_size = self.images.image_size if is_final else settings.small_crop_size
+        steps = len(self.images) // settings.batch_size
+        start, saved = time.monotonic() - sums["seconds"], time.monotonic()
+        self.network.train()
+        with tqdm(
+            desc=f"epoch {epoch + 1}/{settings.epochs}",
+            total=steps,
+            initial=first_step,
+            unit="step",
+            leave=False,
+            disable=None if self.progress else True,
+        ) as bar:
+            for step in range(first_step, steps):
+                factor = settings.learning_rate_factor(epoch + (step + 0.5) / steps)
+                loss, correct = self._train_step(epoch, step, crop_size, factor)
+                sums["loss"] += loss
+                sums["correct"] += correct
+                sums["seconds"] = time.monotonic() - start
+                count = (step + 1) * settings.batch_size
+                bar.set_postfix_str(
+                    f"loss {sums['loss'] / count:.3f}, "
+                    f"accuracy {100 * sums['correct'] / count:.1f} %, "
+                    f"{count / sums['seconds']:.0f} images/s"
+                )
+                bar.update()
+                if time.monotonic() - saved > SECONDS_BETWEEN_SAVES:
+                    self._save_state(epoch, step + 1, sums)
+                    saved = time.monotonic()
 
-    By default every tensor over 32 MiB is mapped, zeroed page by page, and unmapped again at each
-    step, which is a good part of its time. Elsewhere than on glibc this does nothing.
-    """
-    m_trim_threshold, m_top_pad, m_mmap_max = -1, -2, -4
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (AttributeError, OSError, TypeError):
-        return
-    mallopt(m_mmap_max, 0)
-    mallopt(m_trim_threshold, -1)  # never
-    mallopt(m_top_pad, 2**28)  # grow in steps of 256 MiB
+        count = steps * settings.batch_size
+        metrics = {
+            "epoch": epoch + 1,
+            "crop_size": crop_size,
+            "train_loss": round(sums["loss"] / count, 4),
+            "train_top1": round(100.0 * sums["correct"] / count, 2),
+            "seconds": round(sums["seconds"], 1),
+        }
+        if settings.held_out:
+            result = evaluate(self.result, self.held_out_loader, self.device, self.progress)
+            metrics["held_out_top1"] = round(result.top1, 2)
+        state["metrics"] = [*state["metrics"], metrics]
+        self._save_state(epoch + 1, 0, {})
+        self._save_results()
+        if self.progress:
+            tqdm.write("  ".join(f"{name} {value}" for name, value in metrics.items()))
 
+    def _train_step(
+        self, epoch: int, step: int, crop_size: int, learning_rate_factor: float
+    ) -> tuple[float, int]:
+        """Take one step; return the sum of the losses and the number of images got right."""
+        settings = self.settings
+        # So that a run that is resumed at any step goes on as if nothing had happened.
+        random_seed(derive_seed(settings.seed, epoch, step) % 2**31, get_rank())
+        share = settings.batch_size // get_world_size()
+        images, labels = self.images.read_batch(
+            epoch,
+            step,
+            settings.batch_size,
+            crop_size,
+            slice(get_rank() * share, (get_rank() + 1) * share),
+        )
+        images, labels = self.erase(images.to(self.device)), labels.to(self.device)
+        targets, smoothing = labels, settings.label_smoothing
+        if settings.mixes:
+            images, targets = self.mix(images, labels)  # which smooths the labels, too
+            smoothing = 0.0
 
-def _orthogonalise_in_fp32() -> None:
-    """Let timm's Muon compute in fp32 rather than bf16, for which few CPUs have instructions.
+        on_gpu = self.device.type == "cuda"
+        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=on_gpu):
+            logits = self.network(images).float()
+        loss = F.cross_entropy(logits, targets, label_smoothing=smoothing)
+        correct = (logits.argmax(dim=1) == labels).sum()
+        sums = torch.stack([loss.detach().double() * share, correct.double()])
+        loss_sum, correct_sum = sum_over_processes(sums).tolist()
+        if not math.isfinite(loss_sum):
+            raise TrainingError(
+                f"the loss is {loss_sum} in epoch {epoch + 1}, step {step + 1}; {self.folder} "
+                "keeps what was saved before; start a new run with a smaller --lr"
+            )
+        for group in self.optimizer.param_groups:
+            group["lr"] = settings.learning_rate * learning_rate_factor
+        self.optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.model.parameters(), settings.clip_grad)
+        self.optimizer.step()
+        if self.average is not None:
+            self.average.update(self.model)
+        return loss_sum, int(correct_sum)
 
-    Without them its products of 256x256 matrices take longer than the rest of the step.
-    """
-    muon.zeropower_via_newtonschulz = partial(muon.zeropower_via_newtonschulz, dtype=torch.float32)
+    @property
+    def result(self) -> nn.Module:
+        """The model to measure and to give away."""
+        return self.model if self.average is None else self.average.module
+
+    def _save_state(self, epoch: int, step: int, sums: dict[str, float]) -> None:
+        self.state |= {
+            "epoch": epoch,
+            "step": step,
+            "sums": sums,
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "average": None if self.average is None else self.average.module.state_dict(),
+        }
+        if get_rank() == 0:
+            save_state(self.folder, self.state)
+
+    def _save_results(self) -> None:
+        if get_rank() == 0:
+            at_peak = self.state["epoch"] == self.settings.peak_epochs
+            save_results(self.folder, self.result, self.state, at_peak)

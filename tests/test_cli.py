@@ -1,4 +1,5 @@
 import json
+import re
 import shutil
 
 import pytest
@@ -82,6 +83,26 @@ def test_a_file_that_is_no_image_is_named_and_the_others_answered(convmixer, tmp
     ]
 
 
+@pytest.mark.parametrize(
+    ("figure", "message"),
+    [
+        ("missing/figure.png", r"figure.png: cannot be written \(.*\); make room, or name another"),
+        ("figure.svg", "figure.svg: is written as PNG; give it a name in .png"),
+    ],
+)
+def test_a_figure_that_cannot_be_written_is_named(convmixer, tmp_path, figure, message):
+    result = convmixer("predict", IMAGES / "cat.png", "--figure", tmp_path / figure)
+    assert result.exit_code != 0
+    assert re.search(message, result.stderr)
+
+
+def test_card_is_written_for_a_name(convmixer, cifar_sample, tmp_path):
+    result = convmixer("card", NAME, "--data", cifar_sample, "--output", tmp_path / "card")
+    assert result.exit_code == 0, result.stderr
+    assert result.stdout == f"{tmp_path / 'card' / 'README.md'}\n"
+    assert "of the 10 test images" in (tmp_path / "card" / "README.md").read_text()
+
+
 def test_predict_draws_a_figure(convmixer, tmp_path):
     figure = tmp_path / "figure.png"
     assert convmixer("predict", IMAGES / "cat.png", "--figure", figure).exit_code == 0
@@ -120,7 +141,7 @@ def test_evaluate_prints_top1(convmixer, cifar_sample):
 
 def test_train_predict_and_evaluate_take_the_same_folder(convmixer, cifar_sample, tmp_path):
     run = tmp_path / "run"
-    options = ["--epochs", 1, "--batch-size", 10, "--small-crop-epochs", 0, "--workers", 0]
+    options = ["--epochs", 1, "--batch-size", 10]
     trained = convmixer(
         "train", "convmixer_96_8_ks5_p1", "--data", cifar_sample, "--output", run, *options
     )

@@ -5,7 +5,7 @@ from PIL import Image
 
 from convmixer_hub import DataError
 from convmixer_hub.data import eval_transform
-from convmixer_hub.evaluate import evaluate_on
+from convmixer_hub.evaluate import count_confusions, evaluate_on, measure_calibration
 from convmixer_hub.zoo import CIFAR10_CLASSES, get_config, load_trained
 
 from .conftest import IMAGES
@@ -52,3 +52,34 @@ def test_data_with_other_classes_is_refused(cifar_sample, change):
     get_config(model).update(change)
     with pytest.raises(DataError, match="has the classes airplane, automobile, .* but the model"):
         evaluate_on(model, cifar_sample)
+
+
+def calibration_error(confidences: list[float], right: list[bool]) -> float:
+    """The definition: over 15 bins, the mean distance of accuracy and mean confidence."""
+    total = 0.0
+    for i in range(15):
+        members = [j for j, c in enumerate(confidences) if i / 15 < c <= (i + 1) / 15]
+        if members:
+            accuracy = sum(right[j] for j in members) / len(members)
+            confidence = sum(confidences[j] for j in members) / len(members)
+            total += len(members) / len(confidences) * abs(accuracy - confidence)
+    return total
+
+
+@pytest.mark.parametrize("num_classes", [2, 10, 37])
+def test_counts_are_those_of_a_direct_loop(num_classes):
+    probabilities = (3 * torch.randn(200, num_classes)).double().softmax(1)
+    labels = torch.randint(num_classes, (200,))
+    confusion = count_confusions(probabilities, labels)
+    expected = torch.zeros(num_classes, num_classes, dtype=torch.long)
+    for row, label in zip(probabilities, labels):
+        expected[label, row.argmax()] += 1
+    assert torch.equal(confusion, expected)
+
+    calibration = measure_calibration(probabilities, labels)
+    confidences, right = probabilities.max(1).values, probabilities.argmax(1) == labels
+    assert calibration.counts.sum() == 200
+    assert calibration.mean_confidence == pytest.approx(float(confidences.mean()))
+    assert calibration.error == pytest.approx(
+        calibration_error(confidences.tolist(), right.tolist())
+    )

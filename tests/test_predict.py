@@ -3,9 +3,8 @@ import timm
 import torch
 from PIL import Image
 
-from convmixer_hub import DataError
 from convmixer_hub.data import eval_transform, open_image
-from convmixer_hub.predict import Prediction, draw_predictions, predict
+from convmixer_hub.predict import predict
 from convmixer_hub.zoo import CIFAR10_CLASSES, load_trained
 
 from .conftest import IMAGES
@@ -41,18 +40,3 @@ def test_a_fresh_head_does_not_inherit_the_names_of_the_old_classes(num_classes)
     model = timm.create_model("convmixer_cifar", pretrained=True, num_classes=num_classes)
     [found] = predict(model, [Image.new("RGB", (32, 32))], top_k=num_classes)
     assert {p.label for p in found} == {str(i) for i in range(num_classes)}
-
-
-def test_predictions_are_drawn(tmp_path):
-    image = open_image(IMAGES / "cat.png")
-    classes = [Prediction("cat", 0.9), Prediction("dog", 0.1)]
-    for count in (1, 7):
-        file = tmp_path / f"{count}.png"
-        draw_predictions([image] * count, ["a title"] * count, [classes] * count, file)
-        assert open_image(file).width > 100
-
-
-def test_a_drawing_that_cannot_be_written_is_named(tmp_path):
-    file = tmp_path / "missing" / "figure.png"
-    with pytest.raises(DataError, match=r"figure.png: cannot be written .*; name a PNG file"):
-        draw_predictions([Image.new("RGB", (2, 2))], ["a"], [[Prediction("cat", 1.0)]], file)

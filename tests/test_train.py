@@ -1,12 +1,14 @@
 import csv
 import json
 import os
+import random
+import resource
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 import safetensors.torch
@@ -14,6 +16,7 @@ import torch
 
 from convmixer_hub import DataError, TrainingError, UnknownModelError
 from convmixer_hub import train as train_module
+from convmixer_hub.evaluate import evaluate_on
 from convmixer_hub.train import TrainingSettings, train
 from convmixer_hub.zoo import CIFAR10_CLASSES, load_trained
 
@@ -22,15 +25,15 @@ from .conftest import CHECKOUT, IMAGES
 SETTINGS = TrainingSettings(
     "convmixer_96_8_ks5_p1",
     epochs=2,
-    small_crop_epochs=1,
+    final_share=0.5,
     small_crop_size=16,
     batch_size=10,
     held_out=8,
 )
 
 
-def run(settings, data, output):
-    return train(settings, data, output, workers=0, progress=False)
+def run(settings, data, output, **options):
+    return train(settings, data, output, progress=False, **options)
 
 
 @pytest.fixture
@@ -45,10 +48,12 @@ def test_a_run_folder_tells_everything(cifar_sample, tmp_path):
         "config.json",
         "metrics.csv",
         "model.safetensors",
+        "peak_state.pt",
         "training_state.pt",
     }
     config = json.loads((folder / "config.json").read_text())
-    assert config["training"]["learning_rate"] == SETTINGS.learning_rate
+    assert config["training"] == asdict(SETTINGS)
+    assert "CPU cores" in config["machine"] or "×" in config["machine"]
     with (folder / "metrics.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert [(row["epoch"], row["crop_size"]) for row in rows] == [("1", "16"), ("2", "32")]
@@ -59,7 +64,7 @@ def test_a_run_folder_tells_everything(cifar_sample, tmp_path):
 
 @pytest.mark.slow
 def test_a_model_learns(cifar_sample, tmp_path):
-    settings = replace(SETTINGS, epochs=12, small_crop_epochs=0, held_out=0)
+    settings = replace(SETTINGS, epochs=12, held_out=0)
     folder = run(settings, cifar_sample, tmp_path / "run")
     with (folder / "metrics.csv").open(newline="") as file:
         losses = [float(row["train_loss"]) for row in csv.DictReader(file)]
@@ -67,7 +72,7 @@ def test_a_model_learns(cifar_sample, tmp_path):
 
 
 def test_the_same_seed_gives_the_same_weights(cifar_sample, tmp_path, weights_after):
-    settings = replace(SETTINGS, epochs=1, small_crop_epochs=0)
+    settings = replace(SETTINGS, epochs=1)
     first, second, other = (
         weights_after(run(replace(settings, seed=seed), cifar_sample, tmp_path / str(i)))
         for i, seed in enumerate([1, 1, 2])
@@ -77,24 +82,166 @@ def test_the_same_seed_gives_the_same_weights(cifar_sample, tmp_path, weights_af
     assert not torch.equal(first[name], other[name])
 
 
-def test_an_interrupted_run_goes_on_as_if_nothing_had_happened(
-    cifar_sample, tmp_path, weights_after, monkeypatch
+@pytest.fixture
+def stop_after(monkeypatch):
+    """Let the next run be stopped when it has saved its state so many times."""
+
+    def stop(saves: int) -> None:
+        save_state = train_module.save_state
+        count = iter(range(saves - 1))
+
+        def save_and_stop(*arguments):
+            save_state(*arguments)
+            if next(count, None) is None:
+                monkeypatch.setattr(train_module, "save_state", save_state)
+                raise KeyboardInterrupt
+
+        monkeypatch.setattr(train_module, "save_state", save_and_stop)
+
+    return stop
+
+
+def read_metrics(folder):
+    """Read what does not depend on the clock."""
+    with (folder / "metrics.csv").open(newline="") as file:
+        return [{k: v for k, v in row.items() if k != "seconds"} for row in csv.DictReader(file)]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {},
+        {"ema_decay": 0.9, "optimizer": "adamw"},
+        {"mixup": 0.5, "cutmix": 0.5, "random_erasing": 0.5, "rand_augment": "rand-m9-n2"},
+    ],
+    ids=["defaults", "ema and adamw", "all augmentations"],
+)
+def test_a_run_stopped_at_every_save_goes_on_as_if_nothing_had_happened(
+    cifar_sample, tmp_path, weights_after, monkeypatch, stop_after, change
 ):
-    whole = run(SETTINGS, cifar_sample, tmp_path / "whole")
-    real_save = train_module._save
-
-    def interrupt_after_first_epoch(*arguments):
-        real_save(*arguments)
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(train_module, "_save", interrupt_after_first_epoch)
+    settings = replace(SETTINGS, **change)
+    whole = run(settings, cifar_sample, tmp_path / "whole")
+    monkeypatch.setattr(train_module, "SECONDS_BETWEEN_SAVES", 0.0)
+    for saves in (1, 2, 1):  # after a step, after an epoch, in the next one
+        stop_after(saves)
         with pytest.raises(KeyboardInterrupt):
+            run(settings, cifar_sample, tmp_path / "parts")
+    parts = run(settings, cifar_sample, tmp_path / "parts")
+    torch.testing.assert_close(weights_after(parts), weights_after(whole), atol=0, rtol=0)
+    assert read_metrics(parts) == read_metrics(whole)
+
+
+@pytest.mark.slow
+def test_a_run_killed_ten_times_at_random_goes_on_as_if_nothing_had_happened(
+    cifar_sample, tmp_path, weights_after
+):
+    settings = replace(SETTINGS, epochs=12)
+    whole = run(settings, cifar_sample, tmp_path / "whole")
+    parts = tmp_path / "parts"
+    code = (
+        "from convmixer_hub import train as module\n"
+        f"from convmixer_hub.train import TrainingSettings, train\n"
+        "module.SECONDS_BETWEEN_SAVES = 0.0\n"
+        f"train({settings!r}, {str(cifar_sample)!r}, {str(parts)!r}, progress=False)"
+    )
+    state = parts / "training_state.pt"
+    moments = random.Random(0)
+    kills = 0
+    for _ in range(10):
+        saved = state.stat().st_mtime_ns if state.exists() else 0
+        process = subprocess.Popen(
+            [sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": str(CHECKOUT)}
+        )
+        while process.poll() is None and (not state.exists() or state.stat().st_mtime_ns == saved):
+            time.sleep(0.01)
+        time.sleep(moments.uniform(0, 0.2))
+        process.kill()
+        kills += process.wait() == -signal.SIGKILL
+    assert kills >= 8  # the last ones may find the run finished
+    run(settings, cifar_sample, parts)
+    torch.testing.assert_close(weights_after(parts), weights_after(whole), atol=0, rtol=0)
+    assert read_metrics(parts) == read_metrics(whole)
+
+
+def test_a_longer_run_begins_where_the_learning_rate_of_a_shorter_one_fell(
+    cifar_sample, tmp_path, weights_after
+):
+    short = run(SETTINGS, cifar_sample, tmp_path / "short")
+    before = weights_after(short)
+    longer = replace(SETTINGS, epochs=4)
+    whole = run(longer, cifar_sample, tmp_path / "whole")
+    parts = run(longer, cifar_sample, tmp_path / "parts", continue_from=short)
+    torch.testing.assert_close(weights_after(parts), weights_after(whole), atol=0, rtol=0)
+    torch.testing.assert_close(weights_after(short), before, atol=0, rtol=0)
+    assert read_metrics(parts) == read_metrics(whole)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"seed": 1}, "holds a run with seed 0, not 1; give the same, or name another run folder"),
+        ({"epochs": 1}, "began to fall after 1 epochs, that of the new run would after 0; give mo"),
+    ],
+)
+def test_a_run_does_not_continue_from_another(cifar_sample, tmp_path, change, message):
+    short = run(SETTINGS, cifar_sample, tmp_path / "short")
+    with pytest.raises(TrainingError, match=message):
+        run(replace(SETTINGS, **change), cifar_sample, tmp_path / "new", continue_from=short)
+    with pytest.raises(TrainingError, match=r"nothing: has no peak_state.pt, which a run gets wh"):
+        run(SETTINGS, cifar_sample, tmp_path / "new", continue_from=tmp_path / "nothing")
+
+
+def test_a_full_disk_loses_nothing(cifar_sample, tmp_path, weights_after, stop_after):
+    whole = run(SETTINGS, cifar_sample, tmp_path / "whole")
+    stop_after(1)
+    with pytest.raises(KeyboardInterrupt):
+        run(SETTINGS, cifar_sample, tmp_path / "parts")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        message = r"parts: cannot be written \(.+\); it keeps what was saved before, so free some"
+        with pytest.raises(TrainingError, match=message) as refused:
             run(SETTINGS, cifar_sample, tmp_path / "parts")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "\n" not in str(refused.value)
     parts = run(SETTINGS, cifar_sample, tmp_path / "parts")
     torch.testing.assert_close(weights_after(parts), weights_after(whole), atol=0, rtol=0)
-    epochs = [line.split(",")[0] for line in (parts / "metrics.csv").read_text().splitlines()]
-    assert epochs == ["epoch", "1", "2"]
+
+
+@pytest.mark.slow
+def test_two_processes_compute_what_one_does(cifar_sample, tmp_path, weights_after):
+    one = run(SETTINGS, cifar_sample, tmp_path / "one")
+    options = [f"--data={cifar_sample}", f"--output={tmp_path / 'two'}", "--epochs=2"]
+    options += ["--final-share=0.5", "--small-crop-size=16", "--batch-size=10", "--held-out=8"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]
+    torchrun += ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", "-m", "convmixer_hub"]
+    environment = {**os.environ, "PYTHONPATH": str(CHECKOUT), "OMP_NUM_THREADS": "1"}
+
+    def start(*arguments):
+        return subprocess.run(
+            [*torchrun, *arguments],
+            env=environment,
+            capture_output=True,
+            text=True,
+        )
+
+    trained = start("train", SETTINGS.model, *options)
+    assert trained.returncode == 0, trained.stderr
+    assert trained.stdout.count("finished; measure it with") == 1
+    for row, expected in zip(read_metrics(tmp_path / "two"), read_metrics(one)):
+        assert float(row["train_loss"]) == pytest.approx(float(expected["train_loss"]), abs=2e-3)
+    for key, tensor in weights_after(one).items():
+        torch.testing.assert_close(
+            weights_after(tmp_path / "two")[key], tensor, atol=2e-2, rtol=2e-2, msg=key
+        )
+
+    evaluated = start("evaluate", str(one), f"--data={cifar_sample}")
+    assert evaluated.returncode == 0, evaluated.stderr
+    alone = evaluate_on(load_trained(str(one)), cifar_sample)
+    assert evaluated.stdout.splitlines() == [
+        f"{one}: top-1 {alone.top1:.2f} % ({alone.correct} of 10 test images right)"
+    ]
 
 
 @pytest.mark.slow
@@ -120,21 +267,21 @@ def test_ctrl_c_keeps_the_last_epoch(cifar_sample, tmp_path):
         process.kill()
     assert process.returncode == 130
     last_line = errors.read_text().strip().splitlines()[-1]
-    assert last_line.startswith(f"stopped; {output} keeps what the finished epochs gave, and")
+    assert last_line.startswith(f"stopped; {output} keeps all but the last minute, and the same")
     assert "Traceback" not in errors.read_text()
     load_trained(str(output))
 
 
 def test_a_loss_that_is_no_number_stops_the_run(cifar_sample, tmp_path):
-    settings = replace(SETTINGS, learning_rate=1e30, warmup=0.0, epochs=3)
+    settings = replace(SETTINGS, learning_rate=1e30, warmup_epochs=0.0, epochs=3)
     with pytest.raises(
-        TrainingError, match=r"the loss is (nan|inf) in epoch \d \(finished epochs, wh"
+        TrainingError, match=r"the loss is (nan|inf) in epoch 1, step \d; .*run keeps what was sa"
     ):
         run(settings, cifar_sample, tmp_path / "run")
 
 
 def test_a_run_with_other_settings_is_not_overwritten(cifar_sample, tmp_path, weights_after):
-    settings = replace(SETTINGS, epochs=1, small_crop_epochs=0)
+    settings = replace(SETTINGS, epochs=1)
     folder = run(settings, cifar_sample, tmp_path / "run")
     before = weights_after(folder)
     message = "holds a run with epochs 1, not 2; give the same settings and data to resume it, or"
@@ -158,7 +305,7 @@ def test_a_run_does_not_go_on_with_other_classes(cifar_sample, tmp_path):
     ("damage", "message"),
     [
         (lambda state: state.unlink(), "holds files but no training_state.pt, so it is no run to"),
-        (lambda state: state.write_bytes(b"x"), "training_state.pt: damaged .*; name another --o"),
+        (lambda state: state.write_bytes(b"x"), "training_state.pt: damaged .*; name another run"),
     ],
     ids=["missing", "damaged"],
 )
@@ -205,13 +352,19 @@ def test_what_is_derived_from_the_state_is_restored(cifar_sample, tmp_path, weig
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"epochs": 0, "small_crop_epochs": 0}, "epochs is 0: give at least 1"),
-        ({"small_crop_epochs": 2}, "small_crop_epochs is 2: give 0 to epochs - 1"),
+        ({"epochs": 0}, "epochs is 0: give at least 1"),
+        ({"final_share": 1.5}, "final_share is 1.5: give 0 to 1"),
+        ({"optimizer": "sgd"}, "optimizer is sgd: give adamw or muon"),
+        ({"rand_augment": "m9"}, "rand_augment is m9: give one such as rand-m9-n2-inc1"),
+        ({"random_erasing": 2.0}, "random_erasing is 2.0: give 0 to 1"),
+        ({"mixup": -1.0}, "mixup is -1.0: give at least 0"),
+        ({"cutmix": 0.5, "batch_size": 9}, "batch_size is 9: give an even number, for mixup and"),
+        ({"ema_decay": 1.0}, "ema_decay is 1.0: give at least 0 and below 1"),
         ({"batch_size": 1}, "batch_size is 1: give at least 2"),
         ({"learning_rate": 0.0}, "learning_rate is 0.0: give above 0"),
         ({"weight_decay": -1.0}, "weight_decay is -1.0: give at least 0"),
         ({"clip_grad": 0.0}, "clip_grad is 0.0: give above 0"),
-        ({"warmup": 1.0}, "warmup is 1.0: give at least 0 and below 1"),
+        ({"warmup_epochs": -1.0}, "warmup_epochs is -1.0: give at least 0"),
         ({"held_out": -1}, "held_out is -1: give at least 0"),
         ({"seed": -1}, "seed is -1: give 0 to 2147483647"),
     ],

@@ -1,0 +1,305 @@
+"""A trained model's card: `README.md` and its figures, from the files of the model and one test.
+
+No number of a card is written by hand. What only people know (choices, ablations, limits) stands
+in `NOTES.md` beside the weights and is appended as it is.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCardData
+from torch import Tensor
+
+from .checkpoint import CONFIG_FILE, RECORDS
+from .depthwise import DepthWiseConv2d
+from .errors import CheckpointError, DataError, first_line
+from .evaluate import (
+    CALIBRATION_BINS,
+    Calibration,
+    Evaluation,
+    collect_probabilities,
+    count_confusions,
+    measure_calibration,
+)
+from .figures import (
+    draw_confusion,
+    draw_curve,
+    draw_kernels,
+    draw_patch_embedding,
+    draw_reliability,
+)
+from .files import write_file
+from .model import ConvMixer
+from .run_folder import METRICS_FILE
+from .train import TrainingSettings
+from .zoo import CIFAR10_CLASSES, get_config, get_label_names, load_trained
+
+CARD_FILE = "README.md"
+NOTES_FILE = "NOTES.md"
+
+
+def write_card(
+    folder: str | Path,
+    data_dir: str | Path,
+    output: str | Path | None = None,
+    batch_size: int = 64,
+    workers: int = 0,
+    today: date | None = None,
+) -> Path:
+    """Measure a trained model on the test images of a data set; write its card and figures.
+
+    Args:
+        folder: Holds the model as `train` writes it; the card has the folder's name. Without
+            `metrics.csv` there is no curve and no training time.
+        data_dir: Folder of the data set, see `data.load_images`.
+        output: Where the files go, made if missing; the model's own folder if not given.
+        batch_size: Images at a time; changes the speed, not the result.
+        workers: Processes that read images.
+        today: Date of the measurement; the present day if not given.
+
+    Returns:
+        The card. Each file is replaced whole or not at all, the card last.
+
+    Raises:
+        UnknownModelError: If there is no such folder.
+        CheckpointError: If the model cannot be loaded or is no ConvMixer of this package, or its
+            metrics or notes cannot be read.
+        DataError: If the data cannot be read or has other classes than the model, if matplotlib is
+            not installed, or if the output cannot be written.
+    """
+    folder = Path(folder).resolve()
+    name = folder.name
+    model = load_trained(str(folder))
+    if not isinstance(model, ConvMixer):
+        raise CheckpointError(
+            f"{folder}: holds a {type(model).__name__}; name a ConvMixer of this package"
+        )
+    output = Path(output or folder)
+    _make_writable(output)
+    config = json.loads((folder / CONFIG_FILE).read_text())
+    metrics = _read_metrics(folder / METRICS_FILE)
+    notes = _read_notes(folder / NOTES_FILE)
+
+    # What needs no images comes first: its errors show before the minutes that a test takes.
+    kernels = [m.weight.detach() for m in model.modules() if isinstance(m, DepthWiseConv2d)]
+    figures = {
+        "patch_embedding.png": draw_patch_embedding(model.patch_emb.conv.weight.detach()),
+        "kernels.png": draw_kernels(kernels),
+    }
+    if metrics:
+        figures["curve.png"] = draw_curve(metrics)
+    probabilities, labels = collect_probabilities(model, data_dir, batch_size, workers)
+    confusion = count_confusions(probabilities, labels)
+    calibration = measure_calibration(probabilities, labels)
+    classes = get_label_names(model) or [str(i) for i in range(model.num_classes)]
+    figures["confusion.png"] = draw_confusion(confusion, classes)
+    figures["reliability.png"] = draw_reliability(calibration)
+
+    dataset_id = "uoft-cs/cifar10" if tuple(classes) == CIFAR10_CLASSES else None
+    dataset = "CIFAR-10" if dataset_id else Path(data_dir).resolve().name
+    result = Evaluation(int(confusion.trace()), int(confusion.sum()))
+    sections = [
+        _front_matter(name, model, dataset, dataset_id, result),
+        _introduction(name, model, kernels[0].shape[-1], result),
+        _picture("predictions.png", "What the model sees in some images.")
+        if (output / "predictions.png").is_file()
+        else "",
+        _training_section(config, metrics, result),
+        _test_section(confusion, calibration, classes),
+        f"Measured with `convmixer card {name} --data DIR` on {today or date.today()}, on the "
+        f"{result.count:,} test images of {dataset}.",
+        _weights_section(),
+        notes,
+    ]
+    for file_name, content in figures.items():
+        write_file(output / file_name, content)
+    text = "\n\n".join(section for section in sections if section)
+    write_file(output / CARD_FILE, f"{text}\n".encode())
+    return output / CARD_FILE
+
+
+def _front_matter(
+    name: str, model: ConvMixer, dataset: str, dataset_id: str | None, result: Evaluation
+) -> str:
+    """Describe the model to the Hub, in YAML."""
+    top1 = EvalResult(
+        task_type="image-classification",
+        dataset_type=dataset_id or dataset,
+        dataset_name=dataset,
+        dataset_split="test",
+        metric_type="accuracy",
+        metric_name="top-1",
+        metric_value=round(result.top1, 2),
+    )
+    data = ModelCardData(
+        license=get_config(model).get("license"),
+        library_name="timm",
+        pipeline_tag="image-classification",
+        tags=["image-classification", "timm", "convmixer"],
+        datasets=[dataset_id] if dataset_id else None,
+        metrics=["accuracy"],
+        model_name=name,
+        eval_results=[top1],
+    )
+    return f"---\n{data.to_yaml()}\n---"
+
+
+def _introduction(name: str, model: ConvMixer, kernel_size: int, result: Evaluation) -> str:
+    """Say what the model is, how good it is, and how to use it."""
+    d_model, n_layers = model.num_features, len(model.conv_mixer_layers)
+    input_size = "×".join(str(side) for side in get_config(model)["input_size"])
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    source = name if name in RECORDS else "local-dir:RUN"  # not a path of the machine at hand
+    return f"""# {name}
+
+ConvMixer-{d_model}/{n_layers} for {input_size} images: {n_layers} layers × {d_model} channels, \
+kernel {kernel_size}, patch {model.patch_emb.patch_size}, {parameters:,} parameters. \
+The architecture is from "Patches Are All You Need?" (Trockman & Kolter, \
+[arXiv:2201.09792](https://arxiv.org/abs/2201.09792)).
+
+**Top-1: {result.top1:.2f} %** ({result.correct:,} of the {result.count:,} test images, \
+one view of each).
+
+```python
+import timm, convmixer_hub  # the import registers the models
+
+model = timm.create_model("{source}", pretrained=True).eval()
+transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
+```"""
+
+
+def _training_section(
+    config: Mapping[str, Any], metrics: Mapping[str, Sequence[float]], result: Evaluation
+) -> str:
+    """Say how the model was trained, as far as `config.json` and `metrics.csv` tell."""
+    settings: dict[str, Any] = config.get("training", {})
+    parts = []
+    defaults = {field.name: field.default for field in fields(TrainingSettings)}
+    # Settings that are younger than the run are off by default, so it need not have them.
+    if settings and settings.keys() <= defaults.keys():
+        command = ["convmixer", "train", settings["model"], "--data", "DIR", "--output", "RUN"]
+        for name, value in settings.items():
+            if name != "model" and value != defaults[name]:
+                option = "lr" if name == "learning_rate" else name.replace("_", "-")
+                command += [f"--{option}", str(value)]
+        parts.append(f"```sh\n{shlex.join(command)}\n```")
+    elif settings:
+        parts.append("Another version of `convmixer train` made it, with the settings below.")
+    facts = []
+    if metrics:
+        done, hours = len(metrics["epoch"]), sum(metrics["seconds"]) / 3600
+        planned = "" if settings.get("epochs", done) == done else f" of {settings['epochs']}"
+        facts.append(f"Epochs: {done}{planned}, in {hours:.2f} hours")
+    if "seed" in settings:
+        facts.append(f"Seed: {settings['seed']}")
+    if "machine" in config:
+        facts.append(f"Machine: {config['machine']}")
+    if "held_out_top1" in metrics:
+        facts.append(f"Top-1 on held-out training images: {metrics['held_out_top1'][-1]:.2f} %")
+    if facts:
+        facts.append(f"Top-1 on the test images: {result.top1:.2f} %")
+    if facts:
+        parts.append("\n".join(f"- {fact}" for fact in facts))
+    if settings:
+        rows = [(f"`{name}`", str(value) or "–") for name, value in settings.items()]
+        parts.append(_table(("setting", "value"), rows))
+    if metrics:
+        caption = "Loss and top-1 by epoch; those on training images are of augmented ones."
+        parts.append(_picture("curve.png", caption))
+    return "\n\n".join(["## How it was trained", *parts]) if parts else ""
+
+
+def _test_section(confusion: Tensor, calibration: Calibration, classes: Sequence[str]) -> str:
+    """Say how good the model is, class by class, and how far to trust its probabilities."""
+    rows = []
+    for name, correct, count in zip(
+        classes, confusion.diagonal().tolist(), confusion.sum(dim=1).tolist()
+    ):
+        top1 = f"{Evaluation(correct, count).top1:.2f} %" if count else "–"
+        rows.append((name, f"{correct:,}", f"{count:,}", top1))
+    return f"""## Test images, class by class
+
+{_table(("class", "right", "images", "top-1"), rows)}
+
+{_picture("confusion.png", "Number of test images by label and first choice.")}
+
+## Calibration
+
+Expected calibration error (ECE): {100 * calibration.error:.2f} % ({CALIBRATION_BINS} \
+equal-width bins of the probability of the first choice). Mean confidence: \
+{100 * calibration.mean_confidence:.2f} %.
+
+{_picture("reliability.png", "Accuracy by confidence, and how often each confidence occurs.")}"""
+
+
+def _weights_section() -> str:
+    stem = "Filters of the patch embedding, each scaled by its largest weight; mid-grey is 0."
+    kernels = (
+        "Depth-wise kernels of the first channels by layer, each scaled by its largest weight; "
+        "blue is below 0, white 0, red above."
+    )
+    return f"""## Weights
+
+{_picture("patch_embedding.png", stem)}
+
+{_picture("kernels.png", kernels)}"""
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _picture(file_name: str, caption: str) -> str:
+    return f"![{caption}]({file_name})\n\n*{caption}*"
+
+
+def _make_writable(output: Path) -> None:
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DataError(
+            f"{output}: cannot be made ({first_line(error)}); name another --output"
+        ) from None
+    if not os.access(output, os.W_OK):
+        raise DataError(f"{output}: may not be written to; name another --output")
+
+
+def _read_metrics(file: Path) -> dict[str, list[float]]:
+    """Read the columns of `metrics.csv` that a card shows; none if there is no such file."""
+    if not file.exists():
+        return {}
+    names = ["epoch", "train_loss", "train_top1", "seconds"]
+    try:
+        with file.open(newline="") as lines:
+            rows = list(csv.DictReader(lines))
+        if not rows:
+            raise ValueError("no epochs")
+        if "held_out_top1" in rows[0]:
+            names.append("held_out_top1")
+        return {name: [float(row[name]) for row in rows] for name in names}
+    except (OSError, ValueError, LookupError, TypeError, csv.Error) as error:
+        raise CheckpointError(
+            f"{file}: not the metrics of a run ({type(error).__name__}: {first_line(error)}); "
+            "copy it from the run folder again, or remove it for a card without a curve"
+        ) from None
+
+
+def _read_notes(file: Path) -> str:
+    if not file.exists():
+        return ""
+    try:
+        return file.read_text(encoding="utf-8").strip()
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{file}: cannot be read as text ({first_line(error)}); save it as UTF-8"
+        ) from None

@@ -1,0 +1,168 @@
+"""The folder of a training run, which can be gone on with wherever the run was stopped.
+
+It holds
+
+- `training_state.pt`: all that the next step needs, and what the epochs before it gave;
+- `peak_state.pt`: the same, from just before the learning rate began to fall;
+- `config.json`, `model.safetensors`: the model after the last whole epoch, as timm takes it;
+- `metrics.csv`: one line an epoch.
+
+The state is written first and the others follow from it, each replaced whole or not at all.
+"""
+
+from __future__ import annotations
+
+import csv
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import nn
+
+from .checkpoint import save_model
+from .errors import TrainingError, first_line
+from .files import replacing
+
+STATE_FILE = "training_state.pt"
+PEAK_STATE_FILE = "peak_state.pt"
+METRICS_FILE = "metrics.csv"
+
+
+def open_run(folder: Path, identity: dict[str, Any]) -> dict[str, Any]:
+    """Make the folder of a new run, or read the state of the run that is in it.
+
+    Args:
+        folder: The run folder.
+        identity: What the run computes: its `settings` and the `classes` of its data.
+
+    Returns:
+        The state: `identity`, `epoch` and `step` to go on with, `metrics` of the epochs before.
+
+    Raises:
+        TrainingError: If the folder cannot be written to, or holds anything but this run.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        # Names with a dot are left over from a process that was killed while saving.
+        is_new = all(file.name.startswith(".") for file in folder.iterdir())
+    except OSError as error:
+        raise TrainingError(
+            f"{folder}: cannot be made or read ({first_line(error)}); name another --output"
+        ) from None
+    if not os.access(folder, os.W_OK):
+        raise TrainingError(f"{folder}: may not be written to; name another --output")
+    if is_new:
+        return {**identity, "epoch": 0, "step": 0, "metrics": []}
+    if not (folder / STATE_FILE).exists():
+        raise TrainingError(
+            f"{folder}: holds files but no {STATE_FILE}, so it is no run to go on with; "
+            "name another --output"
+        )
+    state = _read_state(folder / STATE_FILE)
+    _check_same(folder, state, identity, "give the same settings and data to resume it, or name")
+    return state
+
+
+def branch_off(run: Path, identity: dict[str, Any], peak_epochs: int) -> dict[str, Any]:
+    """Begin a longer run where the learning rate of a finished one began to fall.
+
+    Args:
+        run: The folder of the finished run, which is left as it is.
+        identity: What the longer run computes.
+        peak_epochs: Epochs of the longer run before its learning rate falls.
+
+    Returns:
+        A state, as `open_run` gives it.
+
+    Raises:
+        TrainingError: If the longer run would not have computed the same so far.
+    """
+    file = run / PEAK_STATE_FILE
+    if not file.exists():
+        raise TrainingError(
+            f"{run}: has no {PEAK_STATE_FILE}, which a run gets when its learning rate begins to "
+            "fall; name another run"
+        )
+    state = _read_state(file)
+    shortened = {**identity["settings"]}
+    for name in ("epochs", "final_share"):  # which the run does not depend on so far
+        shortened[name] = state["settings"][name]
+    _check_same(run, state, {**identity, "settings": shortened}, "give the same, or name")
+    if state["epoch"] > peak_epochs:
+        raise TrainingError(
+            f"{run}: its learning rate began to fall after {state['epoch']} epochs, that of the "
+            f"new run would after {peak_epochs}; give more --epochs"
+        )
+    return {**state, **identity}
+
+
+def _read_state(file: Path) -> dict[str, Any]:
+    try:
+        state: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
+        return {"step": 0, **state, "settings": dict(state["settings"])}
+    except Exception as error:  # torch.load has no error of its own
+        raise TrainingError(f"{file}: damaged ({first_line(error)}); name another run") from None
+
+
+def _check_same(folder: Path, state: dict[str, Any], identity: dict[str, Any], advice: str) -> None:
+    found = {**state["settings"], "classes": state["classes"]}
+    for name, value in {**identity["settings"], "classes": identity["classes"]}.items():
+        if found.get(name) != value:
+            raise TrainingError(
+                f"{folder}: holds a run with {name} {found.get(name)!r}, not {value!r}; "
+                f"{advice} another run folder"
+            )
+
+
+def save_state(folder: Path, state: dict[str, Any]) -> None:
+    """Write the state; wherever this is interrupted, the folder keeps a whole one.
+
+    Raises:
+        TrainingError: If it cannot be written, a full disk for one.
+    """
+    with _naming_failures(folder), replacing(folder / STATE_FILE) as temporary:
+        torch.save(state, temporary)
+
+
+def save_results(folder: Path, model: nn.Module, state: dict[str, Any], at_peak: bool) -> None:
+    """Write what follows from the state after a whole epoch.
+
+    Args:
+        folder: The run folder, with this state in it.
+        model: The model to give away.
+        state: The state.
+        at_peak: Keep the state as well: in the next epoch the learning rate falls.
+
+    Raises:
+        TrainingError: If it cannot be written.
+    """
+    config = {
+        "label_names": state["classes"],
+        "training": state["settings"],
+        "machine": state["machine"],
+    }
+    with _naming_failures(folder):
+        if at_peak:
+            with replacing(folder / PEAK_STATE_FILE) as temporary:
+                shutil.copyfile(folder / STATE_FILE, temporary)
+        save_model(model, folder, config)
+        with replacing(folder / METRICS_FILE) as temporary, temporary.open("w", newline="") as file:
+            writer = csv.DictWriter(file, fieldnames=list(state["metrics"][0]))
+            writer.writeheader()
+            writer.writerows(state["metrics"])
+
+
+@contextmanager
+def _naming_failures(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:  # RuntimeError: from torch.save
+        raise TrainingError(
+            f"{folder}: cannot be written ({first_line(error)}); it keeps what was saved before, "
+            "so free some space and give the same command again"
+        ) from None

@@ -1,0 +1,138 @@
+import re
+import shlex
+import sys
+from dataclasses import asdict, fields
+from datetime import date
+
+import pytest
+import timm
+import torch
+from huggingface_hub import ModelCard
+from PIL import Image
+
+from convmixer_hub import CheckpointError, DataError
+from convmixer_hub.card import write_card
+from convmixer_hub.checkpoint import save_model
+from convmixer_hub.cli import train_command
+from convmixer_hub.data import eval_transform, load_images
+from convmixer_hub.train import TrainingSettings
+from convmixer_hub.zoo import CIFAR10_CLASSES
+
+from .test_evaluate import calibration_error
+
+ARCH = "convmixer_96_8_ks5_p1"
+SETTINGS = TrainingSettings(ARCH, epochs=3, learning_rate=0.004, held_out=7, seed=5)
+METRICS = """epoch,train_loss,train_top1,seconds,held_out_top1
+1,2.1,20.5,1800.0,21.25
+2,1.9,30.25,1800.0,31.5
+3,1.8,35,3600.0,33.75
+"""
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A run folder with an untrained model, its settings, metrics and notes."""
+    folder = tmp_path / "a_run"
+    config = {"training": asdict(SETTINGS), "machine": "7 abaci"}
+    save_model(timm.create_model(ARCH), folder, config)
+    (folder / "metrics.csv").write_text(METRICS)
+    (folder / "NOTES.md").write_text("## Limits\n\nNever trained.\n")
+    return folder
+
+
+def read_command(text: str) -> TrainingSettings:
+    """Find the command in a card, and what `convmixer train` makes of it."""
+    [line] = re.findall(r"^convmixer train .*", text, re.M)
+    given = train_command.make_context("train", shlex.split(line)[2:]).params
+    return TrainingSettings(**{field.name: given[field.name] for field in fields(SETTINGS)})
+
+
+def test_a_card_says_what_the_files_and_the_test_images_say(run, cifar_sample):
+    card = write_card(run, cifar_sample, batch_size=3, today=date(2026, 1, 2))
+    text = card.read_text()
+
+    model = timm.create_model(f"local-dir:{run}", pretrained=True).eval()
+    transform = eval_transform(timm.data.resolve_model_data_config(model))
+    with torch.no_grad():
+        outputs = [
+            model(transform(image)[None]).softmax(1)[0]
+            for image, _ in load_images(cifar_sample, "test")
+        ]
+    right = [int(output.argmax()) == label for label, output in enumerate(outputs)]
+    confidences = [float(output.max()) for output in outputs]
+    correct = sum(right)
+    assert f"**Top-1: {10 * correct:.2f} %** ({correct} of the 10 test images, one view" in text
+    for name, is_right in zip(CIFAR10_CLASSES, right):
+        assert f"\n| {name} | {is_right:d} | 1 | {100 * is_right:.2f} % |\n" in text
+    [error] = re.findall(r"\(ECE\): ([\d.]+) %", text)
+    [confidence] = re.findall(r"Mean confidence: ([\d.]+) %", text)
+    assert float(error) == pytest.approx(100 * calibration_error(confidences, right), abs=0.01)
+    assert float(confidence) == pytest.approx(100 * sum(confidences) / 10, abs=0.01)
+
+    data = ModelCard.load(card).data
+    [result] = data.eval_results
+    assert (result.metric_value, result.dataset_type) == (10.0 * correct, "uoft-cs/cifar10")
+    assert (data.license, data.library_name, data.datasets) == ("mit", "timm", ["uoft-cs/cifar10"])
+
+    assert read_command(text) == SETTINGS
+    for fact in ("Epochs: 3, in 2.00 hours", "Seed: 5", "Machine: 7 abaci", "images: 33.75 %"):
+        assert fact in text
+    assert "8 layers × 96 channels, kernel 5, patch 1, 99,082 parameters" in text
+    assert "`convmixer card a_run --data DIR` on 2026-01-02, on the 10 test images" in text
+    assert text.endswith("\n## Limits\n\nNever trained.\n")
+
+    pictures = {"confusion", "curve", "kernels", "patch_embedding", "reliability"}
+    assert {f"{name}.png" for name in pictures} == set(re.findall(r"\]\((\w+\.png)\)", text))
+    for name in pictures:
+        with Image.open(run / f"{name}.png") as image:
+            assert image.format == "PNG" and image.width > 200
+    assert len(list(run.iterdir())) == 4 + 1 + len(pictures)  # no temporary files
+
+
+def test_a_grey_model_of_other_classes_without_a_history(tmp_path):
+    for name in ("heads", "tails"):
+        (tmp_path / "coins" / "test" / name).mkdir(parents=True)
+        Image.new("L", (40, 40), 99).save(tmp_path / "coins" / "test" / name / "1.png")
+    grey = {"input_size": (1, 32, 32), "mean": (0.5,), "std": (0.25,), "license": None}
+    model = timm.create_model(ARCH, in_chans=1, num_classes=2, pretrained_cfg_overlay=grey)
+    save_model(model, tmp_path / "model", {"training": {"model": ARCH, "forgotten": 1}})
+    (tmp_path / "card").mkdir()
+    (tmp_path / "card" / "predictions.png").touch()
+    card = write_card(tmp_path / "model", tmp_path / "coins", tmp_path / "card")
+    text = card.read_text()
+    [result] = ModelCard.load(card).data.eval_results
+    assert (result.dataset_name, result.metric_value) == ("coins", 50.0)
+    assert "**Top-1: 50.00 %** (1 of the 2 test images" in text
+    assert "cifar" not in text and "(predictions.png)" in text and "curve.png" not in text
+    assert "| `forgotten` | 1 |" in text and "convmixer train convmixer" not in text
+    with Image.open(tmp_path / "card" / "patch_embedding.png") as image:
+        red, green, blue = (band.tobytes() for band in image.convert("RGB").split())
+        assert red == green == blue
+
+
+@pytest.mark.parametrize("content", ["", "epoch\n1\n", METRICS.replace("1.9", "?"), "\0\xff"])
+def test_damaged_metrics_are_named(run, cifar_sample, content):
+    (run / "metrics.csv").write_text(content, encoding="latin-1")
+    with pytest.raises(CheckpointError, match=r"metrics.csv: not the metrics .*; copy it") as error:
+        write_card(run, cifar_sample)
+    assert "\n" not in str(error.value)
+
+
+def test_what_cannot_be_written_drawn_or_described_is_named(
+    run, cifar_sample, tmp_path, monkeypatch
+):
+    (tmp_path / "file").touch()
+    with pytest.raises(DataError, match="file: cannot be made .*; name another --output"):
+        write_card(run, cifar_sample, tmp_path / "file")
+    (run / "NOTES.md").write_bytes(b"\xff")
+    with pytest.raises(CheckpointError, match=r"NOTES.md: cannot be read as text .*UTF-8"):
+        write_card(run, cifar_sample)
+    (run / "NOTES.md").unlink()
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "matplotlib.figure", None)
+        with pytest.raises(DataError, match=r"pip install 'convmixer-hub\[figures\]'"):
+            write_card(run, cifar_sample)
+    save_model(timm.create_model("test_resnet"), run, {})
+    with pytest.raises(CheckpointError, match="a_run: holds a ResNet; name a ConvMixer"):
+        write_card(run, cifar_sample)
+    assert not (run / "README.md").exists()

@@ -1,0 +1,31 @@
+import io
+
+import pytest
+import torch
+from PIL import Image
+
+from convmixer_hub.data import open_image
+from convmixer_hub.figures import draw_kernels, draw_predictions
+from convmixer_hub.predict import Prediction
+
+from .conftest import IMAGES
+
+
+@pytest.mark.parametrize("count", [1, 7])
+def test_predictions_are_drawn(count):
+    image = open_image(IMAGES / "cat.png")
+    classes = [Prediction("cat", 0.9), Prediction("dog", 0.1)]
+    drawn = draw_predictions([image] * count, ["a title"] * count, [classes] * count)
+    assert open_image(drawn).width > 100
+
+
+def test_kernels_are_drawn_upright_by_layer_red_above_zero():
+    weights = [torch.zeros(96, 1, 3, 3) for _ in range(2)]
+    weights[0][0, 0, 0, 2] = 0.1  # the upper right corner of the first kernel
+    weights[1][1, 0, 2, 0] = -5  # the lower left corner of the second one
+    with Image.open(io.BytesIO(draw_kernels(weights))) as image:
+        rgb = image.convert("RGB")
+    assert rgb.height == 2 * 42 + 3 * 4
+    (red, _, _), (_, _, blue) = rgb.getpixel((60 + 40, 4 + 2)), rgb.getpixel((60 + 48, 50 + 40))
+    assert 170 < red < 190 and 170 < blue < 190
+    assert rgb.getpixel((60 + 2, 4 + 40)) == (255, 255, 255)
