@@ -253,7 +253,7 @@ class _Run:
             if self.average is not None:
                 self.average.module.load_state_dict(state["average"])
             if state["step"] == 0:
-                self._save_results()
+                self._save_all()
 
     def _build_model(self, num_classes: int) -> None:
         settings = self.settings
@@ -352,7 +352,9 @@ class _Run:
                 )
                 bar.update()
                 if time.monotonic() - saved > SECONDS_BETWEEN_SAVES:
-                    self._save_state(epoch, step + 1, sums)
+                    self._update_state(epoch, step + 1, sums)
+                    if get_rank() == 0:
+                        save_state(self.folder, state)
                     saved = time.monotonic()
 
         count = steps * settings.batch_size
@@ -367,8 +369,8 @@ class _Run:
             result = evaluate(self.result, self.held_out_loader, self.device, self.progress)
             metrics["held_out_top1"] = round(result.top1, 2)
         state["metrics"] = [*state["metrics"], metrics]
-        self._save_state(epoch + 1, 0, {})
-        self._save_results()
+        self._update_state(epoch + 1, 0, {})
+        self._save_all()
         if self.progress:
             tqdm.write("  ".join(f"{name} {value}" for name, value in metrics.items()))
 
@@ -420,7 +422,7 @@ class _Run:
         """The model to measure and to give away."""
         return self.model if self.average is None else self.average.module
 
-    def _save_state(self, epoch: int, step: int, sums: dict[str, float]) -> None:
+    def _update_state(self, epoch: int, step: int, sums: dict[str, float]) -> None:
         self.state |= {
             "epoch": epoch,
             "step": step,
@@ -429,10 +431,10 @@ class _Run:
             "optimizer": self.optimizer.state_dict(),
             "average": None if self.average is None else self.average.module.state_dict(),
         }
+
+    def _save_all(self) -> None:
+        """Write the whole folder, between two epochs."""
         if get_rank() == 0:
             save_state(self.folder, self.state)
-
-    def _save_results(self) -> None:
-        if get_rank() == 0:
             at_peak = self.state["epoch"] == self.settings.peak_epochs
             save_results(self.folder, self.result, self.state, at_peak)

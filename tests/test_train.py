@@ -163,12 +163,13 @@ def test_a_run_killed_ten_times_at_random_goes_on_as_if_nothing_had_happened(
     assert read_metrics(parts) == read_metrics(whole)
 
 
+@pytest.mark.parametrize("change", [{"epochs": 4}, {"epochs": 3, "final_share": 0.67}])
 def test_a_longer_run_begins_where_the_learning_rate_of_a_shorter_one_fell(
-    cifar_sample, tmp_path, weights_after
+    cifar_sample, tmp_path, weights_after, change
 ):
     short = run(SETTINGS, cifar_sample, tmp_path / "short")
     before = weights_after(short)
-    longer = replace(SETTINGS, epochs=4)
+    longer = replace(SETTINGS, **change)
     whole = run(longer, cifar_sample, tmp_path / "whole")
     parts = run(longer, cifar_sample, tmp_path / "parts", continue_from=short)
     torch.testing.assert_close(weights_after(parts), weights_after(whole), atol=0, rtol=0)
