@@ -16,7 +16,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import hf_hub_download, try_to_load_from_cache
+from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    OfflineModeIsEnabled,
+    RemoteEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 from safetensors import SafetensorError, safe_open
 from timm.models import save_for_hf
 from torch import Tensor, nn
@@ -110,18 +117,28 @@ def find_embedded(record: CheckpointRecord) -> Path | None:
     return None
 
 
+def find_cached(record: CheckpointRecord, cache_dir: str | Path | None = None) -> Path | None:
+    """Find the copy in the Hub's cache; it need not be intact. The network is not asked."""
+    cached = try_to_load_from_cache(
+        record.repo_id, WEIGHTS_FILE, cache_dir=cache_dir, revision=record.revision
+    )
+    return Path(cached) if isinstance(cached, str) else None
+
+
 def locate(record: CheckpointRecord) -> str:
     """Tell where `find_checkpoint` would take a model from: `embedded`, `cache` or `hub`."""
-    if _choose_source(None) != "hub" and find_embedded(record) is not None:
+    source = _choose_source(None)
+    if source == "embedded" or (source == "auto" and find_embedded(record)):
         return "embedded"
-    cached = try_to_load_from_cache(record.repo_id, WEIGHTS_FILE, revision=record.revision)
-    return "cache" if isinstance(cached, str) else "hub"
+    return "cache" if find_cached(record) else "hub"
 
 
 def find_checkpoint(
     name: str, source: str | None = None, cache_dir: str | Path | None = None
 ) -> Path:
     """Find the weights of a trained model on this machine, downloading them if they are not.
+
+    A damaged file in the Hub's cache is downloaded again, once.
 
     Args:
         name: `arch.tag`, or an arch alone for its first tag.
@@ -148,21 +165,96 @@ def find_checkpoint(
                 f"{record.name}: this installation carries no copy of the weights; "
                 "reinstall the package, or set CONVMIXER_HUB_SOURCE=hub"
             )
+    file = _fetch(record, cache_dir)
     try:
-        downloaded = Path(
-            hf_hub_download(
-                record.repo_id, WEIGHTS_FILE, revision=record.revision, cache_dir=cache_dir
-            )
+        verify_file(file, record, "it is downloaded again")
+    except CheckpointError:
+        file = _fetch(record, cache_dir, damaged=file)
+        verify_file(
+            file,
+            record,
+            f"{constants.ENDPOINT}/{record.repo_id} is not to be trusted: check HF_ENDPOINT and "
+            f"CONVMIXER_HUB_NAMESPACE, or {_OWN_COPY}",
+        )
+    return file
+
+
+_OWN_COPY = "reinstall the package and unset CONVMIXER_HUB_SOURCE to use its own copy"
+
+
+def _fetch(
+    record: CheckpointRecord, cache_dir: str | Path | None, damaged: Path | None = None
+) -> Path:
+    """Take the file from the Hub's cache, or from the Hub if it is not there or damaged."""
+    try:
+        cached = find_cached(record, cache_dir)
+        if cached is not None and damaged is None:
+            return cached
+        if damaged is not None and not damaged.is_symlink():
+            # The client replaces the file that links point to, atomically, so that others can go
+            # on reading it. Without links it would leave the damaged file in its place.
+            damaged.unlink(missing_ok=True)
+        downloaded = hf_hub_download(
+            record.repo_id,
+            WEIGHTS_FILE,
+            revision=record.revision,
+            cache_dir=cache_dir,
+            force_download=damaged is not None,
         )
     except Exception as error:  # the client, its HTTP library and the disk each have their own
-        raise CheckpointError(
-            f"{record.name}: cannot be had from the Hub repository {record.repo_id} "
-            f"({first_line(error)}); check the network, or reinstall the package and unset "
-            "CONVMIXER_HUB_SOURCE to use its own copy"
-        ) from None
-    # The cache has links to its files; a damaged one comes back unless the file itself goes.
-    verify_file(downloaded.resolve(), record, "delete it, and it is downloaded again")
-    return downloaded
+        reason = explain_hub_error(error, record)
+        if damaged is not None:
+            reason = f"the copy in the Hub's cache is damaged ({damaged}), and {reason}"
+        raise CheckpointError(f"{record.name}: {reason}") from None
+    return Path(downloaded)
+
+
+def explain_hub_error(error: Exception, record: CheckpointRecord) -> str:
+    """Say in one line why the Hub did not give the weights of a model, and what to do."""
+    if not isinstance(error, HfHubHTTPError):
+        # The client wraps what befell its first request into advice that does not say what.
+        error = error.__cause__ if isinstance(error.__cause__, Exception) else error
+    repository = f"{constants.ENDPOINT}/{record.repo_id}"
+    namespace = "check CONVMIXER_HUB_NAMESPACE and HF_ENDPOINT"
+    if isinstance(error, HfHubHTTPError):
+        status = error.response.status_code
+        if isinstance(error, RevisionNotFoundError):
+            return f"{repository} has no revision '{record.revision}'; {namespace}, or {_OWN_COPY}"
+        if isinstance(error, RemoteEntryNotFoundError):
+            return f"{repository} has no file '{WEIGHTS_FILE}'; {namespace}, or {_OWN_COPY}"
+        if status == 403:
+            return (
+                f"{repository} is closed to you (HTTP 403); ask its owner for access, or use a "
+                f"token that has it, or {_OWN_COPY}"
+            )
+        if isinstance(error, RepositoryNotFoundError) and status == 401:
+            return (
+                f"{repository} is missing or private (HTTP 401); {namespace}, or log in with "
+                "`hf auth login` or HF_TOKEN"
+            )
+        if isinstance(error, RepositoryNotFoundError):
+            return f"{repository} does not exist; {namespace}, or {_OWN_COPY}"
+        if status == 401:
+            return (
+                f"{constants.ENDPOINT} does not accept your token (HTTP 401); renew it with "
+                "`hf auth login`, or unset HF_TOKEN"
+            )
+        reason = f"HTTP {status} {error.response.reason_phrase}"
+        return f"{repository} cannot be read ({reason}); try again later, or {_OWN_COPY}"
+    if isinstance(error, OfflineModeIsEnabled):
+        return (
+            "the network may not be used (HF_HUB_OFFLINE); unset that, or copy the Hub's cache "
+            f"folder from a machine where `convmixer pull {record.name}` was run, or {_OWN_COPY}"
+        )
+    if isinstance(error, OSError) and error.errno is not None:
+        return (
+            f"the Hub's cache cannot be used ({first_line(error)}); make room there or name "
+            "another folder with HF_HOME"
+        )
+    return (
+        f"{repository} cannot be read ({first_line(error)}); check the network and HF_ENDPOINT, "
+        f"or {_OWN_COPY}"
+    )
 
 
 def verify_file(path: Path, record: CheckpointRecord, remedy: str) -> None:
@@ -171,12 +263,15 @@ def verify_file(path: Path, record: CheckpointRecord, remedy: str) -> None:
     Raises:
         CheckpointError: With the fault and the remedy.
     """
-    size = path.stat().st_size
-    if size != record.size:
+    try:
+        size = path.stat().st_size
+        digest = hashlib.sha256(path.read_bytes()).hexdigest() if size == record.size else None
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({first_line(error)}); {remedy}") from None
+    if digest is None:
         raise CheckpointError(
             f"{path}: has {size} bytes, but {record.name} has {record.size}; {remedy}"
         )
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()
     if digest != record.sha256:
         raise CheckpointError(
             f"{path}: its SHA-256 is {digest}, but {record.name} has {record.sha256}; {remedy}"

@@ -12,11 +12,14 @@ from pathlib import Path
 import pyarrow
 import pytest
 import torch
+from huggingface_hub import constants
 from PIL import Image
 from pyarrow import parquet
 
 import convmixer_hub  # noqa: F401  (registers the models)
 from convmixer_hub.zoo import CIFAR10_CLASSES
+
+from .hub_server import HubServer
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 IMAGES = CHECKOUT / "tests" / "images"
@@ -84,3 +87,31 @@ def run_python(tmp_path):
         return result.stdout.strip()
 
     return run
+
+
+def use_endpoint(monkeypatch: pytest.MonkeyPatch, url: str) -> None:
+    """Let huggingface_hub, which read the environment when imported, use another Hub."""
+    template = url + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(constants, "ENDPOINT", url)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A Hub on 127.0.0.1 with the shipped model, an empty cache, no token, and no other source."""
+    use_hub = {
+        "HF_HUB_CACHE": str(tmp_path / "cache"),
+        "HF_HUB_OFFLINE": False,
+        "HF_TOKEN_PATH": str(tmp_path / "token"),
+    }
+    for name, value in use_hub.items():
+        monkeypatch.setattr(constants, name, value)
+    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "CONVMIXER_HUB_NAMESPACE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("CONVMIXER_HUB_SOURCE", "hub")
+    with HubServer() as server:
+        use_endpoint(monkeypatch, server.url)
+        for folder in (CHECKOUT / "weights").iterdir():
+            files = {file.name: file.read_bytes() for file in folder.iterdir()}
+            server.repositories[f"convmixer-hub/{folder.name}"] = {"main": files, "v1": files}
+        yield server

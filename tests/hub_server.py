@@ -1,0 +1,259 @@
+"""A Hub for tests: repositories served over HTTP on 127.0.0.1, with faults on order.
+
+    with HubServer() as hub:
+        hub.repositories["owner/name"] = {"v1": {"model.safetensors": content}}
+        hub.order(cut(after=1000), method="GET", times=1)
+        hf_hub_download("owner/name", "model.safetensors", revision="v1", endpoint=hub.url)
+        assert hub.requests[-1].headers["Range"] == "bytes=1000-"
+
+It knows what huggingface_hub asks for when it downloads a file: `HEAD` and `GET` of
+`/{owner}/{name}/resolve/{revision}/{path}`. It needs nothing but the standard library.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from http import HTTPStatus
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from urllib.parse import unquote
+
+Files = dict[str, bytes]
+
+
+@dataclass
+class Request:
+    """What a client asked for; the names of headers are in title case."""
+
+    method: str
+    path: str
+    headers: dict[str, str]
+
+
+@dataclass
+class Answer:
+    """What the client is about to get; a fault is a function that changes it.
+
+    Attributes:
+        cut_after: The connection ends after so many bytes of the body, whatever was promised.
+        pieces: The body is sent in so many pieces, `before_piece` being called before each.
+    """
+
+    status: int = 200
+    headers: dict[str, str] = field(default_factory=dict)
+    body: bytes = b""
+    cut_after: int | None = None
+    pieces: int = 1
+    before_piece: Callable[[], object] | None = None
+
+
+Fault = Callable[[Answer], None]
+
+
+def error(status: int, **headers: str) -> Fault:
+    """Answer with an error; `X_Error_Code="RepoNotFound"` becomes the header `X-Error-Code`."""
+
+    def fault(answer: Answer) -> None:
+        named = {name.replace("_", "-"): value for name, value in headers.items()}
+        answer.status, answer.headers = status, {"X-Request-Id": "Root=1-2-3", **named}
+        answer.body = json.dumps({"error": HTTPStatus(status).phrase}).encode()
+
+    return fault
+
+
+def redirect(location: str) -> Fault:
+    """Send the client elsewhere: to a path of this server or to a whole URL."""
+
+    def fault(answer: Answer) -> None:
+        answer.status, answer.body = 302, b""
+        answer.headers["Location"] = location
+
+    return fault
+
+
+def headers(**changes: str | None) -> Fault:
+    """Change headers, or leave out those that are None; `_` in a name stands for `-`."""
+
+    def fault(answer: Answer) -> None:
+        for name, value in changes.items():
+            answer.headers.pop(name.replace("_", "-"), None)
+            if value is not None:
+                answer.headers[name.replace("_", "-")] = value
+
+    return fault
+
+
+def other_body(change: Callable[[bytes], bytes]) -> Fault:
+    """Send other bytes, in good order."""
+
+    def fault(answer: Answer) -> None:
+        answer.body = change(answer.body)
+
+    return fault
+
+
+def cut(after: int) -> Fault:
+    """End the connection after so many bytes of the body."""
+
+    def fault(answer: Answer) -> None:
+        answer.cut_after = after
+
+    return fault
+
+
+def drip(pieces: int, before_piece: Callable[[], object]) -> Fault:
+    """Send the body in pieces and call a function, which may take its time, before each."""
+
+    def fault(answer: Answer) -> None:
+        answer.pieces, answer.before_piece = pieces, before_piece
+
+    return fault
+
+
+class HubServer(ThreadingHTTPServer):
+    """Repositories, who may read them, what was asked, and what is to go wrong.
+
+    Attributes:
+        repositories: Contents by repository, revision and path.
+        private: Repositories that only a holder of a token may read.
+        tokens: The tokens that are accepted.
+        requests: All that was asked, in order.
+    """
+
+    request_queue_size = 64
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.url = f"http://127.0.0.1:{self.server_port}"
+        self.repositories: dict[str, dict[str, Files]] = {}
+        self.private: set[str] = set()
+        self.tokens: set[str] = set()
+        self.requests: list[Request] = []
+        self._orders: list[tuple[Fault, str | None, float]] = []
+        self._lock = threading.Lock()
+
+    def order(self, fault: Fault, method: str | None = None, times: float = float("inf")) -> None:
+        """Let the next requests go wrong.
+
+        Args:
+            method: `GET` or `HEAD`; both by default.
+            times: How many of them; all by default.
+        """
+        self._orders.append((fault, method, times))
+
+    def __enter__(self) -> HubServer:
+        threading.Thread(target=self.serve_forever, args=(0.05,), daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.shutdown()
+        self.server_close()
+
+    def answer(self, request: Request) -> Answer:
+        """Make the answer to a request, the ordered faults included."""
+        answer = Answer()
+        with self._lock:
+            self.requests.append(request)
+            self._look_up(request, answer)
+            remaining = []
+            for fault, method, times in self._orders:
+                if method in (None, request.method):
+                    fault(answer)
+                    times -= 1
+                if times > 0:
+                    remaining.append((fault, method, times))
+            self._orders = remaining
+        return answer
+
+    def _look_up(self, request: Request, answer: Answer) -> None:
+        token = request.headers.get("Authorization", "").removeprefix("Bearer ")
+        if token and token not in self.tokens:
+            error(401, X_Error_Message="Invalid credentials in Authorization header")(answer)
+            return
+        asked = re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", request.path)
+        repository, revision, path = map(unquote, asked.groups()) if asked else ("", "", "")
+        if repository not in self.repositories or (repository in self.private and not token):
+            # Like the Hub, tell nobody without a token whether a private repository exists.
+            error(404 if token else 401, X_Error_Code="RepoNotFound")(answer)
+            return
+        commits = {commit_of(files): files for files in self.repositories[repository].values()}
+        files = {**self.repositories[repository], **commits}.get(revision)
+        if files is None:
+            error(404, X_Error_Code="RevisionNotFound")(answer)
+            return
+        if path not in files:
+            error(404, X_Error_Code="EntryNotFound", X_Repo_Commit=commit_of(files))(answer)
+            return
+        answer.body = files[path]
+        answer.headers = {
+            "ETag": f'"{hashlib.sha256(files[path]).hexdigest()}"',
+            "X-Repo-Commit": commit_of(files),
+            "Accept-Ranges": "bytes",
+        }
+        wanted = re.fullmatch(r"bytes=(\d+)-", request.headers.get("Range", ""))
+        if wanted:
+            first, size = int(wanted[1]), len(answer.body)
+            if first >= size:
+                error(416, Content_Range=f"bytes */{size}")(answer)
+                return
+            answer.status, answer.body = 206, answer.body[first:]
+            answer.headers["Content-Range"] = f"bytes {first}-{size - 1}/{size}"
+
+
+def commit_of(files: Files) -> str:
+    """Name the commit that these files make: 40 hexadecimal digits."""
+    digest = hashlib.sha1()
+    for path, content in sorted(files.items()):
+        digest.update(path.encode() + b"\0" + hashlib.sha256(content).digest())
+    return digest.hexdigest()
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    server: HubServer
+
+    def do_GET(self) -> None:
+        request = Request(
+            self.command, self.path, {name.title(): value for name, value in self.headers.items()}
+        )
+        answer = self.server.answer(request)
+        self.send_response(answer.status)
+        for name, value in {"Content-Length": str(len(answer.body)), **answer.headers}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command == "GET":
+            self._send(answer)
+
+    do_HEAD = do_GET
+
+    def _send(self, answer: Answer) -> None:
+        body = answer.body[: answer.cut_after]
+        step = max(1, -(-len(body) // answer.pieces))
+        try:
+            for start in range(0, len(body), step):
+                if answer.before_piece is not None:
+                    answer.before_piece()
+                self.wfile.write(body[start : start + step])
+        except ConnectionError:  # the client has gone
+            self.close_connection = True
+        if answer.cut_after is not None:
+            self.close_connection = True
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+if __name__ == "__main__":
+    import sys
+    from pathlib import Path
+
+    with HubServer() as hub:
+        for folder in map(Path, sys.argv[1:]):
+            contents = {file.name: file.read_bytes() for file in folder.iterdir()}
+            hub.repositories[f"convmixer-hub/{folder.name}"] = {"v1": contents}
+        print(f"export HF_ENDPOINT={hub.url}", flush=True)
+        threading.Event().wait()

@@ -1,0 +1,402 @@
+"""Weights from a Hub, through the real client over HTTP, when all is well and when it is not."""
+
+import hashlib
+import multiprocessing
+import os
+import re
+import resource
+import shutil
+import signal
+import socket
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import timm
+import torch
+from huggingface_hub import constants
+
+from convmixer_hub import CheckpointError, find_checkpoint, get_record
+from convmixer_hub.checkpoint import locate
+
+from .conftest import CHECKOUT, use_endpoint
+from .hub_server import HubServer, cut, drip, error, headers, other_body, redirect
+
+NAME = "convmixer_cifar.cifar10"
+REPOSITORY = f"convmixer-hub/{NAME}"
+FILE = f"/{REPOSITORY}/resolve/v1/model.safetensors"
+WEIGHTS = (CHECKOUT / "weights" / NAME / "model.safetensors").read_bytes()
+FLIPPED = WEIGHTS[:1000] + bytes([WEIGHTS[1000] ^ 1]) + WEIGHTS[1001:]
+DIGESTS = (
+    rf"its SHA-256 is {hashlib.sha256(FLIPPED).hexdigest()}, "
+    f"but {NAME} has {hashlib.sha256(WEIGHTS).hexdigest()}"
+)
+OWN_COPY = "reinstall the package and unset CONVMIXER_HUB_SOURCE to use its own copy$"
+
+
+@pytest.fixture
+def waits(monkeypatch):
+    """Let nobody sleep; give the seconds that the client wanted to."""
+    seconds = []
+    monkeypatch.setattr(time, "sleep", seconds.append)
+    return seconds
+
+
+def ordered(fault, method=None, times=float("inf")):
+    return lambda hub, monkeypatch: hub.order(fault, method, times)
+
+
+def with_token(token, arrange=lambda hub, monkeypatch: None):
+    def arranged(hub, monkeypatch):
+        hub.tokens.add("hf_right")
+        monkeypatch.setenv("HF_TOKEN", token)
+        arrange(hub, monkeypatch)
+
+    return arranged
+
+
+def no_dns(hub, monkeypatch):
+    def fail(*_, **__):
+        raise socket.gaierror(-2, "Name or service not known")
+
+    monkeypatch.setattr(socket, "getaddrinfo", fail)
+
+
+def pause(seconds):
+    """Wait, also where `time.sleep` does not."""
+    threading.Event().wait(seconds)
+
+
+def stall(hub, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", 0.1)
+    hub.order(drip(1, lambda: pause(0.5)), "GET", times=1)
+
+
+def rename(hub, monkeypatch):
+    hub.repositories["new/name"] = hub.repositories.pop(REPOSITORY)
+    hub.order(redirect("/new/name/resolve/v1/model.safetensors"), "HEAD", times=1)
+
+
+THE_WEIGHTS = None
+FAULTS = {
+    "refused connection": (
+        lambda hub, monkeypatch: use_endpoint(monkeypatch, "http://127.0.0.1:1"),
+        rf"http://127.0.0.1:1/{REPOSITORY} cannot be read \(.*Connection refused\); check the "
+        f"network and HF_ENDPOINT, or {OWN_COPY}",
+    ),
+    "DNS failure": (
+        no_dns,
+        r"cannot be read \(.*Name or service not known\); check the network and HF_ENDPOINT, or ",
+    ),
+    "offline": (
+        lambda hub, monkeypatch: monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True),
+        r"the network may not be used \(HF_HUB_OFFLINE\); unset that, or copy the Hub's cache "
+        f"folder from a machine where `convmixer pull {NAME}` was run, or {OWN_COPY}",
+    ),
+    "wrong token": (
+        with_token("hf_wrong"),
+        r"http\S+:\d+ does not accept your token \(HTTP 401\); renew it with `hf auth login`, or "
+        "unset HF_TOKEN$",
+    ),
+    "private repository, no token": (
+        lambda hub, monkeypatch: hub.private.add(REPOSITORY),
+        rf"/{REPOSITORY} is missing or private \(HTTP 401\); check CONVMIXER_HUB_NAMESPACE and "
+        "HF_ENDPOINT, or log in with `hf auth login` or HF_TOKEN$",
+    ),
+    "private repository, right token": (
+        with_token("hf_right", lambda hub, monkeypatch: hub.private.add(REPOSITORY)),
+        THE_WEIGHTS,
+    ),
+    "403": (
+        ordered(error(403, X_Error_Message="no")),
+        rf"/{REPOSITORY} is closed to you \(HTTP 403\); ask its owner for access, or use a token",
+    ),
+    "missing repository": (
+        with_token("hf_right", lambda hub, monkeypatch: hub.repositories.clear()),
+        rf"/{REPOSITORY} does not exist; check CONVMIXER_HUB_NAMESPACE and HF_ENDPOINT, or ",
+    ),
+    "missing revision": (
+        lambda hub, monkeypatch: hub.repositories[REPOSITORY].pop("v1"),
+        rf"/{REPOSITORY} has no revision 'v1'; check CONVMIXER_HUB_NAMESPACE and HF_ENDPOINT, or ",
+    ),
+    "missing file": (
+        lambda hub, monkeypatch: hub.repositories[REPOSITORY]["v1"].pop("model.safetensors"),
+        rf"/{REPOSITORY} has no file 'model.safetensors'; check CONVMIXER_HUB_NAMESPACE and ",
+    ),
+    "404 from something else": (
+        ordered(error(404)),
+        rf"/{REPOSITORY} cannot be read \(HTTP 404 Not Found\); try again later, or {OWN_COPY}",
+    ),
+    "416": (
+        ordered(error(416), "GET"),
+        r"cannot be read \(HTTP 416 .*Range Not Satisfiable\); try again later, or ",
+    ),
+    "429 twice": (ordered(error(429, Retry_After="7"), "HEAD", times=2), THE_WEIGHTS),
+    "429 always": (
+        ordered(error(429, Retry_After="7")),
+        r"cannot be read \(HTTP 429 Too Many Requests\); try again later, or ",
+    ),
+    "500 twice": (ordered(error(500), "HEAD", times=2), THE_WEIGHTS),
+    "500 always": (
+        ordered(error(500)),
+        r"cannot be read \(HTTP 500 Internal Server Error\); try again later, or ",
+    ),
+    "500 for the body": (
+        ordered(error(500), "GET", times=1),
+        r"cannot be read \(HTTP 500 Internal Server Error\); try again later, or ",
+    ),
+    "redirect to another path": (
+        rename,
+        THE_WEIGHTS,
+    ),
+    "redirect in a circle": (
+        ordered(redirect(FILE)),
+        r"cannot be read \(Exceeded \d+ redirects .*\); check the network and HF_ENDPOINT, or ",
+    ),
+    "slow drip": (ordered(drip(20, lambda: pause(0.01)), "GET"), THE_WEIGHTS),
+    "stalled once": (stall, THE_WEIGHTS),
+    "cut once": (ordered(cut(len(WEIGHTS) // 2), "GET", times=1), THE_WEIGHTS),
+    "cut always": (
+        ordered(cut(len(WEIGHTS) // 2), "GET"),
+        r"cannot be read \(peer closed connection .*\); check the network and HF_ENDPOINT, or ",
+    ),
+    "length promised wrongly": (
+        ordered(headers(Content_Length="1000"), "HEAD"),
+        r"cannot be read \(Consistency check failed: file should be of size 1000 but has size ",
+    ),
+    "shorter file": (
+        ordered(other_body(lambda body: body[:-1])),
+        rf"has {len(WEIGHTS) - 1} bytes, but {NAME} has {len(WEIGHTS)}; http\S+{REPOSITORY} is "
+        "not to be trusted: check HF_ENDPOINT and CONVMIXER_HUB_NAMESPACE, or ",
+    ),
+    "wrong bytes once": (ordered(other_body(lambda _: FLIPPED), "GET", times=1), THE_WEIGHTS),
+    "wrong bytes": (
+        ordered(other_body(lambda _: FLIPPED)),
+        rf"{DIGESTS}; http\S+{REPOSITORY} is not to be trusted: check HF_ENDPOINT and "
+        f"CONVMIXER_HUB_NAMESPACE, or {OWN_COPY}",
+    ),
+    "wrong ETag": (ordered(headers(ETag='"0123456789abcdef"')), THE_WEIGHTS),
+    "no ETag": (
+        ordered(headers(ETag=None)),
+        r"cannot be read \(Distant resource does not have an ETag.*\); check the network and ",
+    ),
+    "not a Hub": (
+        ordered(headers(X_Repo_Commit=None)),
+        r"cannot be read \(Response .* does not seem to be served by a Hugging Face Hub ",
+    ),
+}
+
+
+@pytest.mark.parametrize(("arrange", "message"), FAULTS.values(), ids=FAULTS)
+def test_a_user_gets_the_weights_or_one_clear_line(arrange, message, hub, waits, monkeypatch):
+    arrange(hub, monkeypatch)
+    if message is THE_WEIGHTS:
+        assert find_checkpoint(NAME).read_bytes() == WEIGHTS
+        return
+    with pytest.raises(CheckpointError, match=message) as refused:
+        find_checkpoint(NAME)
+    assert "\n" not in str(refused.value)
+    assert NAME in str(refused.value)
+    assert "hf_" not in str(refused.value)
+
+
+def test_the_client_waits_as_long_as_the_hub_says(hub, waits):
+    hub.order(error(429, Retry_After="7"), "HEAD", times=2)
+    find_checkpoint(NAME)
+    assert [seconds for seconds in waits if seconds >= 7] != []
+
+
+def test_a_cut_download_goes_on_where_it_was_cut(hub, waits, monkeypatch):
+    monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 1000)
+    hub.order(cut(after=100_000), "GET", times=1)
+    assert find_checkpoint(NAME).read_bytes() == WEIGHTS
+    assert [request.headers.get("Range") for request in hub.requests] == [
+        None,
+        None,
+        "bytes=100000-",
+    ]
+
+
+def test_a_token_is_not_sent_on_to_another_host(hub, monkeypatch):
+    with_token("hf_right")(hub, monkeypatch)
+    with HubServer() as storage:
+        storage.repositories = hub.repositories
+        hub.order(redirect(storage.url + FILE))
+        assert find_checkpoint(NAME).read_bytes() == WEIGHTS
+        assert [request.headers.get("Authorization") for request in storage.requests] == [None]
+    assert hub.requests[0].headers["Authorization"] == "Bearer hf_right"
+
+
+def test_a_squatted_namespace_is_refused(hub, monkeypatch):
+    monkeypatch.setenv("CONVMIXER_HUB_NAMESPACE", "squatter")
+    hub.repositories[f"squatter/{NAME}"] = {"v1": {"model.safetensors": FLIPPED}}
+    with pytest.raises(CheckpointError, match=rf"{DIGESTS}; .*/squatter/{NAME} is not to be tr"):
+        timm.create_model(NAME, pretrained=True)
+
+
+def test_timm_says_where_the_cache_is(hub, tmp_path):
+    timm.create_model(NAME, pretrained=True, cache_dir=tmp_path / "elsewhere")
+    assert find_checkpoint(NAME, cache_dir=tmp_path / "elsewhere").read_bytes() == WEIGHTS
+    assert [request.method for request in hub.requests] == ["HEAD", "GET"]
+    assert locate(get_record(NAME)) == "hub"
+
+
+def test_timms_own_name_of_a_hub_repository_works(hub):
+    model = timm.create_model(f"hf-hub:{REPOSITORY}", pretrained=True)
+    expected = safetensors.torch.load(WEIGHTS)
+    torch.testing.assert_close(model.state_dict(), expected, atol=0, rtol=0)
+
+
+def forbid_sockets(monkeypatch):
+    def fail(*_, **__):
+        raise AssertionError("a socket was opened")
+
+    monkeypatch.setattr(socket, "socket", fail)
+
+
+def test_embedded_weights_are_loaded_without_a_socket(monkeypatch):
+    monkeypatch.setenv("CONVMIXER_HUB_SOURCE", "embedded")
+    forbid_sockets(monkeypatch)
+    timm.create_model(NAME, pretrained=True)
+
+
+def list_files(folder):
+    return {path: path.lstat().st_mtime_ns for path in folder.rglob("*")}
+
+
+def test_cached_weights_are_loaded_without_a_socket_and_without_writing(hub, tmp_path, monkeypatch):
+    find_checkpoint(NAME)
+    forbid_sockets(monkeypatch)
+    before = list_files(tmp_path)
+    timm.create_model(NAME, pretrained=True)
+    assert list_files(tmp_path) == before
+    assert locate(get_record(NAME)) == "cache"
+
+
+@pytest.fixture(params=[False, True], ids=["links", "no links"])
+def damaged(request, hub, monkeypatch):
+    """A file in the cache with one byte flipped, in a file system with or without links."""
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_SYMLINKS", request.param)
+    file = find_checkpoint(NAME)
+    assert file.is_symlink() is not request.param
+    file.resolve().write_bytes(FLIPPED)
+    hub.requests.clear()
+    return file
+
+
+def test_a_damaged_file_in_the_cache_is_downloaded_again(damaged, hub):
+    assert find_checkpoint(NAME) == damaged
+    assert damaged.read_bytes() == WEIGHTS
+    assert [request.method for request in hub.requests] == ["HEAD", "GET"]
+
+
+def test_a_damaged_file_in_the_cache_is_named_where_no_other_can_be_had(damaged, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(
+        CheckpointError,
+        match=rf"^{NAME}: the copy in the Hub's cache is damaged \({damaged}\), and the network "
+        r"may not be used \(HF_HUB_OFFLINE\); unset that, or copy the Hub's cache folder from a ",
+    ):
+        find_checkpoint(NAME)
+
+
+def test_a_cache_may_be_moved(hub, tmp_path, monkeypatch):
+    find_checkpoint(NAME)
+    (tmp_path / "cache").rename(tmp_path / "moved")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert find_checkpoint(NAME, cache_dir=tmp_path / "moved").read_bytes() == WEIGHTS
+
+
+def test_a_cache_may_be_deleted_while_its_model_is_in_use(hub, tmp_path, batch):
+    model = timm.create_model(NAME, pretrained=True).eval()
+    logits = model(batch)
+    shutil.rmtree(tmp_path / "cache")
+    assert torch.equal(model(batch), logits)
+    assert find_checkpoint(NAME).read_bytes() == WEIGHTS
+
+
+def test_a_cache_deleted_during_a_download_is_one_line(hub, tmp_path):
+    hub.order(drip(2, lambda: shutil.rmtree(tmp_path / "cache", ignore_errors=True)), "GET")
+    with pytest.raises(
+        CheckpointError, match=rf"^{NAME}: the Hub's cache cannot be used \(.*No such file .*\); "
+    ):
+        find_checkpoint(NAME)
+
+
+def test_a_cache_that_cannot_be_made_is_one_line(hub, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(
+        CheckpointError,
+        match=rf"^{NAME}: the Hub's cache cannot be used \(.*Not a directory: .*\); make room ",
+    ):
+        find_checkpoint(NAME, cache_dir=tmp_path / "file" / "cache")
+
+
+def test_a_full_disk_is_one_line(hub):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, hard))
+    try:
+        with pytest.raises(
+            CheckpointError, match=r"the Hub's cache cannot be used \(.*File too large\); make room"
+        ):
+            find_checkpoint(NAME)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert find_checkpoint(NAME).read_bytes() == WEIGHTS
+
+
+def start(count):
+    """Let so many processes, copies of this one, look for the weights."""
+    context = multiprocessing.get_context("fork")
+    processes = [context.Process(target=find_checkpoint, args=(NAME,)) for _ in range(count)]
+    for process in processes:
+        process.start()
+    return processes
+
+
+@pytest.mark.parametrize("content", [None, FLIPPED], ids=["empty cache", "damaged file"])
+def test_twenty_processes_share_one_cache(content, hub, tmp_path):
+    if content is not None:
+        find_checkpoint(NAME).resolve().write_bytes(content)
+    hub.order(drip(5, lambda: pause(0.02)), "GET")
+    processes = start(20)
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0] * 20
+    [blob] = (tmp_path / "cache").glob("models--*/blobs/*")
+    assert blob.read_bytes() == WEIGHTS
+    assert find_checkpoint(NAME).resolve() == blob
+
+
+def test_a_download_killed_half_way_is_no_hindrance(hub):
+    half_sent, killed = threading.Event(), threading.Event()
+    waiting = iter([lambda: None, lambda: (half_sent.set(), killed.wait())])
+    hub.order(drip(2, lambda: next(waiting)()), "GET", times=1)
+    [process] = start(1)
+    assert half_sent.wait(60)
+    os.kill(process.pid, signal.SIGKILL)
+    process.join()
+    killed.set()
+    assert process.exitcode == -signal.SIGKILL
+    assert find_checkpoint(NAME).read_bytes() == WEIGHTS
+
+
+@pytest.mark.slow
+def test_the_environment_says_which_hub_and_which_cache(hub, run_python, tmp_path):
+    hub.repositories[f"somebody/{NAME}"] = hub.repositories.pop(REPOSITORY)
+    hub.private.add(f"somebody/{NAME}")
+    hub.tokens.add("hf_right")
+    code = "import convmixer_hub; print(convmixer_hub.find_checkpoint('convmixer_cifar'))"
+    path = run_python(
+        code,
+        PYTHONPATH=str(CHECKOUT),
+        HF_ENDPOINT=hub.url,
+        HF_HUB_OFFLINE="0",
+        HF_HOME=str(tmp_path / "home"),
+        HF_TOKEN="hf_right",
+        CONVMIXER_HUB_NAMESPACE="somebody",
+    )
+    assert re.match(rf"{tmp_path}/home/hub/models--somebody--{NAME}/", path)
+    assert Path(path).read_bytes() == WEIGHTS
