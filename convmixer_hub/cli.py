@@ -15,8 +15,9 @@ import torch
 from . import __version__
 from .bench import VARIANTS, bench_train
 from .card import write_card
-from .checkpoint import find_checkpoint, locate
+from .checkpoint import find_checkpoint, get_record, locate
 from .data import open_image
+from .doctor import examine
 from .errors import ConvMixerHubError, DataError
 from .evaluate import evaluate_on
 from .figures import draw_predictions
@@ -304,3 +305,29 @@ def train_command(
         sys.exit(130)
     if get_rank() == 0:
         click.echo(f"{run}: finished; measure it with: convmixer evaluate {run} --data {data}")
+
+
+@main.command("pull")
+@click.argument("names", nargs=-1, required=True, metavar="NAME...")
+def pull_command(names: tuple[str, ...]) -> None:
+    """Download the weights of NAME... into the Hub's cache, to be used without network later.
+
+    They are used from there wherever the package carries no copy, or CONVMIXER_HUB_SOURCE=hub.
+    """
+    for record in [get_record(name) for name in names]:
+        click.echo(f"{record.name}: {find_checkpoint(record.name, 'hub')}")
+
+
+@main.command("doctor")
+@click.argument("name", required=False)
+def doctor_command(name: str | None) -> None:
+    """Say whether NAME, or every model, can be loaded on this machine, and if not, why.
+
+    The exit status is 1 if one cannot.
+    """
+    findings = examine([name] if name else [])
+    _print_table([[finding.subject, finding.result] for finding in findings])
+    bad = [finding.subject for finding in findings if not finding.healthy]
+    click.echo(f"not healthy: {', '.join(bad)}" if bad else "healthy")
+    if bad:
+        sys.exit(1)

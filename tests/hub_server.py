@@ -174,6 +174,8 @@ class HubServer(ThreadingHTTPServer):
         if token and token not in self.tokens:
             error(401, X_Error_Message="Invalid credentials in Authorization header")(answer)
             return
+        if request.path == "/":
+            return
         asked = re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", request.path)
         repository, revision, path = map(unquote, asked.groups()) if asked else ("", "", "")
         if repository not in self.repositories or (repository in self.private and not token):

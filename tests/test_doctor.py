@@ -1,0 +1,200 @@
+"""`convmixer pull` and `convmixer doctor`, with a Hub on this machine."""
+
+import pytest
+from click.testing import CliRunner
+from huggingface_hub import constants
+
+from convmixer_hub import find_checkpoint
+from convmixer_hub.cli import main
+
+from .conftest import CHECKOUT, use_endpoint
+from .hub_server import error, headers, other_body
+
+NAME = "convmixer_cifar.cifar10"
+REPOSITORY = f"convmixer-hub/{NAME}"
+TOKEN = "hf_secret"
+
+
+@pytest.fixture
+def convmixer():
+    """Run the command line; give its exit status and what it printed."""
+
+    def run(*arguments: str) -> tuple[int, str]:
+        result = CliRunner().invoke(main, arguments)
+        return result.exit_code, result.output
+
+    return run
+
+
+@pytest.fixture
+def doctor(convmixer):
+    """Run `convmixer doctor`; give its exit status, its lines by subject, and its verdict."""
+
+    def run(*arguments: str) -> tuple[int, dict[str, str], str]:
+        status, output = convmixer("doctor", *arguments)
+        *lines, verdict = output.splitlines()
+        return status, {line.split()[0]: line.split(maxsplit=1)[1] for line in lines}, verdict
+
+    return run
+
+
+def test_pull_fills_the_cache_for_a_machine_without_network(hub, convmixer, monkeypatch):
+    status, output = convmixer("pull", "convmixer_cifar", NAME)
+    assert (status, output) == (0, f"{NAME}: {find_checkpoint(NAME)}\n" * 2)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    file = CHECKOUT / "weights" / NAME / "model.safetensors"
+    assert find_checkpoint(NAME).read_bytes() == file.read_bytes()
+
+
+def test_pull_fills_the_cache_although_there_is_an_embedded_copy(hub, convmixer, monkeypatch):
+    monkeypatch.delenv("CONVMIXER_HUB_SOURCE")
+    convmixer("pull", NAME)
+    assert [request.method for request in hub.requests] == ["HEAD", "GET"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "message"),
+    [
+        ([NAME, "convmixer_cifr"], 1, "Error: no trained weights are named 'convmixer_cifr'; did"),
+        ([], 2, "Missing argument 'NAME...'"),
+    ],
+)
+def test_pull_of_anything_else_downloads_nothing(hub, convmixer, arguments, status, message):
+    found, output = convmixer("pull", *arguments)
+    assert found == status
+    assert message in output
+    assert hub.requests == []
+
+
+def test_pull_that_fails_is_one_line(hub, convmixer):
+    hub.repositories[REPOSITORY].pop("v1")
+    status, output = convmixer("pull", NAME)
+    assert status == 1
+    assert output.startswith(f"Error: {NAME}: {hub.url}/{REPOSITORY} has no revision 'v1'; check ")
+    assert output.count("\n") == 1
+
+
+def test_doctor_reports_what_loading_depends_on(hub, doctor, tmp_path):
+    status, found, verdict = doctor()
+    assert (status, verdict) == (0, "healthy")
+    assert found["endpoint"] == f"{hub.url} answers (HTTP 200)"
+    assert found["token"] == "none"
+    assert found["offline"] == "no"
+    assert found["cache"].startswith(f"{tmp_path}/cache, ")
+    assert found["cache"].endswith(" GB free")
+    for package in ("convmixer-hub 0.", "torch 2.", "timm 1.", "huggingface_hub ", "Python 3."):
+        assert package in found["versions"]
+    assert found[NAME] == "hub: to be downloaded, 2.6 MB; its SHA-256 is the recorded one"
+    assert not (tmp_path / "cache").exists()
+
+
+def test_doctor_never_prints_the_token(hub, convmixer, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    for accepted in (True, False):
+        hub.tokens = {TOKEN} if accepted else set()
+        status, output = convmixer("doctor")
+        assert status == (0 if accepted else 1)
+        assert "token" in output and "present" in output
+        assert TOKEN not in output
+    assert "does not accept your token" in output
+
+
+def embedded(hub, monkeypatch):
+    monkeypatch.delenv("CONVMIXER_HUB_SOURCE")
+
+
+def embedded_without_network(hub, monkeypatch):
+    monkeypatch.delenv("CONVMIXER_HUB_SOURCE")
+    use_endpoint(monkeypatch, "http://127.0.0.1:1")
+
+
+def cached_and_offline(hub, monkeypatch):
+    find_checkpoint(NAME)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+
+
+def small_file(hub, monkeypatch):
+    hub.order(headers(ETag='"0123456789abcdef0123456789abcdef01234567"'))
+
+
+@pytest.mark.parametrize(
+    ("arrange", "subject", "result"),
+    [
+        (embedded, NAME, "embedded: its SHA-256 is the recorded one"),
+        (embedded_without_network, "endpoint", "http://127.0.0.1:1 does not answer ("),
+        (cached_and_offline, NAME, "cache: its SHA-256 is the recorded one"),
+        (cached_and_offline, "offline", "HF_HUB_OFFLINE is set"),
+        (cached_and_offline, "endpoint", "http://127.0.0.1:"),
+        (small_file, NAME, "hub: to be downloaded, 2.6 MB; its SHA-256 is checked then"),
+    ],
+)
+def test_doctor_finds_what_is_healthy(hub, doctor, monkeypatch, arrange, subject, result):
+    arrange(hub, monkeypatch)
+    status, found, verdict = doctor(NAME)
+    assert (status, verdict) == (0, "healthy")
+    assert found[subject].startswith(result)
+
+
+def damaged_in_the_cache(hub, monkeypatch):
+    with find_checkpoint(NAME).open("r+b") as file:
+        file.seek(1000)
+        file.write(b"damage")
+
+
+def nothing_and_offline(hub, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+
+
+def no_network(hub, monkeypatch):
+    use_endpoint(monkeypatch, "http://127.0.0.1:1")
+
+
+def no_embedded_copy(hub, monkeypatch):
+    monkeypatch.setenv("CONVMIXER_HUB_SOURCE", "embedded")
+    monkeypatch.setattr("convmixer_hub.checkpoint.__file__", "/nowhere/convmixer_hub/checkpoint.py")
+
+
+def no_cache(hub, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", "/dev/null/cache")
+
+
+@pytest.mark.parametrize(
+    ("arrange", "subject", "result"),
+    [
+        (damaged_in_the_cache, NAME, "cache: "),
+        (nothing_and_offline, NAME, "hub: the network may not be used (HF_HUB_OFFLINE); unset "),
+        (no_network, NAME, f"hub: http://127.0.0.1:1/{REPOSITORY} cannot be read ("),
+        (no_embedded_copy, NAME, f"embedded: {NAME}: this installation carries no copy of the "),
+        (no_cache, "cache", "/dev/null/cache, "),
+        (lambda hub, _: hub.repositories[REPOSITORY].pop("v1"), NAME, "hub: http://127.0.0.1:"),
+        (lambda hub, _: hub.order(error(500)), NAME, "hub: http://127.0.0.1:"),
+        (lambda hub, _: hub.order(other_body(lambda _: b"other")), NAME, "hub: http://127.0.0.1:"),
+        (lambda hub, _: hub.order(headers(ETag='"' + 64 * "a" + '"')), NAME, "hub: http://127.0."),
+    ],
+    ids=[
+        "damaged in the cache",
+        "nothing and offline",
+        "no network",
+        "no embedded copy",
+        "no cache",
+        "no revision",
+        "500",
+        "another size",
+        "another digest",
+    ],
+)
+def test_doctor_finds_what_is_not(hub, doctor, monkeypatch, arrange, subject, result):
+    arrange(hub, monkeypatch)
+    status, found, verdict = doctor(NAME)
+    assert (status, verdict) == (1, f"not healthy: {subject}")
+    assert found[subject].startswith(result)
+    assert "; " in found[subject]  # the remedy
+
+
+def test_a_damaged_file_that_doctor_finds_is_healed_by_what_it_says(hub, doctor, convmixer):
+    damaged_in_the_cache(hub, None)
+    _, found, _ = doctor()
+    assert found[NAME].endswith(f"; `convmixer pull {NAME}` downloads it again")
+    convmixer("pull", NAME)
+    status, found, _ = doctor()
+    assert (status, found[NAME]) == (0, "cache: its SHA-256 is the recorded one")
