@@ -34,6 +34,8 @@ SOURCES = ("auto", "embedded", "hub")
 WEIGHTS_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
 
+_OWN_COPY = "reinstall the package and unset CONVMIXER_HUB_SOURCE to use its own copy"
+
 
 @dataclass(frozen=True)
 class CheckpointRecord:
@@ -179,9 +181,6 @@ def find_checkpoint(
     return file
 
 
-_OWN_COPY = "reinstall the package and unset CONVMIXER_HUB_SOURCE to use its own copy"
-
-
 def _fetch(
     record: CheckpointRecord, cache_dir: str | Path | None, damaged: Path | None = None
 ) -> Path:
@@ -248,7 +247,7 @@ def explain_hub_error(error: Exception, record: CheckpointRecord) -> str:
         )
     if isinstance(error, OSError) and error.errno is not None:
         return (
-            f"the Hub's cache cannot be used ({first_line(error)}); make room there or name "
+            f"the Hub's cache cannot be used ({first_line(error)}); make room there, or name "
             "another folder with HF_HOME"
         )
     return (
@@ -317,18 +316,18 @@ def check_state_dict(
         if key in ignored:
             continue
         if key not in state_dict:
-            raise CheckpointError(f"{source}: tensor '{key}' is missing; {remedy}")
+            raise CheckpointError(f"{source}: tensor {key!r} is missing; {remedy}")
         if key not in expected:
-            raise CheckpointError(f"{source}: the model has no tensor '{key}'; {remedy}")
+            raise CheckpointError(f"{source}: the model has no tensor {key!r}; {remedy}")
         found, wanted = tuple(state_dict[key].shape), tuple(expected[key])
         if found != wanted:
             raise CheckpointError(
-                f"{source}: tensor '{key}' has shape {found}, the model's has {wanted}; {remedy}"
+                f"{source}: tensor {key!r} has shape {found}, the model's has {wanted}; {remedy}"
             )
     for key, tensor in state_dict.items():
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise CheckpointError(
-                f"{source}: tensor '{key}' holds NaN or infinite numbers; "
+                f"{source}: tensor {key!r} holds NaN or infinite numbers; "
                 "use another copy, or a checkpoint of an earlier epoch"
             )
 

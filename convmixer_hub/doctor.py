@@ -135,5 +135,5 @@ def _ask_for(record: CheckpointRecord) -> str:
         raise CheckpointError(
             f"{url}: is not the recorded file; check HF_ENDPOINT and CONVMIXER_HUB_NAMESPACE"
         )
-    known = "its SHA-256 is the recorded one" if digest else "its SHA-256 is checked then"
+    known = "the Hub names the recorded SHA-256" if digest else "its SHA-256 is checked then"
     return f"to be downloaded, {record.size / 1e6:.1f} MB; {known}"

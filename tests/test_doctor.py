@@ -84,7 +84,7 @@ def test_doctor_reports_what_loading_depends_on(hub, doctor, tmp_path):
     assert found["cache"].endswith(" GB free")
     for package in ("convmixer-hub 0.", "torch 2.", "timm 1.", "huggingface_hub ", "Python 3."):
         assert package in found["versions"]
-    assert found[NAME] == "hub: to be downloaded, 2.6 MB; its SHA-256 is the recorded one"
+    assert found[NAME] == "hub: to be downloaded, 2.6 MB; the Hub names the recorded SHA-256"
     assert not (tmp_path / "cache").exists()
 
 
