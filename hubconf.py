@@ -1,6 +1,6 @@
 """Entry points of torch.hub: `torch.hub.load("OWNER/REPO", "convmixer_cifar", pretrained=True)`.
 
-Keyword arguments go on to `timm.create_model`: `num_classes`, `in_chans`, `drop_rate`, ….
+Keyword arguments go on to `timm.create_model`: `num_classes`, `in_chans`, `label_names`, ….
 """
 
 import timm

@@ -10,7 +10,7 @@ import difflib
 import hashlib
 import os
 import shutil
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -277,53 +277,36 @@ def verify_file(path: Path, record: CheckpointRecord, remedy: str) -> None:
         )
 
 
-def check_safetensors(path: Path) -> None:
+def check_safetensors(path: Path) -> dict[str, str]:
     """Refuse a file that is not in the safetensors format; a pickle is never opened.
+
+    Returns:
+        The metadata of the file.
 
     Raises:
         CheckpointError: With the fault and the remedy.
     """
     try:
-        with safe_open(path, framework="pt"):
-            return
+        with safe_open(path, framework="pt") as file:
+            return file.metadata() or {}
     except FileNotFoundError:
         reason, remedy = "no such file", "check the path"
     except (SafetensorError, OSError) as error:
         reason = f"not a whole safetensors file ({first_line(error)})"
-        remedy = "write it with safetensors.torch.save_file; pickles are not opened"
+        remedy = "copy it again; pickles are not opened, `convmixer convert` rewrites them"
     raise CheckpointError(f"{path}: {reason}; {remedy}")
 
 
-def check_state_dict(
-    state_dict: Mapping[str, Tensor],
-    expected: Mapping[str, Sequence[int]],
-    ignored: Collection[str],
-    source: str,
-) -> None:
-    """Refuse a state dict unless every tensor is there, has its shape, and holds numbers.
+def check_finite(state_dict: Mapping[str, Tensor], source: str) -> None:
+    """Refuse a state dict with a tensor that holds anything but numbers.
 
     Args:
         state_dict: What is about to be loaded.
-        expected: The shape that each tensor must have, by key.
-        ignored: Keys whose tensors are not going to be loaded.
         source: Where the state dict comes from, for the message.
 
     Raises:
-        CheckpointError: Naming the first key that does not fit, and the remedy.
+        CheckpointError: Naming the first such tensor, and the remedy.
     """
-    remedy = "use the checkpoint of this architecture, or pretrained=False"
-    for key in [*expected, *(key for key in state_dict if key not in expected)]:
-        if key in ignored:
-            continue
-        if key not in state_dict:
-            raise CheckpointError(f"{source}: tensor {key!r} is missing; {remedy}")
-        if key not in expected:
-            raise CheckpointError(f"{source}: the model has no tensor {key!r}; {remedy}")
-        found, wanted = tuple(state_dict[key].shape), tuple(expected[key])
-        if found != wanted:
-            raise CheckpointError(
-                f"{source}: tensor {key!r} has shape {found}, the model's has {wanted}; {remedy}"
-            )
     for key, tensor in state_dict.items():
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise CheckpointError(

@@ -10,6 +10,7 @@ Methods and attributes that timm expects of its models stand at the end of `Conv
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -20,12 +21,34 @@ from torch import Tensor, nn
 
 from .depthwise import DepthWiseConv2d
 from .errors import ModelSizeError
+from .layouts import check_fit, convert_layout, detect_layout
+
+ACTIVATIONS: dict[str, type[nn.Module]] = {"gelu": nn.GELU, "relu": nn.ReLU}
 
 
 def _check_positive(**sizes: int) -> None:
     for name, value in sizes.items():
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ModelSizeError(f"{name} is {value!r}: give a whole number of at least 1")
+
+
+def _get_activation(act_layer: type[nn.Module] | str) -> type[nn.Module]:
+    if not isinstance(act_layer, str):
+        return act_layer
+    if act_layer not in ACTIVATIONS:
+        raise ModelSizeError(
+            f"act_layer is {act_layer!r}: give {' or '.join(ACTIVATIONS)}, or a class of modules"
+        )
+    return ACTIVATIONS[act_layer]
+
+
+def name_activation(model: nn.Module) -> str | None:
+    """Tell which of `ACTIVATIONS` a ConvMixer, ours or timm's, has; None if it is another."""
+    for module in model.modules():
+        for name, act_layer in ACTIVATIONS.items():
+            if isinstance(module, act_layer):
+                return name
+    return None
 
 
 class ConvMixerLayer(nn.Module):
@@ -182,12 +205,12 @@ class ConvMixer(nn.Module):
         in_chans: Number of channels of the images.
         global_pool: timm's name of a pooling, or `''` for none.
         drop_rate: Dropout before the head.
-        act_layer: Class of the activation.
+        act_layer: Class of the activation, or its name in `ACTIVATIONS`.
         device: Where the parameters are made; torch's default if not given.
         dtype: Type of the parameters; torch's default if not given.
 
     Raises:
-        ModelSizeError: If a size is impossible.
+        ModelSizeError: If a size is impossible, or no activation has this name.
     """
 
     def __init__(
@@ -200,12 +223,13 @@ class ConvMixer(nn.Module):
         in_chans: int = 3,
         global_pool: str = "avg",
         drop_rate: float = 0.0,
-        act_layer: type[nn.Module] = nn.GELU,
+        act_layer: type[nn.Module] | str = nn.GELU,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         _check_positive(n_layers=n_layers)
+        act_layer = _get_activation(act_layer)
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.patch_emb = PatchEmbeddings(d_model, patch_size, in_chans, act_layer, **factory)
         self.conv_mixer_layers = nn.Sequential(
@@ -226,6 +250,26 @@ class ConvMixer(nn.Module):
             {"num_chs": d_model, "reduction": patch_size, "module": f"conv_mixer_layers.{i}"}
             for i in range(n_layers)
         ]
+
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ) -> Any:
+        """Load a state dict as torch does, in any layout of `layouts.LAYOUTS`.
+
+        Args:
+            state_dict: Tensors by key; prefixes of DDP, torch.compile and averages may stand
+                before the keys. It does not tell the activation: that stays the model's.
+            strict: Whether every key and shape has to fit.
+            assign: Keep the given tensors instead of copying from them.
+
+        Raises:
+            CheckpointError: If strict, naming the first key that does not fit.
+        """
+        converted = convert_layout(state_dict)
+        if strict:
+            shapes = {key: tensor.shape for key, tensor in self.state_dict().items()}
+            check_fit(converted, shapes, "the state dict", detect_layout(state_dict))
+        return super().load_state_dict(converted, strict, assign)
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Map images `[batch, in_chans, height, width]` to `[batch, d_model, rows, columns]`."""

@@ -6,12 +6,16 @@ timm finds `default_cfgs` by that name in the module of the `@register_model` fu
 from __future__ import annotations
 
 import json
+import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 import timm
 from timm.models import (
+    PretrainedCfg,
     build_model_with_cfg,
     generate_default_cfgs,
     register_model,
@@ -24,14 +28,17 @@ from .checkpoint import (
     RECORDS,
     WEIGHTS_FILE,
     CheckpointRecord,
+    check_finite,
     check_safetensors,
-    check_state_dict,
     find_checkpoint,
     get_record,
     suggest,
 )
-from .errors import CheckpointError, UnknownModelError
-from .model import ConvMixer
+from .errors import CheckpointError, ModelSizeError, UnknownModelError
+from .layouts import OURS, check_fit, convert_layout, detect_layout
+from .model import ConvMixer, name_activation
+
+_logger = logging.getLogger(__package__)
 
 CIFAR10_CLASSES = (
     "airplane",
@@ -103,33 +110,168 @@ def _create_convmixer(
     pretrained: bool,
     pretrained_cfg: Any = None,
     pretrained_cfg_overlay: dict[str, Any] | None = None,
+    label_names: Sequence[str] | None = None,
     **kwargs: Any,
 ) -> ConvMixer:
-    """Build a model as timm does; weights of the registry are verified before timm sees them."""
+    """Build a model as timm does; weights of the registry are verified before timm sees them.
+
+    With `label_names`, the model is for these classes, and its head keeps the rows of those that
+    the checkpoint knows by the same name.
+    """
+    overlay = dict(pretrained_cfg_overlay or {})
+    trained = resolve_pretrained_cfg(variant, pretrained_cfg, overlay)
+    # What the model of a folder was made with; timm repeats it among the keyword arguments.
+    saved = kwargs.get("pretrained_model_args") or {}
+    activation = saved.get("act_layer", "gelu") if trained.source else None
     if pretrained:
-        cfg = resolve_pretrained_cfg(variant, pretrained_cfg, pretrained_cfg_overlay)
-        registered = default_cfgs[variant].cfgs.get(cfg.tag)
-        chosen_by_caller = cfg.source or cfg.file or cfg.url or cfg.state_dict
-        if cfg.source == "local-dir":
-            check_safetensors(Path(str(cfg.file)) / WEIGHTS_FILE)
-        elif registered and not chosen_by_caller and cfg.hf_hub_id == registered.hf_hub_id:
+        registered = default_cfgs[variant].cfgs.get(trained.tag)
+        chosen_by_caller = trained.source or trained.file or trained.url or trained.state_dict
+        if trained.source == "local-dir":
+            check_safetensors(Path(str(trained.file)) / WEIGHTS_FILE)
+        elif registered and not chosen_by_caller and trained.hf_hub_id == registered.hf_hub_id:
             if not registered.has_weights:
                 raise UnknownModelError(
                     f"{variant} has no trained weights; use pretrained=False, "
                     f"or one of: {', '.join(RECORDS)}"
                 )
-            file = find_checkpoint(f"{variant}.{cfg.tag}", cache_dir=kwargs.get("cache_dir"))
-            pretrained_cfg_overlay = {**(pretrained_cfg_overlay or {}), "file": str(file)}
-    return build_model_with_cfg(
+            file = find_checkpoint(f"{variant}.{trained.tag}", cache_dir=kwargs.get("cache_dir"))
+            overlay["file"] = str(file)
+            activation = "gelu"
+    label_names = _choose_labels(label_names, trained, kwargs)
+    if label_names:
+        overlay.update(num_classes=len(label_names), label_names=tuple(label_names))
+    changes: list[str] = []
+    model = build_model_with_cfg(
         ConvMixer,
         variant,
         pretrained,
         pretrained_cfg=pretrained_cfg,
-        pretrained_cfg_overlay=pretrained_cfg_overlay,
-        pretrained_filter_fn=_check_fit,
+        pretrained_cfg_overlay=overlay,
+        pretrained_filter_fn=partial(
+            _fit,
+            trained=trained,
+            activation=activation,
+            label_names=label_names,
+            changes=changes,
+        ),
         feature_cfg={"feature_cls": "getter", "out_indices": kwargs.pop("out_indices", 3)},
         **kwargs,
     )
+    if changes:
+        _logger.info("%s: %s", variant, "; ".join(changes))
+    return model
+
+
+def _choose_labels(
+    label_names: Sequence[str] | None, trained: PretrainedCfg, kwargs: dict[str, Any]
+) -> Sequence[str] | None:
+    """Set the number of classes by their names; None if these are those of the checkpoint."""
+    saved = kwargs.get("pretrained_model_args") or {}
+    if not label_names or list(label_names) == saved.get("label_names"):
+        return None
+    if kwargs.get("num_classes") not in (None, saved.get("num_classes"), len(label_names)):
+        raise ModelSizeError(
+            f"num_classes is {kwargs['num_classes']}, but label_names has {len(label_names)} "
+            "names: give as many, or leave num_classes out"
+        )
+    kwargs["num_classes"] = len(label_names)
+    return None if list(label_names) == list(trained.label_names or ()) else label_names
+
+
+def _fit(
+    state_dict: dict[str, Tensor],
+    model: ConvMixer,
+    trained: PretrainedCfg,
+    activation: str | None,
+    label_names: Sequence[str] | None,
+    changes: list[str],
+) -> dict[str, Tensor]:
+    """Make a checkpoint one that timm can load into the model, or refuse it.
+
+    Nothing but the head and the stem may differ, and these only where they are adapted: timm
+    loads leniently as soon as the number of classes differs, whatever the checkpoint holds.
+    `changes` gets what the model will not have as the checkpoint has it.
+    """
+    cfg = get_config(model)
+    source = cfg.get("file") or cfg.get("hf_hub_id") or "the checkpoint"
+    activation = _read_activation(cfg) or activation
+    if activation not in (None, name_activation(model)):
+        raise CheckpointError(
+            f"{source}: was trained with {activation}, the model has "
+            f"{name_activation(model) or 'another activation'}; give act_layer='{activation}'"
+        )
+    layout = detect_layout(state_dict)
+    state_dict = convert_layout(state_dict)
+
+    own = model.state_dict()
+    expected = {key: tuple(tensor.shape) for key, tensor in own.items()}
+    stem, weight, bias = f"{FIRST_CONV}.weight", f"{CLASSIFIER}.weight", f"{CLASSIFIER}.bias"
+    d_model, _, *patch = expected[stem]
+    expected[stem] = (d_model, trained.input_size[0], *patch)
+    fresh_head = model.num_classes != trained.num_classes and not label_names
+    if label_names:
+        expected[weight] = (trained.num_classes, *expected[weight][1:])
+        expected[bias] = (trained.num_classes,)
+    ignored = {weight, bias} if fresh_head else set()
+    check_fit(state_dict, expected, source, layout, ignored)
+    check_finite(state_dict, source)
+
+    if layout != OURS:
+        changes.append(f"keys renamed from layout {layout}")
+    dtypes = {
+        str(tensor.dtype)
+        for key, tensor in state_dict.items()
+        if key in own and tensor.dtype != own[key].dtype
+    }
+    if dtypes:
+        changes.append(f"{', '.join(sorted(dtypes))} turned into {own[stem].dtype}")
+    if model.in_chans != trained.input_size[0]:
+        changes.append(f"{stem} adapted from {trained.input_size[0]} to {model.in_chans} channels")
+    if label_names:
+        kept = _keep_rows(state_dict, model, trained, label_names)
+        changes.append(
+            f"{CLASSIFIER} keeps the rows of {kept} classes, "
+            f"{len(label_names) - kept} newly initialised"
+        )
+    elif fresh_head and model.num_classes:
+        changes.append(
+            f"{CLASSIFIER} newly initialised for {model.num_classes} classes, "
+            f"not the {trained.num_classes} of the checkpoint"
+        )
+    elif fresh_head:
+        changes.append(f"{CLASSIFIER} left out")
+    if changes:
+        changes.insert(0, f"loaded {len(expected.keys() - ignored)} tensors from {source}")
+    return state_dict
+
+
+def _read_activation(cfg: dict[str, Any]) -> str | None:
+    """Read from the metadata of a file what no tensor tells."""
+    file = Path(cfg.get("file") or "")
+    if file.is_dir():
+        file = file / WEIGHTS_FILE
+    if file.suffix != ".safetensors" or not file.is_file():
+        return None
+    return check_safetensors(file).get("activation")
+
+
+def _keep_rows(
+    state_dict: dict[str, Tensor],
+    model: ConvMixer,
+    trained: PretrainedCfg,
+    label_names: Sequence[str],
+) -> int:
+    """Replace the head by the model's fresh one with the rows of the classes that stay; count."""
+    known = trained.label_names or ()
+    rows = {name: row for row, name in enumerate(known) if len(known) == trained.num_classes}
+    kept = [name for name in label_names if name in rows]
+    for key, fresh in model.get_classifier().state_dict(prefix=f"{CLASSIFIER}.").items():
+        head = fresh.clone()
+        for row, name in enumerate(label_names):
+            if name in rows:
+                head[row] = state_dict[key][rows[name]]
+        state_dict[key] = head
+    return len(kept)
 
 
 def get_config(model: nn.Module) -> dict[str, Any]:
@@ -141,23 +283,6 @@ def get_label_names(model: nn.Module) -> list[str] | None:
     """Name the classes of a model by index; None if its configuration is not about its classes."""
     names = get_config(model).get("label_names")
     return list(names) if names and len(names) == model.num_classes else None
-
-
-def _check_fit(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """Let nothing but the head and the stem differ, and these only where timm adapts them.
-
-    timm loads leniently as soon as the number of classes differs, whatever the checkpoint holds.
-    """
-    cfg = get_config(model)
-    expected = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
-    stem = f"{FIRST_CONV}.weight"
-    d_model, _, *patch = expected[stem]
-    expected[stem] = (d_model, cfg["input_size"][0], *patch)
-    head = {f"{CLASSIFIER}.weight", f"{CLASSIFIER}.bias"}
-    ignored = head if model.num_classes != cfg["num_classes"] else set()
-    source = cfg.get("file") or cfg.get("hf_hub_id") or "the checkpoint"
-    check_state_dict(state_dict, expected, ignored, source)
-    return state_dict
 
 
 def load_trained(name: str) -> nn.Module:

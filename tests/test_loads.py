@@ -1,0 +1,223 @@
+"""Loads say what they did, and refuse what does not fit."""
+
+import json
+import logging
+
+import pytest
+import safetensors.torch
+import timm
+import torch
+from timm.models.convmixer import ConvMixer as TimmConvMixer
+
+from convmixer_hub import CheckpointError, ConvMixer, ModelSizeError, find_checkpoint
+from convmixer_hub.checkpoint import save_model
+from convmixer_hub.zoo import CIFAR10_CLASSES, get_label_names, load_trained
+
+NAME = "convmixer_cifar.cifar10"
+ARCH = "convmixer_96_8_ks5_p1"
+ANIMALS = ("dog", "axolotl", "cat")
+HEAD = "classification.linear"
+
+
+@pytest.fixture
+def said(caplog):
+    """Give the lines that the package logged."""
+    caplog.set_level(logging.INFO, logger="convmixer_hub")
+
+    def get_lines():
+        return [
+            (record.levelname, record.message)
+            for record in caplog.records
+            if record.name.startswith("convmixer_hub")
+        ]
+
+    return get_lines
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """Save a model's tensors, perhaps changed; give the overlay that makes timm load them."""
+
+    def save(model, change=lambda tensor: tensor):
+        tensors = {key: change(tensor) for key, tensor in model.state_dict().items()}
+        safetensors.torch.save_file(tensors, tmp_path / "mine.safetensors")
+        return {"file": str(tmp_path / "mine.safetensors")}
+
+    return save
+
+
+def to_bf16(tensor):
+    return tensor.bfloat16() if tensor.is_floating_point() else tensor
+
+
+@pytest.mark.parametrize(
+    "arguments", [{}, {"features_only": True}, {"label_names": CIFAR10_CLASSES}]
+)
+def test_a_plain_load_says_nothing(arguments, said):
+    timm.create_model(NAME, pretrained=True, **arguments)
+    timm.create_model(ARCH, num_classes=37)
+    assert said() == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "loaded", "changes"),
+    [
+        (
+            {"num_classes": 37, "in_chans": 1},
+            119,
+            "patch_emb.conv.weight adapted from 3 to 1 channels; "
+            f"{HEAD} newly initialised for 37 classes, not the 10 of the checkpoint",
+        ),
+        ({"num_classes": 0}, 119, f"{HEAD} left out"),
+        (
+            {"in_chans": 4, "features_only": True},
+            121,
+            "patch_emb.conv.weight adapted from 3 to 4 channels",
+        ),
+        (
+            {"label_names": ANIMALS},
+            121,
+            f"{HEAD} keeps the rows of 2 classes, 1 newly initialised",
+        ),
+        ({"dtype": torch.bfloat16}, 121, "torch.float32 turned into torch.bfloat16"),
+    ],
+    ids=["head and stem", "no head", "features", "labels", "dtype"],
+)
+def test_one_line_says_what_was_adapted(arguments, loaded, changes, said):
+    timm.create_model(NAME, pretrained=True, **arguments)
+    source = find_checkpoint(NAME)
+    line = f"convmixer_cifar: loaded {loaded} tensors from {source}; {changes}"
+    assert said() == [("INFO", line)]
+
+
+def test_one_line_says_what_was_converted(saved, said, batch):
+    original = TimmConvMixer(96, 8, 5, 1, num_classes=10).eval()
+    overlay = saved(original, to_bf16)
+    model = timm.create_model(ARCH, pretrained=True, pretrained_cfg_overlay=overlay).eval()
+    line = (
+        f"{ARCH}: loaded 121 tensors from {overlay['file']}; keys renamed from layout timm; "
+        "torch.bfloat16 turned into torch.float32"
+    )
+    assert said() == [("INFO", line)]
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    images = batch[..., :8, :8]
+    expected = original.bfloat16().float()(images)
+    torch.testing.assert_close(model(images), expected, atol=1e-5, rtol=0)
+
+
+def test_an_adapted_stem_gives_what_equal_channels_gave(batch):
+    model = timm.create_model(NAME, pretrained=True, in_chans=4).eval()
+    whole = timm.create_model(NAME, pretrained=True).eval()
+    grey = batch[:, :1].expand(-1, 4, -1, -1)
+    weight = whole.patch_emb.conv.weight
+    torch.testing.assert_close(model.patch_emb.conv.weight[:, :3], weight * 3 / 4)
+    assert model(grey).shape == (2, 10)
+
+
+class TestLabelNames:
+    """A head for a new task keeps what the checkpoint knows of it."""
+
+    def test_rows_of_known_classes_are_kept(self, batch):
+        whole = timm.create_model(NAME, pretrained=True).eval()
+        model = timm.create_model(NAME, pretrained=True, label_names=ANIMALS).eval()
+        assert model.num_classes == 3
+        assert get_label_names(model) == list(ANIMALS)
+        kept = [CIFAR10_CLASSES.index(name) for name in ("dog", "cat")]
+        torch.testing.assert_close(model(batch)[:, [0, 2]], whole(batch)[:, kept])
+        fresh = model.get_classifier().weight[1]
+        assert 0 < fresh.abs().max() <= 256**-0.5
+
+    def test_as_many_classes_in_another_order_are_no_trap(self, batch):
+        whole = timm.create_model(NAME, pretrained=True).eval()
+        backwards = CIFAR10_CLASSES[::-1]
+        model = timm.create_model(NAME, pretrained=True, num_classes=10, label_names=backwards)
+        torch.testing.assert_close(model.eval()(batch), whole(batch).flip(1))
+
+    def test_a_folder_remembers_them_and_can_be_adapted_again(self, tmp_path, batch, said):
+        model = timm.create_model(NAME, pretrained=True, label_names=ANIMALS).eval()
+        save_model(model, tmp_path, {})
+        assert json.loads((tmp_path / "config.json").read_text())["num_classes"] == 3
+        said_before = len(said())
+        loaded = load_trained(str(tmp_path)).eval()
+        assert get_label_names(loaded) == list(ANIMALS)
+        assert torch.equal(loaded(batch), model(batch))
+        assert len(said()) == said_before
+        folder = f"local-dir:{tmp_path}"
+        assert timm.create_model(folder, pretrained=True, num_classes=5)(batch).shape == (2, 5)
+        cats = timm.create_model(folder, pretrained=True, label_names=["cat", "axolotl"]).eval()
+        torch.testing.assert_close(cats(batch), model(batch)[:, [2, 1]])
+
+    def test_without_pretrained_they_name_the_classes(self):
+        model = timm.create_model(ARCH, label_names=ANIMALS)
+        assert get_label_names(model) == list(ANIMALS)
+
+    def test_a_checkpoint_that_does_not_name_its_classes_gives_a_fresh_head(self, saved, said):
+        overlay = {**saved(ConvMixer(96, 8, 5, 1, num_classes=3)), "num_classes": 3}
+        timm.create_model(
+            ARCH, pretrained=True, pretrained_cfg_overlay=overlay, label_names=["cat", "dog"]
+        )
+        [(_, line)] = said()
+        assert line.endswith(f"{HEAD} keeps the rows of 0 classes, 2 newly initialised")
+
+    def test_another_number_of_classes_is_refused(self):
+        with pytest.raises(
+            ModelSizeError, match="num_classes is 5, but label_names has 3 names: g"
+        ):
+            timm.create_model(NAME, num_classes=5, label_names=ANIMALS)
+
+
+@pytest.mark.parametrize("way", ["file", "checkpoint_path", "directly"])
+@pytest.mark.parametrize("adapted", [{}, {"num_classes": 37}])
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ((96, 6, 5, 1), "tensor 'conv_mixer_layers.6.depth_wise_conv.weight' is missing; use the"),
+        ((96, 9, 5, 1), "the model has no tensor 'conv_mixer_layers.8"),
+        ((96, 8, 7, 1), r"'conv_mixer_layers.0.depth_wise_conv.weight' has shape \(96, 1, 7, 7\)"),
+        ((96, 8, 5, 2), r"tensor 'patch_emb.conv.weight' has shape \(96, 3, 2, 2\), the model's "),
+        ((48, 8, 5, 1), r"tensor 'patch_emb.conv.weight' has shape \(48, 3, 1, 1\), the model's "),
+    ],
+    ids=["shallower", "deeper", "kernel", "patch", "width"],
+)
+@pytest.mark.parametrize("kind", [ConvMixer, TimmConvMixer])
+def test_a_checkpoint_of_another_size_is_refused(kind, sizes, message, adapted, way, saved):
+    checkpoint = kind(*sizes, num_classes=adapted.get("num_classes", 10))
+    layout = "ours" if kind is ConvMixer else "timm"
+    with pytest.raises(CheckpointError, match=f"{message}.*taken for layout {layout} of ours, "):
+        if way == "file":
+            overlay = saved(checkpoint)
+            timm.create_model(ARCH, pretrained=True, pretrained_cfg_overlay=overlay, **adapted)
+        elif way == "checkpoint_path":
+            timm.create_model(ARCH, checkpoint_path=saved(checkpoint)["file"], **adapted)
+        else:
+            timm.create_model(ARCH, **adapted).load_state_dict(checkpoint.state_dict())
+
+
+@pytest.mark.parametrize("way", ["file", "checkpoint_path", "directly"])
+def test_another_number_of_classes_in_the_file_is_refused(way, saved):
+    checkpoint = ConvMixer(96, 8, 5, 1, num_classes=7)
+    message = rf"tensor '{HEAD}.weight' has shape \(7, 96\), the model's has \(10, 96\); use the"
+    with pytest.raises(CheckpointError, match=message):
+        if way == "file":
+            overlay = saved(checkpoint)
+            timm.create_model(ARCH, pretrained=True, pretrained_cfg_overlay=overlay)
+        elif way == "checkpoint_path":
+            timm.create_model(ARCH, checkpoint_path=saved(checkpoint)["file"])
+        else:
+            timm.create_model(ARCH).load_state_dict(checkpoint.state_dict())
+
+
+def test_a_bf16_checkpoint_leaves_the_model_in_fp32(saved):
+    checkpoint = timm.create_model(ARCH)
+    model = timm.create_model(ARCH, checkpoint_path=saved(checkpoint, to_bf16)["file"])
+    expected = {key: to_bf16(tensor).float() for key, tensor in checkpoint.state_dict().items()}
+    loaded = {key: tensor.float() for key, tensor in model.state_dict().items()}
+    torch.testing.assert_close(loaded, expected, atol=0, rtol=0)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize("pretrained", [False, True])
+@pytest.mark.parametrize("argument", ["kernel", "numclasses", "pretrained_strct"])
+def test_an_unknown_argument_is_refused(argument, pretrained):
+    with pytest.raises(TypeError, match=f"unexpected keyword argument '{argument}'"):
+        timm.create_model(NAME, pretrained=pretrained, **{argument: 3})
