@@ -16,13 +16,16 @@ from . import __version__
 from .bench import VARIANTS, bench_train
 from .card import write_card
 from .checkpoint import find_checkpoint, get_record, locate
+from .convert import convert
 from .data import open_image
 from .doctor import examine
 from .errors import ConvMixerHubError, DataError
 from .evaluate import evaluate_on
 from .figures import draw_predictions
 from .files import write_file
+from .layouts import ALIASES, LAYOUTS
 from .machine import describe_machine, get_rank
+from .model import ACTIVATIONS
 from .predict import predict
 from .run_folder import STATE_FILE
 from .train import OPTIMIZERS, TrainingSettings, train
@@ -331,3 +334,26 @@ def doctor_command(name: str | None) -> None:
     click.echo(f"not healthy: {', '.join(bad)}" if bad else "healthy")
     if bad:
         sys.exit(1)
+
+
+@main.command("convert")
+@click.argument("name", metavar="IN")
+@click.argument("output", metavar="OUT", type=click.Path(path_type=Path))
+@click.option("--layout", required=True, type=click.Choice([*LAYOUTS, *ALIASES]))
+@click.option(
+    "--activation",
+    type=click.Choice(list(ACTIVATIONS)),
+    help="Needed where neither IN nor its architecture tells it.",
+)
+def convert_command(name: str, output: Path, layout: str, activation: str | None) -> None:
+    """Write the ConvMixer IN to the safetensors file OUT, with the keys of another layout.
+
+    IN is a model's name, a folder, or a file, in any layout: safetensors, or a .pth (opened with
+    weights_only=True; of several state dicts in it, a moving average comes first).
+    """
+    written = convert(name, output, layout, activation)
+    part = f" ({written.part} of it)" if written.part else ""
+    click.echo(
+        f"{output}: {name}{part} in layout {written.layout}, {written.activation}, "
+        f"{len(written.tensors)} tensors, {written.parameters:,} parameters"
+    )

@@ -3,9 +3,11 @@ import re
 import shutil
 
 import pytest
+import safetensors.torch
+import torch
 from click.testing import CliRunner
 
-from convmixer_hub import __version__, get_record
+from convmixer_hub import __version__, find_checkpoint, get_record
 from convmixer_hub.cli import main
 from convmixer_hub.data import open_image
 from convmixer_hub.zoo import CIFAR10_CLASSES
@@ -159,3 +161,25 @@ def test_the_module_is_the_command(run_python):
         f"import sys; sys.argv = ['x', '--version']; {code}", PYTHONPATH=str(CHECKOUT)
     )
     assert __version__ in output
+
+
+def test_convert_says_what_it_wrote_and_asks_for_what_it_cannot_know(convmixer, tmp_path):
+    output, back = tmp_path / "out.safetensors", tmp_path / "back.safetensors"
+    result = convmixer("convert", NAME, output, "--layout", "timm")
+    assert result.exit_code == 0, result.stderr
+    assert result.stdout == (
+        f"{output}: {NAME} in layout timm, gelu, 121 tensors, 643,338 parameters\n"
+    )
+    tensors = safetensors.torch.load_file(output)
+    torch.save({"state_dict_ema": tensors}, tmp_path / "in.pth")
+    arguments = ["convert", tmp_path / "in.pth", back, "--layout", "labml"]
+    refused = convmixer(*arguments)
+    assert refused.exit_code == 1
+    assert refused.stderr == (
+        f"Error: {tmp_path / 'in.pth'}: nothing in it tells the activation; "
+        "give --activation gelu or relu\n"
+    )
+    result = convmixer(*arguments, "--activation", "gelu")
+    assert result.stdout.startswith(f"{back}: {tmp_path / 'in.pth'} (state_dict_ema of it) in lay")
+    expected = safetensors.torch.load_file(find_checkpoint(NAME))
+    torch.testing.assert_close(safetensors.torch.load_file(back), expected, atol=0, rtol=0)

@@ -1,0 +1,377 @@
+import argparse
+
+import pytest
+import safetensors.torch
+import timm
+import torch
+from safetensors import safe_open
+from timm.models.convmixer import ConvMixer as TimmConvMixer
+from torch import nn
+from torch.optim.swa_utils import AveragedModel
+
+from convmixer_hub import CheckpointError, ConvMixer, ModelSizeError, UnknownModelError
+from convmixer_hub.checkpoint import save_model
+from convmixer_hub.convert import convert
+from convmixer_hub.layouts import convert_layout, detect_layout
+from convmixer_hub.zoo import load_trained
+
+from .test_model import randomise_norms
+
+ACTIVATIONS = {"gelu": nn.GELU, "relu": nn.ReLU}
+ARCH = "convmixer_96_8_ks5_p1"
+
+
+class Residual(nn.Module):
+    def __init__(self, fn):
+        super().__init__()
+        self.fn = fn
+
+    def forward(self, x):
+        return self.fn(x) + x
+
+
+def make_locuslab(dim, depth, kernel_size, patch_size, n_classes, act):
+    """The `nn.Sequential` of the authors' convmixer.py."""
+    return nn.Sequential(
+        nn.Conv2d(3, dim, kernel_size=patch_size, stride=patch_size),
+        act(),
+        nn.BatchNorm2d(dim),
+        *[
+            nn.Sequential(
+                Residual(
+                    nn.Sequential(
+                        nn.Conv2d(dim, dim, kernel_size, groups=dim, padding="same"),
+                        act(),
+                        nn.BatchNorm2d(dim),
+                    )
+                ),
+                nn.Conv2d(dim, dim, kernel_size=1),
+                act(),
+                nn.BatchNorm2d(dim),
+            )
+            for _ in range(depth)
+        ],
+        nn.AdaptiveAvgPool2d((1, 1)),
+        nn.Flatten(),
+        nn.Linear(dim, n_classes),
+    )
+
+
+def make_locuslab_short(h, d, k, p, n, act):
+    """The short form in the authors' paper, which fits a tweet."""
+    S, C, A = nn.Sequential, nn.Conv2d, lambda x: S(x, act(), nn.BatchNorm2d(h))
+    R = type("", (S,), {"forward": lambda s, x: s[0](x) + x})
+    return S(
+        A(C(3, h, p, p)),
+        *[S(R(A(C(h, h, k, groups=h, padding=k // 2))), A(C(h, h, 1))) for _ in range(d)],
+        nn.AdaptiveAvgPool2d((1, 1)),
+        nn.Flatten(),
+        nn.Linear(h, n),
+    )
+
+
+def make_ours(d_model, n_layers, kernel_size, patch_size, n_classes, act):
+    return ConvMixer(d_model, n_layers, kernel_size, patch_size, n_classes, act_layer=act)
+
+
+def make_timms(dim, depth, kernel_size, patch_size, n_classes, act):
+    return TimmConvMixer(dim, depth, kernel_size, patch_size, num_classes=n_classes, act_layer=act)
+
+
+MAKE = {
+    "ours": make_ours,
+    "timm": make_timms,
+    "locuslab": make_locuslab,
+    "locuslab-short": make_locuslab_short,
+}
+SMALL = (12, 3, 5, 2, 7)
+AS_ARCH = (96, 8, 5, 1, 10)
+
+
+def make(layout: str, sizes=SMALL, activation="gelu") -> nn.Module:
+    model = MAKE[layout](*sizes, ACTIVATIONS[activation]).eval()
+    randomise_norms(model)
+    return model
+
+
+@pytest.fixture
+def file(tmp_path):
+    return tmp_path / "in.safetensors"
+
+
+@pytest.fixture
+def output(tmp_path):
+    return tmp_path / "out.safetensors"
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("target", [*MAKE, "labml"])
+@pytest.mark.parametrize("source", MAKE)
+def test_logits_are_equal_from_any_layout_to_any(source, target, activation, file, output, batch):
+    original = make(source, activation=activation)
+    safetensors.torch.save_file(original.state_dict(), file)
+    written = convert(str(file), output, target, activation)
+    target = target.replace("labml", "ours")
+    copy = make(target, activation=activation)
+    tensors = safetensors.torch.load_file(output)
+    assert tensors.keys() == copy.state_dict().keys() == written.tensors.keys()
+    copy.load_state_dict(tensors)
+    torch.testing.assert_close(copy(batch), original(batch), atol=1e-5, rtol=0)
+    with safe_open(output, framework="pt") as content:
+        assert content.metadata() == {"format": "pt", "layout": target, "activation": activation}
+
+
+@pytest.mark.parametrize("way", ["directly", "checkpoint_path", "file", "state_dict", "local-dir"])
+@pytest.mark.parametrize("layout", MAKE)
+def test_every_layout_loads_by_itself(layout, way, file, tmp_path, batch):
+    original = make(layout, AS_ARCH)
+    safetensors.torch.save_file(original.state_dict(), file)
+    if way == "directly":
+        model = timm.create_model(ARCH)
+        model.load_state_dict(original.state_dict())
+    elif way == "checkpoint_path":
+        model = timm.create_model(ARCH, checkpoint_path=file)
+    elif way == "local-dir":
+        save_model(timm.create_model(ARCH), tmp_path, {})
+        file.rename(tmp_path / "model.safetensors")
+        model = timm.create_model(f"local-dir:{tmp_path}", pretrained=True)
+    else:
+        overlay = {way: str(file) if way == "file" else original.state_dict()}
+        model = timm.create_model(ARCH, pretrained=True, pretrained_cfg_overlay=overlay)
+    images = batch[..., :8, :8]
+    torch.testing.assert_close(model.eval()(images), original(images), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("layout", MAKE)
+@pytest.mark.parametrize(
+    "prefix", ["module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module.", "model_ema."]
+)
+def test_prefixes_of_wrappers_go(layout, prefix):
+    original = make(layout)
+    wrapped = {f"{prefix}{key}": tensor for key, tensor in original.state_dict().items()}
+    plain = convert_layout(original.state_dict(), layout)
+    assert detect_layout(wrapped) == layout
+    assert convert_layout(wrapped, layout).keys() == plain.keys() == original.state_dict().keys()
+
+
+def test_an_averaged_model_loads(batch):
+    original = make("timm")
+    model = make("ours")
+    model.load_state_dict(AveragedModel(original).state_dict())
+    torch.testing.assert_close(model(batch), original(batch), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("wrap", "part"),
+    [
+        (lambda weights, other: weights, ""),
+        (lambda weights, other: {"state_dict": weights, "epoch": 3}, "state_dict"),
+        (
+            lambda weights, other: {"state_dict": other, "state_dict_ema": weights},
+            "state_dict_ema",
+        ),
+        (lambda weights, other: {"model": other, "model_ema": weights}, "model_ema"),
+        (lambda weights, other: {"net": weights, "acc": 93.1}, "net"),
+        (
+            lambda weights, other: {
+                "model": {f"module.{key}": tensor for key, tensor in weights.items()},
+                "args": argparse.Namespace(lr=0.1),
+            },
+            "model",
+        ),
+    ],
+    ids=["plain", "timm", "timm average", "average", "net", "parallel with options"],
+)
+def test_convert_reads_what_training_programs_save(wrap, part, tmp_path, output):
+    original = make("locuslab")
+    content = wrap(original.state_dict(), make("locuslab").state_dict())
+    torch.save(content, tmp_path / "in.pth")
+    written = convert(str(tmp_path / "in.pth"), output, "locuslab", "gelu")
+    assert written.part == part
+    tensors = safetensors.torch.load_file(output)
+    torch.testing.assert_close(tensors, dict(original.state_dict()), atol=0, rtol=0)
+
+
+def test_a_file_that_would_run_code_is_refused(tmp_path, output):
+    torch.save(make("timm"), tmp_path / "in.pth")
+    with pytest.raises(CheckpointError, match="in.pth: cannot be read with weights_only=True"):
+        convert(str(tmp_path / "in.pth"), output, "timm", "gelu")
+    assert not output.exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ([1, 2], "holds a list, not a state dict; save the state dict of the model"),
+        ({"state_dict": {"a": 1}}, "'a' is a int, not a tensor with a name; save the state"),
+        ({"net": {0: torch.zeros(1)}}, "'0' is a Tensor, not a tensor with a name; save the state"),
+        ({}, "tensor '' is of no ConvMixer; give a state dict in one of the layouts ours, timm"),
+    ],
+)
+def test_a_pickle_without_a_state_dict_is_refused(content, message, tmp_path, output):
+    torch.save(content, tmp_path / "in.pth")
+    with pytest.raises(CheckpointError, match=message):
+        convert(str(tmp_path / "in.pth"), output, "timm", "gelu")
+
+
+def drop(key):
+    return lambda tensors: tensors.pop(key)
+
+
+@pytest.mark.parametrize("load", ["convert", "directly"])
+@pytest.mark.parametrize(
+    ("layout", "change", "message"),
+    [
+        (
+            "timm",
+            drop("blocks.1.3.bias"),
+            r"tensor 'conv_mixer_layers.1.norm2.bias' is missing; .* \(taken for layout timm of ",
+        ),
+        ("locuslab", drop("8.bias"), "tensor 'classification.linear.bias' is missing; .* locuslab"),
+        (
+            "locuslab-short",
+            lambda tensors: tensors.update({"2.0.0.0.weight": torch.zeros(12, 1, 3, 3)}),
+            r"tensor 'conv_mixer_layers.1.depth_wise_conv.weight' has shape \(12, 1, 3, 3\), the m"
+            r"odel's has \(12, 1, 5, 5\); .* layout locuslab-short of ours, timm, locuslab, locus",
+        ),
+        (
+            "ours",
+            lambda tensors: tensors.update({"extra": torch.zeros(1)}),
+            "the model has no tensor 'extra'; .* layout ours of ours, timm, locuslab, locuslab-sh",
+        ),
+        (
+            "timm",
+            lambda tensors: tensors.update({"patch_emb.conv.weight": torch.zeros(1)}),
+            "two tensors for 'patch_emb.conv.weight', as if layouts were mixed; give the state",
+        ),
+    ],
+    ids=["missing", "no bias", "shape", "extra", "mixture"],
+)
+def test_the_first_tensor_that_is_wrong_is_named(layout, change, message, load, file, output):
+    tensors = dict(make(layout).state_dict())
+    change(tensors)
+    safetensors.torch.save_file(tensors, file)
+    with pytest.raises(CheckpointError, match=message) as refused:
+        if load == "convert":
+            convert(str(file), output, "ours", "gelu")
+        else:
+            make("ours").load_state_dict(tensors)
+    assert "\n" not in str(refused.value)
+    assert not output.exists()
+
+
+def test_tensors_of_another_model_are_in_no_layout(file, output):
+    tensors = {"layer1.0.conv1.weight": torch.zeros(2, 2, 3, 3)}
+    safetensors.torch.save_file(tensors, file)
+    with pytest.raises(CheckpointError, match="'layer1.0.conv1.weight' is of no ConvMixer; give"):
+        convert(str(file), output, "ours", "gelu")
+    with pytest.raises(CheckpointError, match="in none of the layouts ours, timm, locuslab, locus"):
+        make("ours").load_state_dict(tensors)
+
+
+def test_a_lenient_load_is_as_lenient_as_torch():
+    model, other = make("ours"), make("timm")
+    head = {key: tensor for key, tensor in other.state_dict().items() if key.startswith("head")}
+    result = model.load_state_dict({**head, "extra": torch.zeros(1)}, strict=False)
+    assert result.unexpected_keys == ["extra"]
+    assert torch.equal(model.get_classifier().weight, other.head.weight)
+
+
+class TestActivation:
+    """No tensor tells GELU from ReLU, so something else has to."""
+
+    def test_without_a_word_nothing_is_written(self, file, output):
+        safetensors.torch.save_file(make("timm").state_dict(), file)
+        with pytest.raises(CheckpointError, match="nothing .* tells the activation; give --activ"):
+            convert(str(file), output, "ours")
+        assert not output.exists()
+
+    def test_metadata_tells_it_and_is_handed_on(self, file, output):
+        metadata = {"activation": "relu"}
+        safetensors.torch.save_file(make("timm").state_dict(), file, metadata)
+        assert convert(str(file), output, "locuslab").activation == "relu"
+        assert convert(str(output), output, "ours").activation == "relu"
+        with pytest.raises(CheckpointError, match="was trained with relu, not gelu; leave --activ"):
+            convert(str(output), file, "ours", "gelu")
+
+    @pytest.mark.parametrize(
+        ("arch", "activation"), [("convmixer_768_32", "relu"), ("convmixer_1536_20", "gelu")]
+    )
+    def test_the_arch_in_a_training_checkpoint_tells_it(self, arch, activation, tmp_path, output):
+        content = {"arch": arch, "state_dict": make("timm").state_dict()}
+        torch.save(content, tmp_path / "in.pth.tar")
+        written = convert(str(tmp_path / "in.pth.tar"), output, "ours")
+        assert (written.arch, written.activation) == (arch, activation)
+
+    def test_a_trained_model_tells_it(self, output):
+        assert convert("convmixer_cifar", output, "timm").activation == "gelu"
+
+    @pytest.mark.parametrize("activation", ACTIVATIONS)
+    def test_a_folder_keeps_it(self, activation, tmp_path, output, batch):
+        model = timm.create_model(ARCH, act_layer=activation).eval()
+        save_model(model, tmp_path, {})
+        assert torch.equal(load_trained(str(tmp_path)).eval()(batch), model(batch))
+        for name in (tmp_path, tmp_path / "model.safetensors"):
+            assert convert(str(name), output, "timm").activation == activation
+
+    def test_a_file_of_another_activation_is_refused(self, file, output, batch):
+        original = make("timm", AS_ARCH, "relu")
+        safetensors.torch.save_file(original.state_dict(), file)
+        convert(str(file), output, "ours", "relu")
+        overlay = {"file": str(output)}
+        message = f"^{output}: was trained with relu, the model has gelu; give act_layer='relu'$"
+        with pytest.raises(CheckpointError, match=message):
+            timm.create_model(ARCH, pretrained=True, pretrained_cfg_overlay=overlay)
+        model = timm.create_model(
+            ARCH, pretrained=True, pretrained_cfg_overlay=overlay, act_layer="relu"
+        )
+        images = batch[..., :8, :8]
+        torch.testing.assert_close(model.eval()(images), original(images), atol=1e-5, rtol=0)
+
+    def test_a_trained_model_of_another_activation_is_refused(self, tmp_path):
+        message = ": was trained with gelu, the model has relu; give act_layer='gelu'$"
+        with pytest.raises(CheckpointError, match=message):
+            timm.create_model("convmixer_cifar", pretrained=True, act_layer=nn.ReLU)
+        save_model(timm.create_model(ARCH), tmp_path, {})
+        with pytest.raises(CheckpointError, match=message):
+            timm.create_model(f"local-dir:{tmp_path}", pretrained=True, act_layer="relu")
+
+    def test_an_unknown_one_is_refused(self):
+        with pytest.raises(ModelSizeError, match="act_layer is 'swish': give gelu or relu, or a c"):
+            ConvMixer(8, 1, 3, 2, act_layer="swish")
+
+
+@pytest.mark.parametrize(
+    ("arch", "sizes", "activation"),
+    [
+        ("convmixer_768_32", (768, 32, 7, 7), "relu"),
+        ("convmixer_1024_20_ks9_p14", (1024, 20, 9, 14), "gelu"),
+        ("convmixer_1536_20", (1536, 20, 9, 7), "gelu"),
+    ],
+)
+def test_timms_imagenet_models_convert(arch, sizes, activation):
+    timms = timm.create_model(arch).eval()
+    with torch.device("meta"):
+        ours = ConvMixer(*sizes, act_layer=activation).eval()
+    ours.load_state_dict(timms.state_dict(), assign=True)
+    back = convert_layout(ours.state_dict(), "timm")
+    assert list(back) == list(timms.state_dict())
+    for key, tensor in timms.state_dict().items():
+        assert back[key].data_ptr() == tensor.data_ptr()
+    if arch == "convmixer_768_32":
+        randomise_norms(timms)  # the tensors of both models
+        images = torch.randn(2, 3, 28, 28)
+        with torch.no_grad():
+            torch.testing.assert_close(ours(images), timms(images), atol=1e-4, rtol=1e-4)
+        assert ours(images).std() > 0.01
+
+
+def test_what_is_not_there_is_named(tmp_path, output):
+    with pytest.raises(UnknownModelError, match="no file or folder, and no trained weights are na"):
+        convert("convmixer_cifr", output, "timm")
+    with pytest.raises(CheckpointError, match="model.safetensors: no such file; check the path"):
+        convert(str(tmp_path), output, "timm")
+    with pytest.raises(CheckpointError, match="out.pth: is written as safetensors; give it a name"):
+        convert("convmixer_cifar", tmp_path / "out.pth", "timm")
+    with pytest.raises(CheckpointError, match=r"cannot be written \(.*\); make room, or name anot"):
+        convert("convmixer_cifar", tmp_path / "none" / "out.safetensors", "timm")
