@@ -23,6 +23,7 @@ from .errors import ConvMixerHubError, DataError
 from .evaluate import evaluate_on
 from .figures import draw_predictions
 from .files import write_file
+from .info import describe
 from .layouts import ALIASES, LAYOUTS
 from .machine import describe_machine, get_rank
 from .model import ACTIVATIONS
@@ -357,3 +358,10 @@ def convert_command(name: str, output: Path, layout: str, activation: str | None
         f"{output}: {name}{part} in layout {written.layout}, {written.activation}, "
         f"{len(written.tensors)} tensors, {written.parameters:,} parameters"
     )
+
+
+@main.command("info")
+@click.argument("name")
+def info_command(name: str) -> None:
+    """Say what the checkpoint NAME (a model, a folder or a safetensors file) holds and loads as."""
+    _print_table([list(row) for row in describe(name).items()])

@@ -4,12 +4,15 @@ import shutil
 
 import pytest
 import safetensors.torch
+import timm
 import torch
 from click.testing import CliRunner
 
-from convmixer_hub import __version__, find_checkpoint, get_record
+from convmixer_hub import ConvMixer, __version__, find_checkpoint, get_record
+from convmixer_hub.checkpoint import check_safetensors
 from convmixer_hub.cli import main
 from convmixer_hub.data import open_image
+from convmixer_hub.model import name_activation
 from convmixer_hub.zoo import CIFAR10_CLASSES
 
 from .conftest import CHECKOUT, IMAGES
@@ -183,3 +186,92 @@ def test_convert_says_what_it_wrote_and_asks_for_what_it_cannot_know(convmixer, 
     assert result.stdout.startswith(f"{back}: {tmp_path / 'in.pth'} (state_dict_ema of it) in lay")
     expected = safetensors.torch.load_file(find_checkpoint(NAME))
     torch.testing.assert_close(safetensors.torch.load_file(back), expected, atol=0, rtol=0)
+
+
+def read_info(convmixer, name) -> dict[str, str]:
+    result = convmixer("info", name)
+    assert result.exit_code == 0, result.stderr
+    return dict(re.split("  +", line, maxsplit=1) for line in result.stdout.splitlines())
+
+
+def test_info_of_a_name_and_of_its_folder(convmixer):
+    info = read_info(convmixer, NAME)
+    file = CHECKOUT / "weights" / NAME / "model.safetensors"
+    assert info == {
+        "file": str(file),
+        "bytes": f"{get_record(NAME).size:,}",
+        "sha256": get_record(NAME).sha256,
+        "layout": "ours",
+        "size": "8 layers × 256 channels, kernel 7, patch 2, 3 image channels, 10 classes",
+        "arch": "convmixer_cifar",
+        "activation": "gelu",
+        "tensors": "104 float32, 17 int64",
+        "parameters": "643,338",
+        "metadata": "none",
+        "loads by": f"timm.create_model('{NAME}', pretrained=True)",
+    }
+    folder = {"loads by": f"timm.create_model('local-dir:{file.parent}', pretrained=True)"}
+    assert read_info(convmixer, file.parent) == {**info, **folder}
+
+
+@pytest.mark.parametrize(
+    ("model", "layout", "call"),
+    [
+        (
+            ConvMixer(96, 8, 5, 1, num_classes=7, in_chans=1, act_layer="relu"),
+            "locuslab",
+            "timm.create_model('convmixer_96_8_ks5_p1', act_layer='relu', num_classes=7, "
+            "in_chans=1, checkpoint_path='{file}')",
+        ),
+        (
+            ConvMixer(256, 8, 7, 2, num_classes=10, global_pool="catavgmax"),
+            "ours",
+            "timm.create_model('convmixer_cifar', global_pool='catavgmax', "
+            "checkpoint_path='{file}')",
+        ),
+        (
+            ConvMixer(12, 3, 5, 2, num_classes=0),
+            "timm",
+            "ConvMixer(12, 3, 5, 2, 0, 3, 'avg', act_layer='{activation}')"
+            ".load_state_dict(safetensors.torch.load_file('{file}'))",
+        ),
+    ],
+    ids=["arch, adapted", "another pooling", "no arch"],
+)
+def test_the_call_that_info_gives_loads_the_file(convmixer, tmp_path, model, layout, call):
+    activation = name_activation(model)
+    source, file = tmp_path / "in.safetensors", tmp_path / "out.safetensors"
+    safetensors.torch.save_file(model.state_dict(), source)
+    convmixer("convert", source, file, "--layout", layout, "--activation", activation)
+    info = read_info(convmixer, file)
+    assert info["layout"] == layout
+    assert info["metadata"] == ", ".join(
+        f"{key}={value}" for key, value in sorted(check_safetensors(file).items())
+    )
+    assert info["loads by"] == call.format(file=file, activation=activation)
+    loaded = eval(info["loads by"])
+    if isinstance(loaded, ConvMixer):
+        assert name_activation(loaded) == activation
+        torch.testing.assert_close(loaded.state_dict(), model.state_dict(), atol=0, rtol=0)
+
+
+@pytest.mark.slow
+def test_info_knows_timms_archs(convmixer, tmp_path):
+    file, out = tmp_path / "in.safetensors", tmp_path / "out.safetensors"
+    safetensors.torch.save_file(timm.create_model("convmixer_768_32").state_dict(), file)
+    info = read_info(convmixer, file)
+    assert info["activation"] == "not told, and no tensor would tell it"
+    assert info["loads by"] == f"timm.create_model('convmixer_768_32', checkpoint_path='{file}')"
+    convmixer("convert", file, out, "--layout", "ours", "--activation", "relu")
+    assert read_info(convmixer, out)["loads by"] == (
+        f"convmixer convert {out} OUT.safetensors --layout timm, as convmixer_768_32 of timm"
+    )
+
+
+def test_info_opens_no_pickle(convmixer, tmp_path):
+    torch.save(ConvMixer(8, 1, 3, 2).state_dict(), tmp_path / "in.pth")
+    result = convmixer("info", tmp_path / "in.pth")
+    assert result.exit_code == 1
+    assert re.search(
+        "not a whole safetensors file .*; copy it again; pickles are no", result.stderr
+    )
