@@ -87,8 +87,8 @@ class TrainingSettings:
     """
 
     model: str
-    epochs: int = 12
-    final_share: float = 0.4
+    epochs: int = 11
+    final_share: float = 0.45
     warmup_epochs: float = 1.0
     small_crop_size: int = 24
     batch_size: int = 128
