@@ -19,7 +19,7 @@ from .checkpoint import find_checkpoint, get_record, locate
 from .convert import convert
 from .data import open_image
 from .doctor import examine
-from .errors import ConvMixerHubError, DataError
+from .errors import ConvMixerHubError, DataError, UnknownModelError
 from .evaluate import evaluate_on
 from .figures import draw_predictions
 from .files import write_file
@@ -162,9 +162,10 @@ def card_command(name: str, data: Path, output: Path | None) -> None:
     All of it comes from the checkpoint, its metrics.csv, and one test on the data set; NOTES.md in
     the model's folder is appended.
     """
-    folder = Path(name)
-    if not folder.is_dir():
+    try:
         folder = find_checkpoint(name, "embedded").parent
+    except UnknownModelError:
+        folder = Path(name)
     click.echo(write_card(folder, data, output))
 
 

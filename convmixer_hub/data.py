@@ -114,6 +114,7 @@ class ParquetImages(LabelledImages):
             ) from None
         try:
             table = pyarrow.concat_tables(parquet.read_table(file) for file in files)
+            table = table.combine_chunks()
         except (pyarrow.ArrowException, OSError) as error:
             raise DataError(
                 f"{files[0]}: cannot be read as parquet ({first_line(error)}); download it again"
@@ -124,13 +125,19 @@ class ParquetImages(LabelledImages):
                 f"{files[0]}: has the columns {', '.join(table.column_names)}; needed are an image "
                 "column 'img' or 'image' and a class column 'label'"
             )
+        if not len(table):
+            raise DataError(f"{files[0]}: holds no images; download it again")
+        kind = table[image_column].type
+        if not (pyarrow.types.is_struct(kind) and kind.get_field_index("bytes") >= 0):
+            raise DataError(
+                f"{files[0]}: its column '{image_column}' holds {kind}; needed is a struct with "
+                "the field 'bytes', as the datasets library writes images"
+            )
         self.transform = transform
         self.source = files[0].parent
-        self.images = table[image_column].combine_chunks()
+        self.images = table[image_column]
         self.labels = table["label"].to_pylist()
         self.classes = self._class_names(table.schema.metadata)
-        if not self.labels:
-            raise DataError(f"{files[0]}: holds no images; download it again")
         for row, label in enumerate(self.labels):
             if not isinstance(label, int) or not 0 <= label < len(self.classes):
                 raise DataError(
@@ -195,8 +202,10 @@ def load_images(
         if (folder / name).is_dir():
             try:
                 return datasets.ImageFolder(str(folder / name), transform, loader=open_image)
-            except FileNotFoundError as error:
-                raise DataError(f"{folder / name}: {first_line(error)}") from None
+            except OSError as error:
+                raise DataError(
+                    f"{folder / name}: {first_line(error)}; give class folders with images"
+                ) from None
     raise DataError(
         f"{folder}: no data set found; expected {split}-*.parquet files, torchvision's "
         f"{datasets.CIFAR10.base_folder}, or class folders {names[0]}/<class>/*.png"
@@ -241,10 +250,54 @@ def _to_channels(data_config: Mapping[str, Any]) -> list[Callable]:
 
 def is_rand_augment(description: str) -> bool:
     """Tell whether timm can make a RandAugment of this; it makes none of an empty description."""
+    if not description:
+        return True
     try:
-        return not description or bool(rand_augment_transform(description))
+        rand_augment_transform(description, {})(Image.new("RGB", (32, 32)))
     except (AssertionError, ValueError, KeyError, TypeError):
         return False
+    return True
+
+
+def read_images(
+    images: LabelledImages,
+    indices: Sequence[int],
+    transform: Callable,
+    skip_damaged: bool = False,
+    progress: bool = True,
+) -> tuple[torch.Tensor, torch.Tensor, list[str]]:
+    """Read some of the images of a data set into memory.
+
+    Args:
+        images: The data set.
+        indices: Which images of it.
+        transform: Turns an RGB image into a tensor.
+        skip_damaged: Leave out images that cannot be read.
+        progress: Show a progress bar, if there is a terminal.
+
+    Returns:
+        The tensors `[count, …]`, the labels `[count]`, and one line for each image left out.
+
+    Raises:
+        DataError: If images cannot be read, naming the first of them.
+    """
+    tensors, labels, damaged = [], [], []
+    subset = with_transform(images, transform, indices)
+    rows = range(len(subset))
+    for row in tqdm(rows, desc="read", leave=False, disable=None if progress else True):
+        try:
+            tensor, label = subset[row]
+        except DataError as error:
+            damaged.append(str(error))
+        else:
+            tensors.append(tensor)
+            labels.append(label)
+    if damaged and not (skip_damaged and tensors):
+        raise DataError(
+            f"{len(damaged)} of {len(subset)} training images cannot be read, the first "
+            f"is {damaged[0]}; --skip-damaged trains on the others"
+        )
+    return torch.stack(tensors), torch.tensor(labels), damaged
 
 
 class TrainingImages:
@@ -298,24 +351,10 @@ class TrainingImages:
                 transforms.PILToTensor(),
             ]
         )
-        tensors, labels, self.damaged = [], [], []
-        subset = with_transform(images, resize, indices)
-        rows = range(len(subset))
-        for row in tqdm(rows, desc="read", leave=False, disable=None if progress else True):
-            try:
-                tensor, label = subset[row]
-            except DataError as error:
-                self.damaged.append(str(error))
-            else:
-                tensors.append(tensor)
-                labels.append(label)
-        if self.damaged and not (skip_damaged and tensors):
-            raise DataError(
-                f"{len(self.damaged)} of {len(subset)} training images cannot be read, the first "
-                f"is {self.damaged[0]}; --skip-damaged trains on the others"
-            )
-        self.images = torch.stack(tensors).to(device)  # uint8 [count, channels, side, side]
-        self.labels = torch.tensor(labels)
+        tensors, self.labels, self.damaged = read_images(
+            images, indices, resize, skip_damaged, progress
+        )
+        self.images = tensors.to(device)  # uint8 [count, channels, side, side]
         self.mean = torch.tensor(data_config["mean"], device=device).view(-1, 1, 1)
         self.std = torch.tensor(data_config["std"], device=device).view(-1, 1, 1)
 

@@ -87,7 +87,7 @@ def evaluate_on(
     Under torchrun the processes share the images, and each gets the result for all of them.
 
     Args:
-        model: From `timm.create_model`.
+        model: From `timm.create_model`; left in evaluation mode, on the GPU if there is one.
         data_dir: Folder of the data set, see `data.load_images`.
         batch_size: Images at a time; changes the speed, not the result.
         workers: Processes that read images.

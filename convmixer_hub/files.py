@@ -16,6 +16,8 @@ def replacing(file: Path) -> Iterator[Path]:
     temporary = file.with_name(f".{file.name}.tmp")
     try:
         yield temporary
+        with temporary.open("rb") as written:
+            os.fsync(written.fileno())  # or a power cut may leave the name without the content
         os.replace(temporary, file)
     finally:
         temporary.unlink(missing_ok=True)

@@ -32,7 +32,7 @@ def can_compile() -> bool:
 
 
 def _compiled(function: Callable) -> Callable:
-    """Compile a function at its first call for each shape; leave it as it is where that fails."""
+    """Compile a function at its first call for each shape, if there is a compiler."""
     fast = torch.compile(function, dynamic=False)
 
     @wraps(function)
@@ -106,7 +106,7 @@ class _GELUBatchNormFunction(torch.autograd.Function):
         count = _count(y)
         offset, square = sum_over_processes(torch.stack([sums.sum(0), squares.sum(0)])) / count
         mean = centre + offset
-        variance = square - offset.square()
+        variance = (square - offset.square()).clamp(min=0)
         inverse_std = (variance + eps).rsqrt()
         scale = weight * inverse_std
         ctx.save_for_backward(y, slope, weight, mean, inverse_std)

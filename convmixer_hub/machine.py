@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import platform
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from .errors import ConvMixerHubError, TrainingError
 
 
 def describe_machine() -> str:
@@ -63,6 +65,9 @@ def join_processes() -> Iterator[torch.device]:
     """Meet the other processes that torchrun started, if any; give the device of this one.
 
     Processes on CPUs talk through gloo, processes on GPUs, one each, through NCCL.
+
+    Raises:
+        TrainingError: If there are more processes than GPUs.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if not _started_by_torchrun():
@@ -70,12 +75,15 @@ def join_processes() -> Iterator[torch.device]:
         return
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        if device.index >= torch.cuda.device_count():
+            raise TrainingError(
+                f"there are {torch.cuda.device_count()} GPUs here, and each process takes one; "
+                "give a smaller --nproc-per-node"
+            )
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    try:
-        yield device
-    finally:
-        dist.destroy_process_group()
+    yield device
+    dist.destroy_process_group()  # not after an error, of which the other processes know nothing
 
 
 def sum_over_processes(tensor: Tensor) -> Tensor:
@@ -85,9 +93,20 @@ def sum_over_processes(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def take_from_first_process(value: Any) -> Any:
-    """Give every process what the first one passes."""
-    values = [value]
+def ask_first_process(function: Callable[[], Any]) -> Any:
+    """Let the first process call a function; give every process its result, or raise its error.
+
+    Raises:
+        ConvMixerHubError: As the function does; other errors are raised in the first process alone.
+    """
+    answer: list[Any] = [None]
+    if get_rank() == 0:
+        try:
+            answer = [function()]
+        except ConvMixerHubError as error:
+            answer = [error]
     if get_world_size() > 1:
-        dist.broadcast_object_list(values)
-    return values[0]
+        dist.broadcast_object_list(answer)
+    if isinstance(answer[0], ConvMixerHubError):
+        raise answer[0]
+    return answer[0]

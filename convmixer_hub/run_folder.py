@@ -13,12 +13,11 @@ The state is written first and the others follow from it, each replaced whole or
 from __future__ import annotations
 
 import csv
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from safetensors import SafetensorError
@@ -33,30 +32,49 @@ PEAK_STATE_FILE = "peak_state.pt"
 METRICS_FILE = "metrics.csv"
 
 
+def lock_run(folder: Path) -> IO[str]:
+    """Keep other processes out of a run folder for as long as the file that this gives is open.
+
+    Raises:
+        TrainingError: If the folder cannot be made or written to, or another process trains in it.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = (folder / ".lock").open("w")
+    except OSError as error:
+        raise TrainingError(
+            f"{folder}: cannot be made or written to ({first_line(error)}); name another --output"
+        ) from None
+    try:
+        import fcntl  # not on Windows
+
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except ImportError:
+        pass
+    except OSError:
+        file.close()
+        raise TrainingError(
+            f"{folder}: another process trains in it; wait for that, or name another --output"
+        ) from None
+    return file
+
+
 def open_run(folder: Path, identity: dict[str, Any]) -> dict[str, Any]:
-    """Make the folder of a new run, or read the state of the run that is in it.
+    """Begin a new run, or read the state of the run that is in a folder.
 
     Args:
-        folder: The run folder.
-        identity: What the run computes: its `settings` and the `classes` of its data.
+        folder: The run folder, locked by `lock_run`.
+        identity: What the run computes: its `settings`, and the `classes` and number of `images`
+            of its data.
 
     Returns:
         The state: `identity`, `epoch` and `step` to go on with, `metrics` of the epochs before.
 
     Raises:
-        TrainingError: If the folder cannot be written to, or holds anything but this run.
+        TrainingError: If the folder holds anything but this run.
     """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        # Names with a dot are left over from a process that was killed while saving.
-        is_new = all(file.name.startswith(".") for file in folder.iterdir())
-    except OSError as error:
-        raise TrainingError(
-            f"{folder}: cannot be made or read ({first_line(error)}); name another --output"
-        ) from None
-    if not os.access(folder, os.W_OK):
-        raise TrainingError(f"{folder}: may not be written to; name another --output")
-    if is_new:
+    # Names with a dot are the lock, and what is left over from a process killed while saving.
+    if all(file.name.startswith(".") for file in folder.iterdir()):
         return {**identity, "epoch": 0, "step": 0, "metrics": []}
     if not (folder / STATE_FILE).exists():
         raise TrainingError(
@@ -98,20 +116,23 @@ def branch_off(run: Path, identity: dict[str, Any], peak_epochs: int) -> dict[st
             f"{run}: its learning rate began to fall after {state['epoch']} epochs, that of the "
             f"new run would after {peak_epochs}; give more --epochs"
         )
-    return {**state, **identity}
+    return {**state, **identity, "branched": True}
 
 
 def _read_state(file: Path) -> dict[str, Any]:
     try:
         state: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
-        return {"step": 0, **state, "settings": dict(state["settings"])}
+        return {**state, "settings": dict(state["settings"])}
     except Exception as error:  # torch.load has no error of its own
         raise TrainingError(f"{file}: damaged ({first_line(error)}); name another run") from None
 
 
 def _check_same(folder: Path, state: dict[str, Any], identity: dict[str, Any], advice: str) -> None:
-    found = {**state["settings"], "classes": state["classes"]}
-    for name, value in {**identity["settings"], "classes": identity["classes"]}.items():
+    found, wanted = (
+        {**run["settings"], "classes": run["classes"], "images": run["images"]}
+        for run in (state, identity)
+    )
+    for name, value in wanted.items():
         if found.get(name) != value:
             raise TrainingError(
                 f"{folder}: holds a run with {name} {found.get(name)!r}, not {value!r}; "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import sys
 import time
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -19,6 +20,7 @@ from timm.utils import ModelEmaV3, random_seed
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader, TensorDataset
 from tqdm import tqdm
 
 from .checkpoint import suggest
@@ -30,22 +32,22 @@ from .data import (
     hold_out,
     is_rand_augment,
     load_images,
-    make_loader,
-    with_transform,
+    read_images,
 )
 from .errors import DataError, TrainingError, UnknownModelError
 from .evaluate import evaluate
 from .fused import fuse_gelu_and_norm
 from .machine import (
+    ask_first_process,
     describe_machine,
     get_rank,
     get_world_size,
     join_processes,
     keep_freed_memory,
     sum_over_processes,
-    take_from_first_process,
 )
-from .run_folder import branch_off, open_run, save_results, save_state
+from .model import ConvMixer
+from .run_folder import branch_off, lock_run, open_run, save_results, save_state
 from .zoo import default_cfgs
 
 OPTIMIZERS: dict[str, dict[str, Any]] = {
@@ -64,7 +66,7 @@ class TrainingSettings:
     Until it falls, nothing depends on the number of epochs.
 
     Attributes:
-        model: Name of an arch in timm's registry.
+        model: Name of an arch of this package.
         epochs: Passes over the training images.
         final_share: Share of the epochs (rounded, at least one epoch) at the end in which the
             learning rate falls and images are seen whole; before that, smaller crops save time.
@@ -72,8 +74,8 @@ class TrainingSettings:
         small_crop_size: Side of the smaller crops, in pixels.
         batch_size: Images a step, over all processes.
         optimizer: `muon` or `adamw`, as timm has them.
-        learning_rate: The peak. Muon takes it for the 1x1 convolutions, the stem and the head; its
-            AdamW for the other parameters takes half of it.
+        learning_rate: The peak. Muon takes it for matrices (1x1 convolutions, head, and the stem
+            where patches are larger than a pixel), its AdamW for the rest takes half of it.
         weight_decay: On the weights of convolutions and linear maps alone.
         label_smoothing: Share of the target spread over all classes.
         clip_grad: Largest norm of the gradient.
@@ -126,11 +128,6 @@ class TrainingSettings:
             ("random_erasing", 0 <= self.random_erasing <= 1, "0 to 1"),
             ("mixup", 0 <= self.mixup < math.inf, "at least 0"),
             ("cutmix", 0 <= self.cutmix < math.inf, "at least 0"),
-            (
-                "batch_size",
-                self.batch_size % 2 == 0 or not self.mixes,
-                "an even number, for mixup and cutmix",
-            ),
             ("ema_decay", 0 <= self.ema_decay < 1, "at least 0 and below 1"),
             ("held_out", self.held_out >= 0, "at least 0"),
             ("seed", 0 <= self.seed < 2**31, "0 to 2147483647"),
@@ -187,30 +184,44 @@ def train(
         The run folder, which `timm.create_model("local-dir:…", pretrained=True)` takes as it is.
 
     Raises:
-        UnknownModelError: If timm's registry has no such model.
-        TrainingError: If the folder holds another run or cannot be written, or the loss is no
-            longer a number.
+        UnknownModelError: If no arch of this package has this name.
+        TrainingError: If a setting does not fit the model or the processes, if the folder holds
+            another run or cannot be written, or if the loss is no longer a number.
         DataError: If the data cannot be read, or is less than one batch.
     """
     folder = Path(output)
-    if not timm.is_model(settings.model):
+    if settings.model not in default_cfgs:
         raise UnknownModelError(
             f"no model is named '{settings.model}'; {suggest(settings.model, default_cfgs)}"
         )
-    with join_processes() as device:
-        if settings.batch_size % get_world_size():
+    # Each process takes an equal share of a batch, and mixing takes images in pairs.
+    unit = get_world_size() * (2 if settings.mixes else 1)
+    if settings.batch_size % unit:
+        raise TrainingError(
+            f"batch_size is {settings.batch_size}: give a multiple of {unit} for "
+            f"{get_world_size()} processes"
+        )
+    images = load_images(data_dir, "train")
+    identity = {
+        "settings": asdict(settings),
+        "classes": list(images.classes),
+        "images": len(images),
+    }
+
+    def begin() -> dict[str, Any]:
+        open_files.enter_context(lock_run(folder))
+        state = open_run(folder, identity)
+        if continue_from is None or state.get("branched"):
+            return state
+        if state["epoch"] or state["step"]:
             raise TrainingError(
-                f"batch_size is {settings.batch_size}: give a multiple of the number of "
-                f"processes, {get_world_size()}"
+                f"{folder}: holds a run that began by itself; leave out --continue-from to go on "
+                "with it, or name another --output"
             )
-        images = load_images(data_dir, "train")
-        state = None
-        if get_rank() == 0:
-            identity = {"settings": asdict(settings), "classes": list(images.classes)}
-            state = open_run(folder, identity)
-            if continue_from is not None and not state["epoch"] and not state["step"]:
-                state = branch_off(Path(continue_from), identity, settings.peak_epochs)
-        state = take_from_first_process(state)
+        return branch_off(Path(continue_from), identity, settings.peak_epochs)
+
+    with ExitStack() as open_files, join_processes() as device:
+        state = ask_first_process(begin)
         progress = progress and get_rank() == 0
         run = _Run(settings, folder, state, images, device, skip_damaged, progress)
         while state["epoch"] < settings.epochs:
@@ -257,26 +268,26 @@ class _Run:
 
     def _build_model(self, num_classes: int) -> None:
         settings = self.settings
-        model = timm.create_model(settings.model, num_classes=num_classes).to(self.device)
+        model: nn.Module = timm.create_model(settings.model, num_classes=num_classes)
+        assert isinstance(model, ConvMixer)  # as every arch of this package is
+        self.patch_size = model.patch_emb.patch_size
+        model.to(self.device)
         if self.device.type == "cpu":
             keep_freed_memory()
             fuse_gelu_and_norm(model)
-            # timm's Muon computes in bf16. On a CPU without instructions for it, the products of
-            # its 256x256 matrices take longer than the rest of the step.
+            # timm's Muon, from here on in this Python process, does not compute in bf16. On a CPU
+            # without instructions for that, it would take longer than the rest of the step.
             muon.zeropower_via_newtonschulz = partial(
                 muon.zeropower_via_newtonschulz, dtype=torch.float32
             )
         elif get_world_size() > 1:
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
         self.model = model
-        self.average = ModelEmaV3(model, settings.ema_decay) if settings.ema_decay else None
+        self.average = (
+            ModelEmaV3(model, settings.ema_decay, use_warmup=True) if settings.ema_decay else None
+        )
         self.network: nn.Module = model
         if get_world_size() > 1:
-            if any(type(module) is nn.BatchNorm2d for module in model.modules()):
-                raise TrainingError(
-                    f"{settings.model}: its BatchNorm cannot be computed over several processes "
-                    "on CPUs, that of GELU ConvMixers alone can; start one process"
-                )
             self.network = DistributedDataParallel(model, broadcast_buffers=False)
         self.optimizer = create_optimizer_v2(
             model,
@@ -290,10 +301,10 @@ class _Run:
         settings = self.settings
         data_config = resolve_model_data_config(self.model)
         image_size = data_config["input_size"][-1]
-        if settings.small_crop_size > image_size:
+        if not self.patch_size <= settings.small_crop_size <= image_size:
             raise TrainingError(
                 f"small_crop_size is {settings.small_crop_size}: {settings.model} takes images of "
-                f"{image_size} pixels, give at most that"
+                f"{image_size} pixels in patches of {self.patch_size}; give a number between them"
             )
         kept, held_out = hold_out(len(images), settings.held_out, SPLIT_SEED)
         self.images = TrainingImages(
@@ -306,18 +317,23 @@ class _Run:
             self.device,
             self.progress,
         )
+        damaged = self.images.damaged
+        if held_out:
+            transform = eval_transform(data_config)
+            tensors, labels, skipped = read_images(
+                images, held_out, transform, skip_damaged, self.progress
+            )
+            share = slice(get_rank(), None, get_world_size())
+            self.held_out = DataLoader(TensorDataset(tensors[share], labels[share]), batch_size=256)
+            damaged = damaged + skipped
         if self.progress:
-            for line in self.images.damaged:
+            for line in damaged:
                 tqdm.write(f"skipped: {line}", file=sys.stderr)
         if len(self.images) < settings.batch_size:
             raise DataError(
                 f"{len(self.images)} training images are less than one batch of "
                 f"{settings.batch_size}; give a smaller --batch-size"
             )
-        own_held_out = held_out[get_rank() :: get_world_size()]
-        self.held_out_loader = make_loader(
-            with_transform(images, eval_transform(data_config), own_held_out), batch_size=256
-        )
 
     def train_epoch(self) -> None:
         """Go on to the end of the epoch, and save what it gave."""
@@ -366,7 +382,7 @@ class _Run:
             "seconds": round(sums["seconds"], 1),
         }
         if settings.held_out:
-            result = evaluate(self.result, self.held_out_loader, self.device, self.progress)
+            result = evaluate(self.result, self.held_out, self.device, self.progress)
             metrics["held_out_top1"] = round(result.top1, 2)
         state["metrics"] = [*state["metrics"], metrics]
         self._update_state(epoch + 1, 0, {})
@@ -402,20 +418,25 @@ class _Run:
         correct = (logits.argmax(dim=1) == labels).sum()
         sums = torch.stack([loss.detach().double() * share, correct.double()])
         loss_sum, correct_sum = sum_over_processes(sums).tolist()
-        if not math.isfinite(loss_sum):
-            raise TrainingError(
-                f"the loss is {loss_sum} in epoch {epoch + 1}, step {step + 1}; {self.folder} "
-                "keeps what was saved before; start a new run with a smaller --lr"
-            )
+        self._check_finite("loss", loss_sum, epoch, step)
         for group in self.optimizer.param_groups:
             group["lr"] = settings.learning_rate * learning_rate_factor
         self.optimizer.zero_grad()
         loss.backward()
-        nn.utils.clip_grad_norm_(self.model.parameters(), settings.clip_grad)
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), settings.clip_grad)
+        self._check_finite("norm of the gradient", norm.item(), epoch, step)
         self.optimizer.step()
         if self.average is not None:
-            self.average.update(self.model)
+            steps = len(self.images) // settings.batch_size
+            self.average.update(self.model, epoch * steps + step + 1)
         return loss_sum, int(correct_sum)
+
+    def _check_finite(self, name: str, value: float, epoch: int, step: int) -> None:
+        if not math.isfinite(value):
+            raise TrainingError(
+                f"the {name} is {value} in epoch {epoch + 1}, step {step + 1}; {self.folder} "
+                "keeps what was saved before; start a new run with a smaller --lr"
+            )
 
     @property
     def result(self) -> nn.Module:

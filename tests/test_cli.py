@@ -106,6 +106,9 @@ def test_card_is_written_for_a_name(convmixer, cifar_sample, tmp_path):
     assert result.exit_code == 0, result.stderr
     assert result.stdout == f"{tmp_path / 'card' / 'README.md'}\n"
     assert "of the 10 test images" in (tmp_path / "card" / "README.md").read_text()
+    assert convmixer("card", "nothing", "--data", cifar_sample).stderr.startswith(
+        "Error: no trained weights are named 'nothing'; known are"
+    )
 
 
 def test_predict_draws_a_figure(convmixer, tmp_path):

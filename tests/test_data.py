@@ -1,9 +1,11 @@
 import pickle
 
 import numpy as np
+import pyarrow
 import pytest
 import torch
 from PIL import Image
+from pyarrow import parquet
 from timm.utils import random_seed
 
 from convmixer_hub import DataError
@@ -187,6 +189,13 @@ def test_a_parquet_with_other_columns_is_refused(write_parquet):
         load_images(folder, "train")
 
 
+def test_a_parquet_with_bare_images_is_refused(tmp_path):
+    table = pyarrow.table({"image": [b"bytes"], "label": [0]})
+    parquet.write_table(table, tmp_path / "train-0.parquet")
+    with pytest.raises(DataError, match="its column 'image' holds binary; needed is a struct with"):
+        load_images(tmp_path, "train")
+
+
 def test_a_broken_parquet_is_refused(tmp_path):
     (tmp_path / "train-0.parquet").write_bytes(b"PAR1 and nothing more")
     with pytest.raises(DataError, match="train-0.parquet: cannot be read as parquet"):
@@ -296,7 +305,7 @@ def test_rand_augment_is_timms(training_images):
     changed = (plain != augmented).flatten(1).any(1)
     assert changed.float().mean() > 0.8
     assert is_rand_augment("") and is_rand_augment("rand-m9-n2-mstd0.5-inc1")
-    assert not is_rand_augment("random")
+    assert not is_rand_augment("random") and not is_rand_augment("rand-n20-tweights")
 
 
 def test_images_of_other_sizes_and_modes_are_trained_on(write_parquet):

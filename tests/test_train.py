@@ -16,7 +16,9 @@ import torch
 
 from convmixer_hub import DataError, TrainingError, UnknownModelError
 from convmixer_hub import train as train_module
+from convmixer_hub.data import hold_out
 from convmixer_hub.evaluate import evaluate_on
+from convmixer_hub.run_folder import lock_run
 from convmixer_hub.train import TrainingSettings, train
 from convmixer_hub.zoo import CIFAR10_CLASSES, load_trained
 
@@ -45,6 +47,7 @@ def weights_after():
 def test_a_run_folder_tells_everything(cifar_sample, tmp_path):
     folder = run(SETTINGS, cifar_sample, tmp_path / "run")
     assert {file.name for file in folder.iterdir()} == {
+        ".lock",
         "config.json",
         "metrics.csv",
         "model.safetensors",
@@ -122,10 +125,14 @@ def test_a_run_stopped_at_every_save_goes_on_as_if_nothing_had_happened(
     settings = replace(SETTINGS, **change)
     whole = run(settings, cifar_sample, tmp_path / "whole")
     monkeypatch.setattr(train_module, "SECONDS_BETWEEN_SAVES", 0.0)
-    for saves in (1, 2, 1):  # after a step, after an epoch, in the next one
+    state_file = tmp_path / "parts" / "training_state.pt"
+    # An epoch saves after each of its three steps and at its end; a run resumed there saves first.
+    for saves, place in [(1, (0, 1)), (3, (1, 0)), (2, (1, 1))]:
         stop_after(saves)
         with pytest.raises(KeyboardInterrupt):
             run(settings, cifar_sample, tmp_path / "parts")
+        state = torch.load(state_file, weights_only=True)
+        assert (state["epoch"], state["step"]) == place
     parts = run(settings, cifar_sample, tmp_path / "parts")
     torch.testing.assert_close(weights_after(parts), weights_after(whole), atol=0, rtol=0)
     assert read_metrics(parts) == read_metrics(whole)
@@ -135,7 +142,7 @@ def test_a_run_stopped_at_every_save_goes_on_as_if_nothing_had_happened(
 def test_a_run_killed_ten_times_at_random_goes_on_as_if_nothing_had_happened(
     cifar_sample, tmp_path, weights_after
 ):
-    settings = replace(SETTINGS, epochs=12)
+    settings = replace(SETTINGS, epochs=20)
     whole = run(settings, cifar_sample, tmp_path / "whole")
     parts = tmp_path / "parts"
     code = (
@@ -157,10 +164,28 @@ def test_a_run_killed_ten_times_at_random_goes_on_as_if_nothing_had_happened(
         time.sleep(moments.uniform(0, 0.2))
         process.kill()
         kills += process.wait() == -signal.SIGKILL
-    assert kills >= 8  # the last ones may find the run finished
+    assert kills >= 3  # the later ones may find the run finished
     run(settings, cifar_sample, parts)
     torch.testing.assert_close(weights_after(parts), weights_after(whole), atol=0, rtol=0)
     assert read_metrics(parts) == read_metrics(whole)
+
+
+def test_the_moving_average_is_what_a_run_gives(cifar_sample, tmp_path, weights_after, monkeypatch):
+    key = "classification.linear.bias"
+    seen = []
+    update = train_module.ModelEmaV3.update
+
+    def update_and_note(self, model, step):
+        update(self, model, step)
+        seen.append((self.get_decay(step), model.get_parameter(key).detach().clone()))
+
+    monkeypatch.setattr(train_module.ModelEmaV3, "update", update_and_note)
+    folder = run(replace(SETTINGS, ema_decay=0.9), cifar_sample, tmp_path / "run")
+    average = seen[0][1]
+    for decay, weight in seen:
+        average = decay * average + (1 - decay) * weight
+    assert 0 < seen[-1][0] <= 0.9
+    torch.testing.assert_close(weights_after(folder)[key], average)
 
 
 @pytest.mark.parametrize("change", [{"epochs": 4}, {"epochs": 3, "final_share": 0.67}])
@@ -190,6 +215,44 @@ def test_a_run_does_not_continue_from_another(cifar_sample, tmp_path, change, me
         run(replace(SETTINGS, **change), cifar_sample, tmp_path / "new", continue_from=short)
     with pytest.raises(TrainingError, match=r"nothing: has no peak_state.pt, which a run gets wh"):
         run(SETTINGS, cifar_sample, tmp_path / "new", continue_from=tmp_path / "nothing")
+
+
+def test_a_run_that_began_by_itself_does_not_branch_off(cifar_sample, tmp_path):
+    short = run(SETTINGS, cifar_sample, tmp_path / "short")
+    longer = run(replace(SETTINGS, epochs=3), cifar_sample, tmp_path / "longer")
+    message = "longer: holds a run that began by itself; leave out --continue-from to go on with it"
+    with pytest.raises(TrainingError, match=message):
+        run(replace(SETTINGS, epochs=3), cifar_sample, longer, continue_from=short)
+
+
+def test_two_processes_do_not_train_in_one_folder(cifar_sample, tmp_path):
+    message = "run: another process trains in it; wait for that, or name another --output"
+    with lock_run(tmp_path / "run"), pytest.raises(TrainingError, match=message):
+        run(SETTINGS, cifar_sample, tmp_path / "run")
+    run(SETTINGS, cifar_sample, tmp_path / "run")
+
+
+def test_a_run_does_not_go_on_with_other_images(cifar_sample, tmp_path, write_parquet):
+    folder = run(SETTINGS, cifar_sample, tmp_path / "run")
+    images = [(IMAGES / f"{name}.png").read_bytes() for name in CIFAR10_CLASSES]
+    fewer = write_parquet("train", images * 3, list(range(10)) * 3)
+    with pytest.raises(TrainingError, match="holds a run with images 40, not 30; give the same"):
+        run(SETTINGS, fewer, folder)
+
+
+@pytest.mark.parametrize("skip_damaged", [False, True])
+def test_a_damaged_held_out_image_is_noticed_at_once(write_parquet, tmp_path, skip_damaged):
+    images = [(IMAGES / f"{name}.png").read_bytes() for name in CIFAR10_CLASSES] * 4
+    _, [damaged, *_] = hold_out(40, 8, seed=0)
+    images[damaged] = images[damaged][:-900]
+    data = write_parquet("train", images, list(range(10)) * 4)
+    if skip_damaged:
+        folder = run(SETTINGS, data, tmp_path / "run", skip_damaged=True)
+        assert len(read_metrics(folder)) == 2
+    else:
+        message = rf"1 of 8 training images cannot be read, the first is .*, row {damaged} of its"
+        with pytest.raises(DataError, match=message):
+            run(SETTINGS, data, tmp_path / "run")
 
 
 def test_a_full_disk_loses_nothing(cifar_sample, tmp_path, weights_after, stop_after):
@@ -276,7 +339,7 @@ def test_ctrl_c_keeps_the_last_epoch(cifar_sample, tmp_path):
 def test_a_loss_that_is_no_number_stops_the_run(cifar_sample, tmp_path):
     settings = replace(SETTINGS, learning_rate=1e30, warmup_epochs=0.0, epochs=3)
     with pytest.raises(
-        TrainingError, match=r"the loss is (nan|inf) in epoch 1, step \d; .*run keeps what was sa"
+        TrainingError, match=r"the .* is (nan|inf) in epoch 1, step \d; .*run keeps what was saved"
     ):
         run(settings, cifar_sample, tmp_path / "run")
 
@@ -330,7 +393,7 @@ def test_a_folder_that_is_no_run_is_not_written_to(cifar_sample, tmp_path):
 
 def test_a_folder_that_cannot_be_made_is_named_at_once(cifar_sample, tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(TrainingError, match=r"file/run: cannot be made or read \(.*\); name anoth"):
+    with pytest.raises(TrainingError, match=r"file/run: cannot be made or written to \(.*\); n"):
         run(SETTINGS, cifar_sample, tmp_path / "file" / "run")
 
 
@@ -359,7 +422,6 @@ def test_what_is_derived_from_the_state_is_restored(cifar_sample, tmp_path, weig
         ({"rand_augment": "m9"}, "rand_augment is m9: give one such as rand-m9-n2-inc1"),
         ({"random_erasing": 2.0}, "random_erasing is 2.0: give 0 to 1"),
         ({"mixup": -1.0}, "mixup is -1.0: give at least 0"),
-        ({"cutmix": 0.5, "batch_size": 9}, "batch_size is 9: give an even number, for mixup and"),
         ({"ema_decay": 1.0}, "ema_decay is 1.0: give at least 0 and below 1"),
         ({"batch_size": 1}, "batch_size is 1: give at least 2"),
         ({"learning_rate": 0.0}, "learning_rate is 0.0: give above 0"),
@@ -375,10 +437,27 @@ def test_settings_that_cannot_be_are_refused(change, message):
         replace(SETTINGS, **change)
 
 
-def test_a_crop_larger_than_the_image_is_refused(cifar_sample, tmp_path):
-    message = "small_crop_size is 48: convmixer_96_8_ks5_p1 takes images of 32 pixels, give at most"
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"small_crop_size": 48},
+            "small_crop_size is 48: convmixer_96_8_ks5_p1 takes images of 32 pixels in patches of "
+            "1; give a number between them",
+        ),
+        (
+            {"model": "convmixer_cifar", "small_crop_size": 1},
+            "small_crop_size is 1: convmixer_cifar takes images of 32 pixels in patches of 2; giv",
+        ),
+        (
+            {"cutmix": 0.5, "batch_size": 9},
+            "batch_size is 9: give a multiple of 2 for 1 processes",
+        ),
+    ],
+)
+def test_settings_that_do_not_fit_the_model_are_refused(cifar_sample, tmp_path, change, message):
     with pytest.raises(TrainingError, match=message):
-        run(replace(SETTINGS, small_crop_size=48), cifar_sample, tmp_path / "run")
+        run(replace(SETTINGS, **change), cifar_sample, tmp_path / "run")
 
 
 def test_fewer_images_than_a_batch_are_refused(cifar_sample, tmp_path):
@@ -387,7 +466,7 @@ def test_fewer_images_than_a_batch_are_refused(cifar_sample, tmp_path):
         run(settings, cifar_sample, tmp_path / "run")
 
 
-def test_an_unknown_arch_is_refused(cifar_sample, tmp_path):
-    message = "no model is named 'convmixer_cifr'; did you mean convmixer_cifar"
-    with pytest.raises(UnknownModelError, match=message):
-        run(replace(SETTINGS, model="convmixer_cifr"), cifar_sample, tmp_path / "run")
+@pytest.mark.parametrize("name", ["convmixer_cifr", "convmixer_cifar.cifar10", "resnet18"])
+def test_an_unknown_arch_is_refused(cifar_sample, tmp_path, name):
+    with pytest.raises(UnknownModelError, match=f"no model is named '{name}'; (did|known)"):
+        run(replace(SETTINGS, model=name), cifar_sample, tmp_path / "run")
