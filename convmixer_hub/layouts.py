@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from torch import Tensor
 
@@ -33,10 +34,14 @@ class Layout:
     head: str
     first_layer: int = 0
 
+    @cached_property
+    def _layer_pattern(self) -> re.Pattern[str]:
+        names = "|".join(re.escape(name) for name in self.layer)
+        return re.compile(rf"{re.escape(self.layers)}(\d+)\.({names})")
+
     def match_layer(self, module: str) -> re.Match[str] | None:
         """Take a module's name apart into the number of its layer and its name within it."""
-        names = "|".join(re.escape(name) for name in self.layer)
-        return re.fullmatch(rf"{re.escape(self.layers)}(\d+)\.({names})", module)
+        return self._layer_pattern.fullmatch(module)
 
     def count_layers(self, modules: Iterable[str]) -> int:
         """Count the layers up to the last one that these modules are of."""
@@ -121,6 +126,8 @@ def detect_layout(state_dict: Mapping[str, Tensor]) -> str | None:
         n_layers = layout.count_layers(modules)
         places = [layout.translate(module, layout, n_layers) for module in modules]
         found[name] = len(places) - places.count(None)
+        if found[name] == len(modules):
+            break  # no layout has more
     best = max(found, key=lambda name: found[name])
     return best if found[best] else None
 
