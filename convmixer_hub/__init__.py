@@ -6,6 +6,7 @@ from .errors import (
     ConvMixerHubError,
     DataError,
     ModelSizeError,
+    PublishError,
     TrainingError,
     UnknownModelError,
 )
@@ -24,6 +25,7 @@ __all__ = [
     "DataError",
     "ModelSizeError",
     "PatchEmbeddings",
+    "PublishError",
     "TrainingError",
     "UnknownModelError",
     "convmixer_96_8_ks5_p1",

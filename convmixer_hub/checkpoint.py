@@ -12,7 +12,7 @@ import os
 import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import torch
@@ -33,6 +33,18 @@ from .errors import CheckpointError, UnknownModelError, first_line
 SOURCES = ("auto", "embedded", "hub")
 WEIGHTS_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
+GOLDEN_FILE = "golden.json"
+
+# What of a model's folder goes to others; the states of a training run, for one, do not.
+MODEL_FILES = (
+    CONFIG_FILE,
+    WEIGHTS_FILE,
+    GOLDEN_FILE,
+    "README.md",
+    "NOTES.md",
+    "metrics.csv",
+    "*.png",
+)
 
 _OWN_COPY = "reinstall the package and unset CONVMIXER_HUB_SOURCE to use its own copy"
 
@@ -275,6 +287,17 @@ def verify_file(path: Path, record: CheckpointRecord, remedy: str) -> None:
         raise CheckpointError(
             f"{path}: its SHA-256 is {digest}, but {record.name} has {record.sha256}; {remedy}"
         )
+
+
+def is_model_file(path: PurePath) -> bool:
+    """Tell whether a path within a model's folder is that of one of `MODEL_FILES`."""
+    is_visible = len(path.parts) == 1 and not path.name.startswith(".")
+    return is_visible and any(path.match(pattern) for pattern in MODEL_FILES)
+
+
+def list_model_files(folder: Path) -> list[Path]:
+    """List the `MODEL_FILES` of a folder, by name."""
+    return sorted(f for f in folder.iterdir() if f.is_file() and is_model_file(PurePath(f.name)))
 
 
 def check_safetensors(path: Path) -> dict[str, str]:

@@ -14,8 +14,8 @@ import torch
 
 from . import __version__
 from .bench import VARIANTS, bench_train
-from .card import write_card
-from .checkpoint import find_checkpoint, get_record, locate
+from .card import CARD_FILE, write_card
+from .checkpoint import WEIGHTS_FILE, find_checkpoint, get_record, locate
 from .convert import convert
 from .data import open_image
 from .doctor import examine
@@ -28,6 +28,7 @@ from .layouts import ALIASES, LAYOUTS
 from .machine import describe_machine, get_rank
 from .model import ACTIVATIONS
 from .predict import predict
+from .publish import list_uploads, publish
 from .run_folder import STATE_FILE
 from .train import OPTIMIZERS, TrainingSettings, train
 from .zoo import list_models, load_trained
@@ -366,3 +367,31 @@ def convert_command(name: str, output: Path, layout: str, activation: str | None
 def info_command(name: str) -> None:
     """Say what the checkpoint NAME (a model, a folder or a safetensors file) holds and loads as."""
     _print_table([list(row) for row in describe(name).items()])
+
+
+@main.command("publish")
+@click.argument("name", metavar="NAME|RUN")
+@click.option("--repo-id", required=True, metavar="OWNER/REPO", help="Made if there is none.")
+@click.option("--private", is_flag=True, help="Let nobody else read it.")
+@click.option("--tag", help="A tag for the commit, such as v1.")
+@click.option("--dry-run", is_flag=True, help="Say what would be uploaded; ask no network.")
+def publish_command(name: str, repo_id: str, private: bool, tag: str | None, dry_run: bool) -> None:
+    """Upload a model or a run to the Hub, in one commit, and pull it back to check.
+
+    Weights, configuration, card, figures and metrics go there; the states of a run do not.
+    """
+    if dry_run:
+        uploads = list_uploads(name)
+        _print_table([[u.file.name, f"{u.size:,} bytes", u.sha256] for u in uploads])
+        click.echo(f"{repo_id}: would get these {len(uploads)} files")
+    else:
+        publication = publish(name, repo_id, private, tag)
+        uploads = publication.uploads
+        done = "published" if publication.changed else "nothing changed, all were there before"
+        tagged = f", tag {tag}" if tag else ""
+        click.echo(f"{repo_id}: {len(uploads)} files, {done}")
+        click.echo(f"revision {publication.revision}{tagged}")
+        [digest] = [u.sha256 for u in uploads if u.file.name == WEIGHTS_FILE]
+        click.echo(f"SHA-256 of {WEIGHTS_FILE} {digest}, pulled back and checked")
+    if CARD_FILE not in [upload.file.name for upload in uploads]:
+        click.echo(f"there is no model card; `convmixer card {name} --data DIR` writes one")

@@ -28,6 +28,10 @@ class TrainingError(ConvMixerHubError, RuntimeError):
     """A training run cannot start, or cannot go on."""
 
 
+class PublishError(ConvMixerHubError, RuntimeError):
+    """A model cannot be published on the Hub."""
+
+
 def first_line(error: BaseException) -> str:
     """Shorten another library's error to one line."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -6,12 +6,21 @@
         hf_hub_download("owner/name", "model.safetensors", revision="v1", endpoint=hub.url)
         assert hub.requests[-1].headers["Range"] == "bytes=1000-"
 
-It knows what huggingface_hub asks for when it downloads a file: `HEAD` and `GET` of
-`/{owner}/{name}/resolve/{revision}/{path}`. It needs nothing but the standard library.
+It knows what huggingface_hub asks for
+
+- to download a file: `HEAD` and `GET` of `/{owner}/{name}/resolve/{revision}/{path}`;
+- to upload files: `POST` of `/api/repos/create`, `/api/validate-yaml` and, below
+  `/api/models/{owner}/{name}`, `/preupload/{revision}`, `/commit/{revision}`, `/tag/{revision}`;
+  for large files also `POST` of `/{owner}/{name}.git/info/lfs/objects/batch` and `PUT` of each
+  (the client has to have HF_HUB_DISABLE_XET);
+- to look at a repository: `GET` of `/api/models/{owner}/{name}[/revision/{revision}]`.
+
+It needs nothing but the standard library.
 """
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import re
@@ -24,6 +33,11 @@ from urllib.parse import unquote
 
 Files = dict[str, bytes]
 
+_RESOLVE = re.compile(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)")
+_LOOK = re.compile(r"/api/models/([^/]+/[^/]+)(?:/revision/([^/]+))?()")
+_UPLOAD = re.compile(r"/api/models/([^/]+/[^/]+)/(preupload|commit|tag)/([^/]+)")
+_BATCH = re.compile(r"/([^/]+/[^/]+)\.git/info/lfs/objects/(batch)()")
+
 
 @dataclass
 class Request:
@@ -32,6 +46,7 @@ class Request:
     method: str
     path: str
     headers: dict[str, str]
+    body: bytes = b""
 
 
 @dataclass
@@ -120,7 +135,9 @@ class HubServer(ThreadingHTTPServer):
     Attributes:
         repositories: Contents by repository, revision and path.
         private: Repositories that only a holder of a token may read.
-        tokens: The tokens that are accepted.
+        tokens: The tokens that are accepted; who has one may read and write all.
+        lfs_suffixes: Which files are uploaded as large ones; the others come with the commit.
+        large_files: Contents of large files by SHA-256, from before the commit that names them.
         requests: All that was asked, in order.
     """
 
@@ -132,6 +149,8 @@ class HubServer(ThreadingHTTPServer):
         self.repositories: dict[str, dict[str, Files]] = {}
         self.private: set[str] = set()
         self.tokens: set[str] = set()
+        self.lfs_suffixes: tuple[str, ...] = ()
+        self.large_files: Files = {}
         self.requests: list[Request] = []
         self._orders: list[tuple[Fault, str | None, float]] = []
         self._lock = threading.Lock()
@@ -140,7 +159,7 @@ class HubServer(ThreadingHTTPServer):
         """Let the next requests go wrong.
 
         Args:
-            method: `GET` or `HEAD`; both by default.
+            method: `GET`, `HEAD`, `POST` or `PUT`; all by default.
             times: How many of them; all by default.
         """
         self._orders.append((fault, method, times))
@@ -176,16 +195,23 @@ class HubServer(ThreadingHTTPServer):
             return
         if request.path == "/":
             return
-        asked = re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", request.path)
-        repository, revision, path = map(unquote, asked.groups()) if asked else ("", "", "")
+        if request.method in ("POST", "PUT"):
+            self._take(request, answer, token)
+            return
+        look = _LOOK.fullmatch(request.path)
+        asked = look or _RESOLVE.fullmatch(request.path)
+        repository, revision, path = map(unquote, asked.groups("main")) if asked else ("", "", "")
         if repository not in self.repositories or (repository in self.private and not token):
             # Like the Hub, tell nobody without a token whether a private repository exists.
             error(404 if token else 401, X_Error_Code="RepoNotFound")(answer)
             return
-        commits = {commit_of(files): files for files in self.repositories[repository].values()}
-        files = {**self.repositories[repository], **commits}.get(revision)
+        files = self._find_files(repository, revision)
         if files is None:
             error(404, X_Error_Code="RevisionNotFound")(answer)
+            return
+        if look:
+            private = repository in self.private
+            reply(answer, {"id": repository, "sha": commit_of(files), "private": private})
             return
         if path not in files:
             error(404, X_Error_Code="EntryNotFound", X_Repo_Commit=commit_of(files))(answer)
@@ -205,6 +231,88 @@ class HubServer(ThreadingHTTPServer):
             answer.status, answer.body = 206, answer.body[first:]
             answer.headers["Content-Range"] = f"bytes {first}-{size - 1}/{size}"
 
+    def _find_files(self, repository: str, revision: str) -> Files | None:
+        revisions = self.repositories[repository]
+        commits = {commit_of(files): files for files in revisions.values()}
+        return {**revisions, **commits}.get(revision)
+
+    def _take(self, request: Request, answer: Answer, token: str) -> None:
+        """Answer the requests by which a client uploads."""
+        if request.method == "PUT":  # to storage, which is not asked for a token
+            self.large_files[hashlib.sha256(request.body).hexdigest()] = request.body
+            return
+        if not token:
+            error(401)(answer)
+            return
+        sent = [json.loads(line) for line in request.body.splitlines()]
+        if request.path == "/api/validate-yaml":
+            reply(answer, {})
+            return
+        if request.path == "/api/repos/create":
+            repository = f"{sent[0]['organization']}/{sent[0]['name']}"
+            if repository in self.repositories:
+                answer.status = 409
+            else:
+                self.repositories[repository] = {"main": {}}
+                if sent[0].get("visibility") == "private":
+                    self.private.add(repository)
+            reply(answer, {"url": f"{self.url}/{repository}"})
+            return
+        asked = _UPLOAD.fullmatch(request.path) or _BATCH.fullmatch(request.path)
+        repository, action, revision = map(unquote, asked.groups()) if asked else ("", "", "")
+        if repository not in self.repositories:
+            error(404, X_Error_Code="RepoNotFound")(answer)
+        elif action == "preupload":
+            files = self._find_files(repository, revision) or {}
+            reply(
+                answer, {"files": [self._judge(file["path"], files) for file in sent[0]["files"]]}
+            )
+        elif action == "batch":
+            reply(answer, {"objects": [self._offer(large) for large in sent[0]["objects"]]})
+        elif action == "commit":
+            files = self._commit(sent, self._find_files(repository, revision) or {})
+            self.repositories[repository][revision] = files
+            url = f"{self.url}/{repository}/commit/{commit_of(files)}"
+            reply(answer, {"commitUrl": url, "commitOid": commit_of(files)})
+        elif sent[0]["tag"] in self.repositories[repository]:
+            error(409)(answer)
+        else:
+            files = self._find_files(repository, revision) or {}
+            self.repositories[repository][sent[0]["tag"]] = files
+
+    def _judge(self, path: str, files: Files) -> dict[str, object]:
+        """Say how a file is to be uploaded, and what is there of it."""
+        is_large = path.endswith(self.lfs_suffixes)
+        there = None
+        if path in files:
+            content = files[path]
+            git_blob = b"blob %d\0" % len(content) + content
+            there = (hashlib.sha256(content) if is_large else hashlib.sha1(git_blob)).hexdigest()
+        mode = "lfs" if is_large else "regular"
+        return {"path": path, "uploadMode": mode, "shouldIgnore": False, "oid": there}
+
+    def _offer(self, large: dict[str, object]) -> dict[str, object]:
+        """Say where to put a large file, unless it is there."""
+        if large["oid"] in self.large_files:
+            return large
+        return {**large, "actions": {"upload": {"href": f"{self.url}/storage/{large['oid']}"}}}
+
+    def _commit(self, lines: list[dict], files: Files) -> Files:
+        files = dict(files)
+        for line in lines:
+            value = line["value"]
+            if line["key"] == "file":
+                files[value["path"]] = base64.b64decode(value["content"])
+            elif line["key"] == "lfsFile":
+                files[value["path"]] = self.large_files[value["oid"]]
+        return files
+
+
+def reply(answer: Answer, content: object) -> None:
+    """Answer with JSON."""
+    answer.headers["Content-Type"] = "application/json"
+    answer.body = json.dumps(content).encode()
+
 
 def commit_of(files: Files) -> str:
     """Name the commit that these files make: 40 hexadecimal digits."""
@@ -219,18 +327,18 @@ class _Handler(BaseHTTPRequestHandler):
     server: HubServer
 
     def do_GET(self) -> None:
-        request = Request(
-            self.command, self.path, {name.title(): value for name, value in self.headers.items()}
-        )
+        headers = {name.title(): value for name, value in self.headers.items()}
+        body = self.rfile.read(int(headers.get("Content-Length", 0)))
+        request = Request(self.command, self.path, headers, body)
         answer = self.server.answer(request)
         self.send_response(answer.status)
         for name, value in {"Content-Length": str(len(answer.body)), **answer.headers}.items():
             self.send_header(name, value)
         self.end_headers()
-        if self.command == "GET":
+        if self.command != "HEAD":
             self._send(answer)
 
-    do_HEAD = do_GET
+    do_HEAD = do_POST = do_PUT = do_GET
 
     def _send(self, answer: Answer) -> None:
         body = answer.body[: answer.cut_after]

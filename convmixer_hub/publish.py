@@ -1,0 +1,178 @@
+"""From a model's folder to a repository on the Hugging Face Hub, and back, to see what arrived."""
+
+from __future__ import annotations
+
+import hashlib
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from huggingface_hub import CommitOperationAdd, HfApi, constants, get_token, hf_hub_download
+from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled, RepositoryNotFoundError
+
+from .checkpoint import find_checkpoint, get_record, list_model_files
+from .errors import PublishError, UnknownModelError
+from .zoo import load_trained
+
+
+@dataclass(frozen=True)
+class Upload:
+    """One file that is published, under its own name.
+
+    Attributes:
+        file: Where it is on this machine.
+        size: Its length, in bytes.
+        sha256: Its digest, in hexadecimal.
+    """
+
+    file: Path
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Publication:
+    """What the Hub has.
+
+    Attributes:
+        uploads: The files; pulled back, each had its digest.
+        revision: The commit that they are in.
+        changed: False if the Hub had them all before.
+    """
+
+    uploads: list[Upload]
+    revision: str
+    changed: bool
+
+
+def list_uploads(name: str) -> list[Upload]:
+    """List what `publish` uploads. The network is not asked.
+
+    Args:
+        name: A trained model's name, for its folder in the package, or a run folder. Of the files
+            in it, those of `checkpoint.MODEL_FILES` are published.
+
+    Raises:
+        UnknownModelError: If it is neither a trained model's name nor a folder.
+        CheckpointError: If the model would not load.
+    """
+    try:
+        folder = find_checkpoint(get_record(name).name, "embedded").parent
+    except UnknownModelError:
+        load_trained(name)
+        folder = Path(name).resolve()
+    uploads = []
+    for file in list_model_files(folder):
+        content = file.read_bytes()
+        uploads.append(Upload(file, len(content), hashlib.sha256(content).hexdigest()))
+    return uploads
+
+
+def publish(name: str, repo_id: str, private: bool = False, tag: str | None = None) -> Publication:
+    """Upload a model to the Hub in one commit, and pull it back to compare every byte.
+
+    Files that the Hub has already are not sent again; if it has them all, there is no commit.
+    Other files of the repository stay as they are.
+
+    Args:
+        name: As in `list_uploads`.
+        repo_id: `OWNER/REPO`; made if there is no such model repository.
+        private: Let nobody else read it; an existing repository has to be private.
+        tag: A tag for the commit; one that exists is never moved.
+
+    Raises:
+        UnknownModelError: If it is neither a trained model's name nor a folder.
+        CheckpointError: If the model would not load.
+        PublishError: If the Hub does not take the files, or gives back others.
+    """
+    if repo_id.count("/") != 1:
+        raise PublishError(f"{repo_id}: is no model repository; give --repo-id as OWNER/REPO")
+    uploads = list_uploads(name)
+    operations = [CommitOperationAdd(upload.file.name, upload.file) for upload in uploads]
+    message = f"Publish {uploads[0].file.parent.name}"
+    try:
+        if get_token() is None:
+            raise PublishError(
+                f"{repo_id}: there is no token; log in with `hf auth login`, or set HF_TOKEN to "
+                "one that may write"
+            )
+        hub = HfApi()
+        hub.create_repo(repo_id, private=private or None, exist_ok=True)
+        before = hub.model_info(repo_id)
+        if private and not before.private:
+            raise PublishError(
+                f"{repo_id}: exists and is public; make it private in its settings, or leave out "
+                "--private"
+            )
+        commit = hub.create_commit(repo_id, operations, commit_message=message).oid
+        _pull_back(uploads, repo_id, commit)
+        if tag is not None:
+            _set_tag(hub, repo_id, tag, commit)
+    except PublishError:
+        raise
+    except Exception as error:  # the client, its HTTP library and the disk each have their own
+        raise PublishError(f"{repo_id}: {_explain(error, repo_id)}") from None
+    return Publication(uploads, commit, changed=commit != before.sha)
+
+
+def _pull_back(uploads: Sequence[Upload], repo_id: str, commit: str) -> None:
+    with tempfile.TemporaryDirectory() as empty_cache:
+        for upload in uploads:
+            name = upload.file.name
+            file = hf_hub_download(repo_id, name, revision=commit, cache_dir=empty_cache)
+            digest = hashlib.sha256(Path(file).read_bytes()).hexdigest()
+            if digest != upload.sha256:
+                raise PublishError(
+                    f"{repo_id}: {name} came back with SHA-256 {digest}, but {upload.sha256} was "
+                    f"published; do not use commit {commit}, check HF_ENDPOINT and publish again"
+                )
+
+
+def _set_tag(hub: HfApi, repo_id: str, tag: str, commit: str) -> None:
+    try:
+        hub.create_tag(repo_id, tag=tag, revision=commit)
+    except HfHubHTTPError as error:
+        if error.response.status_code != 409:
+            raise
+        tagged = hub.model_info(repo_id, revision=tag).sha
+        if tagged != commit:
+            raise PublishError(
+                f"{repo_id}: the files are there at commit {commit}, but tag '{tag}' is at "
+                f"{tagged}; give another --tag"
+            ) from None
+
+
+def _explain(error: Exception, repo_id: str) -> str:
+    """Say in one line why the Hub did not take a model, and what to do."""
+    if isinstance(error, RuntimeError) and isinstance(error.__cause__, Exception):
+        # The client wraps what befell an upload into an error that does not say what.
+        error = error.__cause__
+    if isinstance(error, HfHubHTTPError):
+        status = error.response.status_code
+        if status == 403:
+            return (
+                "your token may not write there (HTTP 403); give it write permission at "
+                f"{constants.ENDPOINT}/settings/tokens, or name a repository of your own"
+            )
+        if isinstance(error, RepositoryNotFoundError):
+            return (
+                f"is no model repository that your token can see (HTTP {status}); name another "
+                "--repo-id, or use a token of its owner"
+            )
+        if status == 401:
+            return (
+                f"{constants.ENDPOINT} does not accept your token (HTTP 401); renew it with "
+                "`hf auth login`, or set HF_TOKEN to one that may write"
+            )
+        reason = f"HTTP {status} {error.response.reason_phrase}"
+        return f"{constants.ENDPOINT} refuses ({reason}); give the same command again later"
+    if isinstance(error, OfflineModeIsEnabled):
+        return "the network may not be used; unset HF_HUB_OFFLINE"
+    reason = " ".join(str(error).split()) or type(error).__name__
+    if isinstance(error, ValueError):  # of the client itself: a bad repository id, tag or card
+        return f"cannot be published ({reason}); correct that, and give the same command again"
+    return (
+        f"cannot be published ({reason}); check the network and HF_ENDPOINT, and give the same "
+        "command again"
+    )

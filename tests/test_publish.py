@@ -1,0 +1,256 @@
+"""`convmixer publish` to a Hub on this machine, through the real client."""
+
+import hashlib
+import re
+import socket
+import time
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from click.testing import CliRunner
+from huggingface_hub import constants
+
+from convmixer_hub import PublishError, UnknownModelError, find_checkpoint
+from convmixer_hub.checkpoint import RECORDS, find_embedded, list_model_files, save_model
+from convmixer_hub.cli import main
+from convmixer_hub.publish import list_uploads, publish
+from convmixer_hub.zoo import load_trained
+
+from .conftest import use_endpoint
+from .hub_server import error, other_body
+
+NAME = "convmixer_cifar.cifar10"
+ARCH = "convmixer_96_8_ks5_p1"
+TARGET = "someone/mine"
+OF_THE_RUN = ["README.md", "config.json", "metrics.csv", "model.safetensors"]
+
+
+@pytest.fixture
+def run(tmp_path) -> str:
+    """A run folder with an untrained model, and what must stay in it."""
+    folder = tmp_path / "a_run"
+    save_model(timm.create_model(ARCH), folder, {})
+    (folder / "README.md").write_text("---\nlicense: mit\n---\n\n# A run\n")
+    (folder / "metrics.csv").write_text("epoch\n1\n")
+    for name in ("training_state.pt", "peak_state.pt", ".env", ".saving.png", "letter.txt"):
+        (folder / name).write_text("secret")
+    (folder / "checkpoints.png").mkdir()
+    return str(folder)
+
+
+@pytest.fixture
+def writable(hub, monkeypatch):
+    """A Hub that lets us write, without xet, which has servers of its own."""
+    monkeypatch.setenv("HF_TOKEN", "hf_write")
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    hub.tokens.add("hf_write")
+    return hub
+
+
+def convmixer(*arguments: str) -> tuple[int, str]:
+    """Run the command line; give its exit status and what it printed."""
+    result = CliRunner().invoke(main, arguments)
+    return result.exit_code, result.output
+
+
+def count(hub, method: str, path: str) -> int:
+    return sum(r.method == method and re.search(path, r.path) is not None for r in hub.requests)
+
+
+@pytest.mark.parametrize("lfs_suffixes", [(), (".safetensors", ".png")], ids=["regular", "LFS"])
+def test_what_is_published_is_pulled_with_the_same_logits(lfs_suffixes, writable, run, batch):
+    writable.lfs_suffixes = lfs_suffixes
+    publication = publish(run, TARGET, tag="v1")
+    assert publication.changed
+    assert [upload.file.name for upload in publication.uploads] == OF_THE_RUN
+    assert sorted(writable.repositories[TARGET]["main"]) == OF_THE_RUN
+    assert writable.repositories[TARGET]["v1"] == writable.repositories[TARGET]["main"]
+    assert count(writable, "POST", "/commit/") == 1
+    assert count(writable, "PUT", "/storage/") == (1 if lfs_suffixes else 0)
+    pulled = timm.create_model(f"hf-hub:{TARGET}", pretrained=True).eval()
+    assert torch.equal(pulled(batch), load_trained(run).eval()(batch))
+
+    writable.requests.clear()
+    again = publish(run, TARGET, tag="v1")
+    assert (again.changed, again.revision) == (False, publication.revision)
+    assert count(writable, "POST", "/commit/") == count(writable, "PUT", "") == 0
+
+
+def test_a_shipped_model_is_published_whole_and_found_there(writable, monkeypatch):
+    folder = find_embedded(RECORDS[NAME]).parent
+    status, output = convmixer("publish", NAME, "--repo-id", f"someone/{NAME}", "--tag", "v1")
+    files = {file.name: file.read_bytes() for file in folder.iterdir()}
+    assert writable.repositories[f"someone/{NAME}"] == {"main": files, "v1": files}
+    digest = hashlib.sha256(files["model.safetensors"]).hexdigest()
+    first, second, third = output.splitlines()[-3:]
+    assert (status, first) == (0, f"someone/{NAME}: {len(files)} files, published")
+    assert re.fullmatch("revision [0-9a-f]{40}, tag v1", second)
+    assert third == f"SHA-256 of model.safetensors {digest}, pulled back and checked"
+    monkeypatch.setenv("CONVMIXER_HUB_NAMESPACE", "someone")
+    assert find_checkpoint(NAME, "hub").read_bytes() == files["model.safetensors"]
+
+
+@pytest.mark.parametrize("name", RECORDS)
+def test_nothing_of_a_shipped_folder_is_left_out(name):
+    folder = find_embedded(RECORDS[name]).parent
+    assert list_model_files(folder) == sorted(folder.iterdir())
+
+
+def test_a_changed_file_alone_makes_the_next_commit(writable, run):
+    publish(run, TARGET)
+    writable.repositories[TARGET]["main"]["LICENSE"] = b"theirs"
+    Path(run, "README.md").write_text("# Another\n")
+    writable.requests.clear()
+    assert publish(run, TARGET).changed
+    [commit] = [r for r in writable.requests if "/commit/" in r.path and r.method == "POST"]
+    assert len(commit.body.splitlines()) == 2  # its header and one file
+    assert writable.repositories[TARGET]["main"]["LICENSE"] == b"theirs"
+
+
+def test_a_second_publication_says_that_nothing_changed(writable, run):
+    Path(run, "README.md").unlink()
+    _, first = convmixer("publish", run, "--repo-id", TARGET)
+    _, second = convmixer("publish", run, "--repo-id", TARGET)
+    assert f"{TARGET}: 3 files, published\n" in first
+    assert f"{TARGET}: 3 files, nothing changed, all were there before\n" in second
+    assert f"there is no model card; `convmixer card {run} --data DIR` writes one\n" in second
+
+
+def test_a_dry_run_asks_no_network_and_no_token(run, monkeypatch):
+    def fail(*_, **__):
+        raise AssertionError("a socket was opened")
+
+    monkeypatch.setattr(socket, "socket", fail)
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    for name in (run, NAME):
+        status, output = convmixer("publish", name, "--repo-id", TARGET, "--dry-run")
+        *lines, last = output.splitlines()
+        uploads = list_uploads(name)
+        assert (status, last) == (0, f"{TARGET}: would get these {len(uploads)} files")
+        assert [line.split() for line in lines] == [
+            [upload.file.name, f"{upload.size:,}", "bytes", upload.sha256] for upload in uploads
+        ]
+
+
+def test_a_private_repository_is_made_and_read_back(writable, run):
+    publish(run, TARGET, private=True)
+    assert writable.private == {TARGET}
+    assert not publish(run, TARGET, private=True).changed
+
+
+def exists_in_public(hub, monkeypatch):
+    hub.repositories[TARGET] = {"main": {}}
+
+
+def tagged_elsewhere(hub, monkeypatch):
+    hub.repositories[TARGET] = {"main": {}, "v1": {"other": b"file"}}
+
+
+def no_token(hub, monkeypatch):
+    monkeypatch.delenv("HF_TOKEN")
+
+
+def wrong_token(hub, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "hf_wrong")
+
+
+def of_another_type(hub, monkeypatch):
+    """The name is taken, but there is no model of this name."""
+    hub.order(error(404, X_Error_Code="RepoNotFound"), "GET")
+
+
+def offline(hub, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+
+
+def storage_fails(hub, monkeypatch):
+    hub.lfs_suffixes = (".safetensors",)
+    hub.order(error(403), "PUT")
+
+
+def bad_card(hub, monkeypatch):
+    def refuse(answer):
+        answer.status, answer.body = 400, b'{"errors": [{"message": "license is not known"}]}'
+
+    hub.order(lambda answer: answer.body == b"{}" and refuse(answer), "POST")
+
+
+def other_weights(hub, monkeypatch):
+    hub.order(other_body(lambda body: body[:-1] + b"\1" if len(body) > 99_999 else body), "GET")
+
+
+def ordered(fault, method):
+    return lambda hub, monkeypatch: hub.order(fault, method)
+
+
+FAULTS = {
+    "no token": (no_token, r"there is no token; log in with `hf auth login`, or set HF_TOKEN to "),
+    "wrong token": (wrong_token, r"does not accept your token \(HTTP 401\); renew it with `hf "),
+    "403": (
+        ordered(error(403), "POST"),
+        r"your token may not write there \(HTTP 403\); give it write permission at "
+        r"http\S+/settings/tokens, or name a repository of your own$",
+    ),
+    "403 from storage": (storage_fails, r"your token may not write there \(HTTP 403\); give it "),
+    "repository of another type": (
+        of_another_type,
+        r"is no model repository that your token can see \(HTTP 404\); name another --repo-id, or ",
+    ),
+    "500": (
+        ordered(error(500), "POST"),
+        r"http\S+ refuses \(HTTP 500 Internal Server Error\); give the same command again later$",
+    ),
+    "refused connection": (
+        lambda hub, monkeypatch: use_endpoint(monkeypatch, "http://127.0.0.1:1"),
+        r"cannot be published \(.*Connection refused\); check the network and HF_ENDPOINT, and ",
+    ),
+    "offline": (offline, "the network may not be used; unset HF_HUB_OFFLINE$"),
+    "public": (exists_in_public, "exists and is public; make it private in its settings, or "),
+    "tag elsewhere": (
+        tagged_elsewhere,
+        "the files are there at commit [0-9a-f]{40}, but tag 'v1' is at [0-9a-f]{40}; give another",
+    ),
+    "bad card": (bad_card, r"Invalid metadata in README.md. - license is not known\); correct "),
+    "other bytes": (
+        other_weights,
+        "model.safetensors came back with SHA-256 [0-9a-f]{64}, but [0-9a-f]{64} was published; ",
+    ),
+}
+
+
+@pytest.mark.parametrize(("arrange", "message"), FAULTS.values(), ids=FAULTS)
+def test_what_goes_wrong_is_one_line(arrange, message, writable, run, monkeypatch):
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    arrange(writable, monkeypatch)
+    with pytest.raises(PublishError, match=rf"^{TARGET}: .*{message}") as refused:
+        publish(run, TARGET, private=arrange is exists_in_public, tag="v1")
+    assert "\n" not in str(refused.value)
+    assert "hf_" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("repo_id", "message"),
+    [
+        ("mine", "mine: is no model repository; give --repo-id as OWNER/REPO"),
+        ("datasets/someone/mine", "is no model repository; give --repo-id as OWNER/REPO"),
+        ("some one/mine", r"cannot be published \(Repo id must use alphanumeric .*; correct that"),
+    ],
+)
+def test_a_bad_repository_id_is_one_line(repo_id, message, writable, run):
+    with pytest.raises(PublishError, match=message) as refused:
+        publish(run, repo_id)
+    assert "\n" not in str(refused.value)
+    assert writable.requests == []
+
+
+def test_what_does_not_load_is_not_published(writable, run):
+    status, output = convmixer("publish", "no_such_run", "--repo-id", TARGET)
+    assert (status, output.count("\n")) == (1, 1)
+    with pytest.raises(UnknownModelError):
+        publish("no_such_run", TARGET)
+    Path(run, "model.safetensors").write_bytes(b"damaged")
+    status, output = convmixer("publish", run, "--repo-id", TARGET)
+    assert (status, output.count("\n")) == (1, 1)
+    assert writable.requests == []
