@@ -38,6 +38,7 @@ from .figures import (
     draw_reliability,
 )
 from .files import write_file
+from .golden import write_golden
 from .model import ConvMixer
 from .run_folder import METRICS_FILE
 from .train import TrainingSettings
@@ -56,6 +57,8 @@ def write_card(
     today: date | None = None,
 ) -> Path:
     """Measure a trained model on the test images of a data set; write its card and figures.
+
+    Its logits for `verify` are written too, see `golden.write_golden`.
 
     Args:
         folder: Holds the model as `train` writes it; the card has the folder's name. Without
@@ -122,6 +125,7 @@ def write_card(
     ]
     for file_name, content in figures.items():
         write_file(output / file_name, content)
+    write_golden(folder, output)
     text = "\n\n".join(section for section in sections if section)
     write_file(output / CARD_FILE, f"{text}\n".encode())
     return output / CARD_FILE

@@ -23,6 +23,7 @@ from .errors import ConvMixerHubError, DataError, UnknownModelError
 from .evaluate import evaluate_on
 from .figures import draw_predictions
 from .files import write_file
+from .golden import TOLERANCES, verify
 from .info import describe
 from .layouts import ALIASES, LAYOUTS
 from .machine import describe_machine, get_rank
@@ -158,7 +159,7 @@ def evaluate_command(name: str, data: Path, batch_size: int, workers: int) -> No
     "--output", type=click.Path(path_type=Path), help="Folder to write to, the model's by default."
 )
 def card_command(name: str, data: Path, output: Path | None) -> None:
-    """Write the model card of NAME (a model or a run folder), with its figures.
+    """Write the model card of NAME (a model or a run folder), with its figures and golden.json.
 
     All of it comes from the checkpoint, its metrics.csv, and one test on the data set; NOTES.md in
     the model's folder is appended.
@@ -395,3 +396,31 @@ def publish_command(name: str, repo_id: str, private: bool, tag: str | None, dry
         click.echo(f"SHA-256 of {WEIGHTS_FILE} {digest}, pulled back and checked")
     if CARD_FILE not in [upload.file.name for upload in uploads]:
         click.echo(f"there is no model card; `convmixer card {name} --data DIR` writes one")
+
+
+@main.command("verify")
+@click.argument("name", default=DEFAULT_MODEL)
+@click.option(
+    "--dtype",
+    default="float32",
+    show_default=True,
+    type=click.Choice(list(TOLERANCES)),
+    help="What to compute in.",
+)
+def verify_command(name: str, dtype: str) -> None:
+    """Say whether NAME (a model or a folder) computes here what it should.
+
+    Its logits for a fixed input are compared with those recorded beside the weights, which
+    `convmixer card` writes. The exit status is 1 if they differ by more than the tolerance.
+    """
+    result = verify(name, dtype)
+    verdict = "computes what it should"
+    if not result.holds:
+        verdict = "does NOT compute what it should (try another version of torch, and report it)"
+    click.echo(
+        f"{name}: {verdict}; largest difference {result.difference:.1e} of the largest logit, "
+        f"tolerance {result.tolerance:.0e} ({dtype}, torch {torch.__version__}, "
+        f"{describe_machine()})"
+    )
+    if not result.holds:
+        sys.exit(1)

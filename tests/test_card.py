@@ -15,6 +15,7 @@ from convmixer_hub.card import write_card
 from convmixer_hub.checkpoint import save_model
 from convmixer_hub.cli import train_command
 from convmixer_hub.data import eval_transform, load_images
+from convmixer_hub.golden import verify
 from convmixer_hub.train import TrainingSettings
 from convmixer_hub.zoo import CIFAR10_CLASSES
 
@@ -86,7 +87,8 @@ def test_a_card_says_what_the_files_and_the_test_images_say(run, cifar_sample):
     for name in pictures:
         with Image.open(run / f"{name}.png") as image:
             assert image.format == "PNG" and image.width > 200
-    assert len(list(run.iterdir())) == 4 + 1 + len(pictures)  # no temporary files
+    assert verify(str(run)).holds
+    assert len(list(run.iterdir())) == 4 + 2 + len(pictures)  # no temporary files
 
 
 def test_a_grey_model_of_other_classes_without_a_history(tmp_path):

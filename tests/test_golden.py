@@ -1,0 +1,106 @@
+"""`convmixer verify`: does a model compute here what it computed when it was made."""
+
+import json
+
+import pytest
+import timm
+import torch
+from click.testing import CliRunner
+
+from convmixer_hub import CheckpointError
+from convmixer_hub.checkpoint import RECORDS, save_model
+from convmixer_hub.cli import main
+from convmixer_hub.golden import TOLERANCES, make_golden_input, verify, write_golden
+
+from .test_doctor import cached_and_offline
+
+NAME = "convmixer_cifar.cifar10"
+ARCH = "convmixer_96_8_ks5_p1"
+
+
+@pytest.fixture
+def run(tmp_path):
+    """The folder of an untrained model, and its recorded logits."""
+    folder = tmp_path / "a_run"
+    save_model(timm.create_model(ARCH), folder, {})
+    write_golden(folder)
+    return folder
+
+
+def verify_command(*arguments: str) -> tuple[int, str]:
+    result = CliRunner().invoke(main, ["verify", *arguments])
+    return result.exit_code, result.output
+
+
+def test_the_golden_input_has_every_dtype_exactly():
+    images = make_golden_input((3, 32, 32))
+    assert images.shape == (4, 3, 32, 32)
+    assert images.flatten()[:4].tolist() == [-125 / 64, -124 / 64, -117 / 64, -98 / 64]
+    assert images.abs().max() <= 2
+    assert 1 < images.std() < 1.3
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        assert torch.equal(images.to(dtype).double(), images)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES)
+@pytest.mark.parametrize("name", RECORDS)
+def test_shipped_models_compute_what_they_should(name, dtype):
+    result = verify(name, dtype)
+    assert result.holds, result
+
+
+def test_a_run_computes_what_it_should(run):
+    status, output = verify_command(str(run))
+    assert (status, output.count("\n")) == (0, 1)
+    assert output.startswith(f"{run}: computes what it should; largest difference ")
+    assert " of the largest logit, tolerance 2e-05 (float32, torch " in output
+    status, output = verify_command(str(run), "--dtype", "bfloat16")
+    assert status == 0 and "tolerance 5e-02 (bfloat16, " in output
+
+
+def test_a_model_from_the_cache_is_verified(hub, monkeypatch):
+    cached_and_offline(hub, monkeypatch)
+    assert verify(NAME).holds
+
+
+def test_a_gelu_that_computes_something_else_is_noticed(run, monkeypatch):
+    monkeypatch.setattr(
+        torch.nn.functional, "gelu", lambda x, approximate: x * (1.702 * x).sigmoid()
+    )
+    status, output = verify_command(str(run))
+    assert (status, output.count("\n")) == (1, 1)
+    assert output.startswith(f"{run}: does NOT compute what it should (try another version")
+
+
+def test_a_logit_that_is_no_number_is_noticed(run):
+    golden = json.loads((run / "golden.json").read_text())
+    golden["logits"][0][0] = float("nan")
+    (run / "golden.json").write_text(json.dumps(golden))
+    assert not verify(str(run)).holds
+
+
+def rewrite(run, **changes):
+    golden = json.loads((run / "golden.json").read_text())
+    (run / "golden.json").write_text(json.dumps({**golden, **changes}))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda run: (run / "golden.json").unlink(), "no such file"),
+        (lambda run: (run / "golden.json").write_text("{"), r"cannot be read \(JSONDecodeError: "),
+        (lambda run: (run / "golden.json").write_text("[]"), r"cannot be read \(TypeError: "),
+        (lambda run: rewrite(run, logits="many"), r"cannot be read \("),
+        (lambda run: rewrite(run, logits=[[1.0]]), "holds logits of another model"),
+        (lambda run: rewrite(run, input="another"), "is for another input than this version's"),
+        (lambda run: save_model(timm.create_model(ARCH), run, {}), "is of weights with another "),
+    ],
+    ids=["missing", "no JSON", "no object", "no numbers", "shape", "input", "weights"],
+)
+def test_a_golden_file_that_does_not_serve_is_one_line(run, change, message):
+    change(run)
+    with pytest.raises(
+        CheckpointError,
+        match=rf"golden.json: {message}.*; `convmixer card {run} --data DIR` writes it$",
+    ):
+        verify(str(run))
