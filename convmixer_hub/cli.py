@@ -25,6 +25,7 @@ from .figures import draw_predictions
 from .files import write_file
 from .golden import TOLERANCES, verify
 from .info import describe
+from .kit import bundle, unbundle
 from .layouts import ALIASES, LAYOUTS
 from .machine import describe_machine, get_rank
 from .model import ACTIVATIONS
@@ -424,3 +425,22 @@ def verify_command(name: str, dtype: str) -> None:
     )
     if not result.holds:
         sys.exit(1)
+
+
+@main.command("bundle")
+@click.argument("names", nargs=-1, required=True, metavar="NAME...")
+@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="The kit.")
+def bundle_command(names: tuple[str, ...], output: Path) -> None:
+    """Write NAME... into one file, for `convmixer unbundle` on a machine without network."""
+    click.echo(f"{output}: {', '.join(bundle(names, output))}")
+
+
+@main.command("unbundle")
+@click.argument("kit", type=click.Path(path_type=Path))
+def unbundle_command(kit: Path) -> None:
+    """Put the models of KIT into the Hub's cache, as `convmixer pull` would with a network.
+
+    They are used from there wherever the package carries no copy, or CONVMIXER_HUB_SOURCE=hub.
+    """
+    for name, file in unbundle(kit).items():
+        click.echo(f"{name}: {file}")
