@@ -1,7 +1,10 @@
 """Speed and memory of a training step, beside those of other ConvMixers of the same size.
 
-Each variant lives in a process of its own, so that neither its memory nor its settings touch the
-others, and the variants take their steps in turns, so that a busy machine slows them all alike.
+Also the time that building a model takes with and without its weights.
+
+Each variant of a step lives in a process of its own, so that neither its memory nor its settings
+touch the others, and the variants take their steps in turns, so that a busy machine slows them all
+alike.
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ from torch import nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
+from .checkpoint import get_record
 from .errors import TrainingError, first_line
 from .fused import fuse_gelu_and_norm
 from .machine import keep_freed_memory
@@ -41,6 +45,31 @@ class Speed:
     variant: str
     images_per_second: float
     peak_memory: float
+
+
+def bench_load(name: str, rounds: int = 30) -> tuple[float, float]:
+    """Time building a trained model without its weights and with them, in turns.
+
+    Args:
+        name: As in `find_checkpoint`.
+        rounds: How often each counts, after one of each that does not.
+
+    Returns:
+        Medians without and with weights, in seconds.
+
+    Raises:
+        UnknownModelError: If no trained model has this name.
+        CheckpointError: If the weights cannot be had.
+    """
+    name = get_record(name).name
+    seconds: tuple[list[float], list[float]] = ([], [])
+    for _ in range(rounds + 1):
+        for pretrained in (False, True):
+            start = time.perf_counter()
+            timm.create_model(name, pretrained=pretrained)
+            seconds[pretrained].append(time.perf_counter() - start)
+    without, with_weights = (statistics.median(each[1:]) for each in seconds)
+    return without, with_weights
 
 
 def _make_ours(model: ConvMixer) -> nn.Module:

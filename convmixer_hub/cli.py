@@ -13,7 +13,7 @@ import timm
 import torch
 
 from . import __version__
-from .bench import VARIANTS, bench_train
+from .bench import VARIANTS, bench_load, bench_train
 from .card import CARD_FILE, write_card
 from .checkpoint import WEIGHTS_FILE, find_checkpoint, get_record, locate
 from .convert import convert
@@ -213,6 +213,19 @@ def bench_train_command(
         f"{describe_machine()}, torch {torch.__version__}, timm {timm.__version__}"
     )
     _print_table(rows)
+
+
+@bench_group.command("load")
+@click.argument("name", default=DEFAULT_MODEL)
+@click.option("--rounds", default=30, show_default=True, type=_POSITIVE)
+def bench_load_command(name: str, rounds: int) -> None:
+    """Time building NAME without its weights and with them, in turns."""
+    without, with_weights = bench_load(name, rounds)
+    click.echo(
+        f"{name}: {1000 * without:.1f} ms without weights, {1000 * with_weights:.1f} ms with "
+        f"them, × {with_weights / without:.2f} (medians of {rounds}), from "
+        f"{locate(get_record(name))}, {describe_machine()}"
+    )
 
 
 @main.command("train")

@@ -3,7 +3,7 @@ import timm
 import torch
 
 from convmixer_hub import TrainingError
-from convmixer_hub.bench import _make_sequential, _make_timms, bench_train
+from convmixer_hub.bench import _make_sequential, _make_timms, bench_load, bench_train
 from convmixer_hub.fused import fuse_gelu_and_norm
 
 ARCH = "convmixer_96_8_ks5_p1"
@@ -43,3 +43,8 @@ def test_a_variant_that_fails_is_named():
     message = r"^ours: cannot be timed \(\w+: .*\); leave it out, or give a smaller --batch-size$"
     with pytest.raises(TrainingError, match=message):
         bench_train(ARCH, ["ours"], batch_size=-1, progress=False)
+
+
+def test_building_with_and_without_weights_is_timed():
+    without, with_weights = bench_load("convmixer_cifar", rounds=2)
+    assert without > 0 and with_weights > 0
