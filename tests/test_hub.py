@@ -17,7 +17,7 @@ import pytest
 import safetensors.torch
 import timm
 import torch
-from huggingface_hub import constants
+from huggingface_hub import constants, hf_hub_download
 
 from convmixer_hub import CheckpointError, find_checkpoint, get_record
 from convmixer_hub.checkpoint import locate
@@ -301,6 +301,13 @@ def test_a_damaged_file_in_the_cache_is_named_where_no_other_can_be_had(damaged,
         r"may not be used \(HF_HUB_OFFLINE\); unset that, or copy the Hub's cache folder from a ",
     ):
         find_checkpoint(NAME)
+
+
+def test_a_cache_that_the_client_filled_without_us_is_used(hub):
+    file = hf_hub_download(REPOSITORY, "model.safetensors", revision="v1")
+    hub.requests.clear()
+    assert find_checkpoint(NAME) == Path(file)
+    assert hub.requests == []
 
 
 def test_a_cache_may_be_moved(hub, tmp_path, monkeypatch):
