@@ -10,6 +10,7 @@ import difflib
 import hashlib
 import os
 import shutil
+import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePath
@@ -179,45 +180,48 @@ def find_checkpoint(
                 f"{record.name}: this installation carries no copy of the weights; "
                 "reinstall the package, or set CONVMIXER_HUB_SOURCE=hub"
             )
-    file = _fetch(record, cache_dir)
-    try:
-        verify_file(file, record, "it is downloaded again")
-    except CheckpointError:
-        file = _fetch(record, cache_dir, damaged=file)
-        verify_file(
-            file,
-            record,
-            f"{constants.ENDPOINT}/{record.repo_id} is not to be trusted: check HF_ENDPOINT and "
-            f"CONVMIXER_HUB_NAMESPACE, or {_OWN_COPY}",
-        )
+    file = find_cached(record, cache_dir)
+    if file is None:
+        try:
+            file = _download(record, cache_dir)
+        except Exception as error:  # the client, its HTTP library and the disk each have their own
+            raise CheckpointError(f"{record.name}: {explain_hub_error(error, record)}") from None
+    if _find_fault(file, record):
+        _replace_damaged(file, record)
     return file
 
 
-def _fetch(
-    record: CheckpointRecord, cache_dir: str | Path | None, damaged: Path | None = None
-) -> Path:
-    """Take the file from the Hub's cache, or from the Hub if it is not there or damaged."""
+def _download(record: CheckpointRecord, cache_dir: str | Path | None) -> Path:
+    return Path(
+        hf_hub_download(record.repo_id, WEIGHTS_FILE, revision=record.revision, cache_dir=cache_dir)
+    )
+
+
+def _replace_damaged(file: Path, record: CheckpointRecord) -> None:
+    """Replace a damaged file in the Hub's cache by a good one from the Hub, and by no other.
+
+    It is replaced at once, so that others can go on reading it. The client's `force_download` would
+    not do: it writes wherever the Hub's ETag points, over any file of this machine.
+    """
+    repository = file.parents[2]  # above snapshots/<commit>
     try:
-        cached = find_cached(record, cache_dir)
-        if cached is not None and damaged is None:
-            return cached
-        if damaged is not None and not damaged.is_symlink():
-            # The client replaces the file that links point to, atomically, so that others can go
-            # on reading it. Without links it would leave the damaged file in its place.
-            damaged.unlink(missing_ok=True)
-        downloaded = hf_hub_download(
-            record.repo_id,
-            WEIGHTS_FILE,
-            revision=record.revision,
-            cache_dir=cache_dir,
-            force_download=damaged is not None,
+        with tempfile.TemporaryDirectory(dir=repository) as folder:
+            downloaded = _download(record, folder)
+            fault = _find_fault(downloaded, record)
+            if not fault:
+                copy = shutil.copyfile(downloaded, Path(folder, WEIGHTS_FILE))
+                blob = file.resolve()
+                os.replace(copy, blob if repository.resolve() in blob.parents else file)
+    except Exception as error:  # as for any download
+        raise CheckpointError(
+            f"{record.name}: the copy in the Hub's cache is damaged ({file}), and "
+            f"{explain_hub_error(error, record)}"
+        ) from None
+    if fault:
+        raise CheckpointError(
+            f"{record.name} from the Hub: {fault}; {constants.ENDPOINT}/{record.repo_id} is not to "
+            f"be trusted: check HF_ENDPOINT and CONVMIXER_HUB_NAMESPACE, or {_OWN_COPY}"
         )
-    except Exception as error:  # the client, its HTTP library and the disk each have their own
-        reason = explain_hub_error(error, record)
-        if damaged is not None:
-            reason = f"the copy in the Hub's cache is damaged ({damaged}), and {reason}"
-        raise CheckpointError(f"{record.name}: {reason}") from None
-    return Path(downloaded)
 
 
 def explain_hub_error(error: Exception, record: CheckpointRecord) -> str:
@@ -274,19 +278,23 @@ def verify_file(path: Path, record: CheckpointRecord, remedy: str) -> None:
     Raises:
         CheckpointError: With the fault and the remedy.
     """
+    fault = _find_fault(path, record)
+    if fault:
+        raise CheckpointError(f"{path}: {fault}; {remedy}")
+
+
+def _find_fault(path: Path, record: CheckpointRecord) -> str | None:
+    """Say in what a file differs from the recorded one."""
     try:
         size = path.stat().st_size
-        digest = hashlib.sha256(path.read_bytes()).hexdigest() if size == record.size else None
+        if size != record.size:
+            return f"has {size} bytes, but {record.name} has {record.size}"
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()
     except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read ({first_line(error)}); {remedy}") from None
-    if digest is None:
-        raise CheckpointError(
-            f"{path}: has {size} bytes, but {record.name} has {record.size}; {remedy}"
-        )
+        return f"cannot be read ({first_line(error)})"
     if digest != record.sha256:
-        raise CheckpointError(
-            f"{path}: its SHA-256 is {digest}, but {record.name} has {record.sha256}; {remedy}"
-        )
+        return f"its SHA-256 is {digest}, but {record.name} has {record.sha256}"
+    return None
 
 
 def is_model_file(path: PurePath) -> bool:

@@ -310,6 +310,19 @@ def test_a_cache_that_the_client_filled_without_us_is_used(hub):
     assert hub.requests == []
 
 
+@pytest.mark.parametrize("cached", [False, True])
+def test_no_file_outside_of_the_cache_is_overwritten(cached, hub, tmp_path):
+    mine = tmp_path / "mine"
+    mine.write_text("mine")
+    if cached:
+        find_checkpoint(NAME).resolve().write_bytes(FLIPPED)
+    hub.order(headers(ETag=f'"{mine}"'), "HEAD", times=1 if cached else 2)
+    with pytest.raises(CheckpointError, match=rf"has 4 bytes, but .*{REPOSITORY} is not to be tru"):
+        find_checkpoint(NAME)
+    assert find_checkpoint(NAME).read_bytes() == WEIGHTS
+    assert mine.read_text() == "mine"
+
+
 def test_a_cache_may_be_moved(hub, tmp_path, monkeypatch):
     find_checkpoint(NAME)
     (tmp_path / "cache").rename(tmp_path / "moved")
