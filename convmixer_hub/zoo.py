@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import timm
+from huggingface_hub import try_to_load_from_cache
 from timm.models import (
     PretrainedCfg,
     build_model_with_cfg,
@@ -54,6 +56,13 @@ CIFAR10_CLASSES = (
 )
 CLASSIFIER = "classification.linear"
 FIRST_CONV = "patch_emb.conv"
+
+# The trained model in each Hub repository, as timm may name it.
+_REPOSITORIES = {
+    repository: record.name
+    for record in RECORDS.values()
+    for repository in (record.repo_id, f"{record.repo_id}@{record.revision}")
+}
 
 
 def _cfg(patch_size: int, name: str | None = None) -> dict[str, Any]:
@@ -113,29 +122,32 @@ def _create_convmixer(
     label_names: Sequence[str] | None = None,
     **kwargs: Any,
 ) -> ConvMixer:
-    """Build a model as timm does; weights of the registry are verified before timm sees them.
+    """Build a model as timm does; weights on record are verified before timm sees them.
 
     With `label_names`, the model is for these classes, and its head keeps the rows of those that
     the checkpoint knows by the same name.
     """
     overlay = dict(pretrained_cfg_overlay or {})
     trained = resolve_pretrained_cfg(variant, pretrained_cfg, overlay)
+    if overlay.get("url") and not trained.source:
+        overlay.setdefault("hf_hub_id", None)  # timm would prefer the registered repository
+        trained = resolve_pretrained_cfg(variant, pretrained_cfg, overlay)
     # What the model of a folder was made with; timm repeats it among the keyword arguments.
     saved = kwargs.get("pretrained_model_args") or {}
     activation = saved.get("act_layer", "gelu") if trained.source else None
+    cache_dir = kwargs.get("cache_dir")
     if pretrained:
-        registered = default_cfgs[variant].cfgs.get(trained.tag)
-        chosen_by_caller = trained.source or trained.file or trained.url or trained.state_dict
         if trained.source == "local-dir":
             check_safetensors(Path(str(trained.file)) / WEIGHTS_FILE)
-        elif registered and not chosen_by_caller and trained.hf_hub_id == registered.hf_hub_id:
-            if not registered.has_weights:
-                raise UnknownModelError(
-                    f"{variant} has no trained weights; use pretrained=False, "
-                    f"or one of: {', '.join(RECORDS)}"
-                )
-            file = find_checkpoint(f"{variant}.{trained.tag}", cache_dir=kwargs.get("cache_dir"))
-            overlay["file"] = str(file)
+        elif not (trained.has_weights or trained.state_dict):
+            raise UnknownModelError(
+                f"{variant} has no trained weights; use pretrained=False, "
+                f"or one of: {', '.join(RECORDS)}"
+            )
+        elif known := _find_known(trained, overlay):
+            file = find_checkpoint(known, cache_dir=cache_dir)
+            # timm takes a file only where there is neither a source nor a state dict.
+            overlay.update(file=str(file), source=None, state_dict=None)
             activation = "gelu"
     label_names = _choose_labels(label_names, trained, kwargs)
     if label_names:
@@ -152,6 +164,7 @@ def _create_convmixer(
             trained=trained,
             activation=activation,
             label_names=label_names,
+            cache_dir=cache_dir,
             changes=changes,
         ),
         feature_cfg={"feature_cls": "getter", "out_indices": kwargs.pop("out_indices", 3)},
@@ -160,6 +173,15 @@ def _create_convmixer(
     if changes:
         _logger.info("%s: %s", variant, "; ".join(changes))
     return model
+
+
+def _find_known(trained: PretrainedCfg, overlay: dict[str, Any]) -> str | None:
+    """Name the trained model that timm would fetch; None if the caller chose another file."""
+    if trained.source == "hf-hub":  # whatever else the repository's own configuration says
+        other = overlay.get("hf_hub_filename")
+    else:
+        other = trained.state_dict or trained.file or trained.hf_hub_filename
+    return None if other else _REPOSITORIES.get(trained.hf_hub_id or "")
 
 
 def _choose_labels(
@@ -184,6 +206,7 @@ def _fit(
     trained: PretrainedCfg,
     activation: str | None,
     label_names: Sequence[str] | None,
+    cache_dir: str | Path | None,
     changes: list[str],
 ) -> dict[str, Tensor]:
     """Make a checkpoint one that timm can load into the model, or refuse it.
@@ -193,8 +216,11 @@ def _fit(
     `changes` gets what the model will not have as the checkpoint has it.
     """
     cfg = get_config(model)
-    source = cfg.get("file") or cfg.get("hf_hub_id") or "the checkpoint"
-    activation = _read_activation(cfg) or activation
+    if trained.state_dict and not trained.source:
+        source = "the state dict"
+    else:
+        source = cfg.get("file") or cfg.get("hf_hub_id") or cfg.get("url") or "the checkpoint"
+        activation = _read_activation(cfg, cache_dir) or activation
     if activation not in (None, name_activation(model)):
         raise CheckpointError(
             f"{source}: was trained with {activation}, the model has "
@@ -245,9 +271,16 @@ def _fit(
     return state_dict
 
 
-def _read_activation(cfg: dict[str, Any]) -> str | None:
-    """Read from the metadata of a file what no tensor tells."""
-    file = Path(cfg.get("file") or "")
+def _read_activation(cfg: dict[str, Any], cache_dir: str | Path | None) -> str | None:
+    """Read from the metadata of the file that timm loaded what no tensor tells."""
+    found = cfg.get("file")
+    if cfg.get("source") == "hf-hub" or (cfg.get("hf_hub_id") and not found):
+        repository, _, revision = cfg["hf_hub_id"].partition("@")
+        name = cfg.get("hf_hub_filename", WEIGHTS_FILE)
+        found = try_to_load_from_cache(repository, name, cache_dir, revision or None)
+    if not isinstance(found, (str, os.PathLike)):
+        return None
+    file = Path(found)
     if file.is_dir():
         file = file / WEIGHTS_FILE
     if file.suffix != ".safetensors" or not file.is_file():

@@ -1,6 +1,7 @@
 """Weights from a Hub, through the real client over HTTP, when all is well and when it is not."""
 
 import hashlib
+import io
 import multiprocessing
 import os
 import re
@@ -244,10 +245,63 @@ def test_timm_says_where_the_cache_is(hub, tmp_path):
     assert locate(get_record(NAME)) == "hub"
 
 
-def test_timms_own_name_of_a_hub_repository_works(hub):
-    model = timm.create_model(f"hf-hub:{REPOSITORY}", pretrained=True)
-    expected = safetensors.torch.load(WEIGHTS)
+def put_on_main(hub, name, content):
+    """Change a file of the repository, but not in the recorded revision."""
+    hub.repositories[REPOSITORY]["main"] = {**hub.repositories[REPOSITORY]["main"], name: content}
+
+
+def assert_loaded(model, content):
+    expected = safetensors.torch.load(content)
     torch.testing.assert_close(model.state_dict(), expected, atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("revision", ["", "@v1"])
+def test_timms_own_name_of_a_recorded_repository_gives_the_recorded_file(revision, hub):
+    put_on_main(hub, "model.safetensors", FLIPPED)
+    assert_loaded(timm.create_model(f"hf-hub:{REPOSITORY}{revision}", pretrained=True), WEIGHTS)
+    hub.repositories[REPOSITORY]["v1"] = hub.repositories[REPOSITORY]["main"]
+    shutil.rmtree(constants.HF_HUB_CACHE)
+    with pytest.raises(CheckpointError, match=rf"{DIGESTS}; .* is not to be trusted"):
+        timm.create_model(f"hf-hub:{REPOSITORY}{revision}", pretrained=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "overlay"),
+    [
+        (f"hf-hub:{REPOSITORY}@main", {}),
+        (f"hf-hub:{REPOSITORY}", {"hf_hub_filename": "other.safetensors"}),
+        (NAME, {"hf_hub_filename": "other.safetensors"}),
+        (NAME, {"url": "{hub}/resolve/main/other.pth"}),
+    ],
+    ids=["another revision", "another file of it", "another file", "a URL"],
+)
+def test_what_a_caller_chose_is_loaded(name, overlay, hub, tmp_path):
+    other = timm.create_model("convmixer_cifar").state_dict()
+    content, pickled = safetensors.torch.save(other), io.BytesIO()
+    torch.save(other, pickled)
+    put_on_main(hub, "model.safetensors", content if "@" in name else FLIPPED)
+    put_on_main(hub, "other.safetensors", content)
+    put_on_main(hub, "other.pth", pickled.getvalue())
+    repository = f"{hub.url}/{REPOSITORY}"
+    overlay = {key: value.replace("{hub}", repository) for key, value in overlay.items()}
+    model = timm.create_model(
+        name, pretrained=True, pretrained_cfg_overlay=overlay, cache_dir=tmp_path / "timm"
+    )
+    assert_loaded(model, content)
+
+
+def test_a_repository_whose_metadata_tell_another_activation_is_refused(hub):
+    tensors = timm.create_model("convmixer_cifar").state_dict()
+    content = safetensors.torch.save(tensors, {"activation": "relu"})
+    config = hub.repositories[REPOSITORY]["main"]["config.json"]
+    files = {"config.json": config, "model.safetensors": content}
+    hub.repositories["somebody/relu"] = {"main": files}
+    message = "^somebody/relu: was trained with relu, the model has gelu; give act_layer='relu'$"
+    with pytest.raises(CheckpointError, match=message):
+        timm.create_model("hf-hub:somebody/relu", pretrained=True)
+    assert_loaded(
+        timm.create_model("hf-hub:somebody/relu", pretrained=True, act_layer="relu"), content
+    )
 
 
 def forbid_sockets(monkeypatch):

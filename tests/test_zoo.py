@@ -14,6 +14,10 @@ from .conftest import CHECKOUT
 
 ARCHS = ["convmixer_256_8_ks9_p1", "convmixer_96_8_ks5_p1", "convmixer_cifar"]
 NAME = "convmixer_cifar.cifar10"
+UNTAGGED = {**timm.models.get_pretrained_cfg(NAME).to_dict(), "tag": None}
+
+
+SAVED = {"config.json", "model.safetensors"}
 
 
 @pytest.fixture
@@ -75,10 +79,11 @@ def test_list_models_matches_the_registry():
         {"model_name": "convmixer_cifar"},
         {"model_name": "convmixer_cifar", "pretrained_cfg": "cifar10"},
         {"model_name": "convmixer_cifar", "pretrained_cfg": timm.models.get_pretrained_cfg(NAME)},
+        {"model_name": "convmixer_cifar", "pretrained_cfg": UNTAGGED},
         {"model_name": NAME, "pretrained_cfg_overlay": {"crop_pct": 0.9}},
         {"model_name": f"local-dir:{CHECKOUT}/weights/{NAME}"},
     ],
-    ids=["name", "arch", "tag", "configuration", "overlay", "folder"],
+    ids=["name", "arch", "tag", "configuration", "no tag", "overlay", "folder"],
 )
 def test_every_way_to_the_weights_gives_the_same_logits(arguments, batch, monkeypatch):
     monkeypatch.setenv("CONVMIXER_HUB_SOURCE", "embedded")
