@@ -20,6 +20,7 @@ import torch
 from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import (
     HfHubHTTPError,
+    HFValidationError,
     OfflineModeIsEnabled,
     RemoteEntryNotFoundError,
     RepositoryNotFoundError,
@@ -133,15 +134,27 @@ def find_embedded(record: CheckpointRecord) -> Path | None:
 
 
 def find_cached(record: CheckpointRecord, cache_dir: str | Path | None = None) -> Path | None:
-    """Find the copy in the Hub's cache; it need not be intact. The network is not asked."""
-    cached = try_to_load_from_cache(
-        record.repo_id, WEIGHTS_FILE, cache_dir=cache_dir, revision=record.revision
-    )
+    """Find the copy in the Hub's cache; it need not be intact. The network is not asked.
+
+    Raises:
+        CheckpointError: If the cache cannot be read, or no repository can have this name.
+    """
+    try:
+        cached = try_to_load_from_cache(
+            record.repo_id, WEIGHTS_FILE, cache_dir=cache_dir, revision=record.revision
+        )
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{record.name}: {explain_hub_error(error, record)}") from None
     return Path(cached) if isinstance(cached, str) else None
 
 
 def locate(record: CheckpointRecord) -> str:
-    """Tell where `find_checkpoint` would take a model from: `embedded`, `cache` or `hub`."""
+    """Tell where `find_checkpoint` would take a model from: `embedded`, `cache` or `hub`.
+
+    Raises:
+        CheckpointError: If `CONVMIXER_HUB_SOURCE` is none of the sources, or the Hub's cache cannot
+            be read.
+    """
     source = _choose_source(None)
     if source == "embedded" or (source == "auto" and find_embedded(record)):
         return "embedded"
@@ -261,6 +274,8 @@ def explain_hub_error(error: Exception, record: CheckpointRecord) -> str:
             "the network may not be used (HF_HUB_OFFLINE); unset that, or copy the Hub's cache "
             f"folder from a machine where `convmixer pull {record.name}` was run, or {_OWN_COPY}"
         )
+    if isinstance(error, HFValidationError):
+        return f"no repository is named {record.repo_id!r}; check CONVMIXER_HUB_NAMESPACE"
     if isinstance(error, OSError) and error.errno is not None:
         return (
             f"the Hub's cache cannot be used ({first_line(error)}); make room there, or name "

@@ -55,10 +55,9 @@ def examine(names: Sequence[str] = ()) -> list[Finding]:
 
     Raises:
         UnknownModelError: If no trained model has one of the names.
-        CheckpointError: If `CONVMIXER_HUB_SOURCE` is none of the sources.
     """
     records = [get_record(name) for name in names] or list(RECORDS.values())
-    to_download = sum(record.size for record in records if locate(record) == "hub")
+    to_download = sum(record.size for record in records if _is_to_be_downloaded(record))
     return [
         Finding("versions", _describe_versions()),
         Finding("endpoint", f"{constants.ENDPOINT} {_ask_endpoint()}"),
@@ -94,13 +93,20 @@ def _describe_token() -> str:
         return f"cannot be had ({first_line(error)})"
 
 
+def _is_to_be_downloaded(record: CheckpointRecord) -> bool:
+    try:
+        return locate(record) == "hub"
+    except CheckpointError:  # the line about the model says it
+        return False
+
+
 def _examine_cache(to_download: int) -> Finding:
     """Look at the Hub's cache folder, which matters if so many bytes have to be downloaded."""
     folder = Path(constants.HF_HUB_CACHE)
-    existing = next(path for path in [folder, *folder.parents] if path.exists())
+    existing = next(path for path in [folder, *folder.parents] if os.path.exists(path))
     free = shutil.disk_usage(existing).free
     result, healthy = f"{folder}, {free / 1e9:.1f} GB free", True
-    if not os.access(existing, os.W_OK) or not existing.is_dir():
+    if not os.access(existing, os.W_OK | os.X_OK) or not existing.is_dir():
         result, healthy = f"{result}, not writable; name another with HF_HOME", to_download == 0
     elif free < to_download:
         result, healthy = f"{result}; make room, or name another with HF_HOME", False
@@ -108,9 +114,11 @@ def _examine_cache(to_download: int) -> Finding:
 
 
 def _examine_model(record: CheckpointRecord) -> Finding:
-    source = locate(record)
-    cached = find_cached(record) if source == "cache" else None
+    prefix = ""
     try:
+        source = locate(record)
+        prefix = f"{source}: "
+        cached = find_cached(record) if source == "cache" else None
         if source == "embedded":
             find_checkpoint(record.name, source)
         elif cached is not None:
@@ -118,8 +126,8 @@ def _examine_model(record: CheckpointRecord) -> Finding:
         else:
             return Finding(record.name, f"hub: {_ask_for(record)}")
     except CheckpointError as error:
-        return Finding(record.name, f"{source}: {error}", healthy=False)
-    return Finding(record.name, f"{source}: its SHA-256 is the recorded one")
+        return Finding(record.name, f"{prefix}{error}", healthy=False)
+    return Finding(record.name, f"{prefix}its SHA-256 is the recorded one")
 
 
 def _ask_for(record: CheckpointRecord) -> str:
@@ -129,8 +137,12 @@ def _ask_for(record: CheckpointRecord) -> str:
         offered = get_hf_file_metadata(url)
     except Exception as error:  # the client, its HTTP library and the disk each have their own
         raise CheckpointError(explain_hub_error(error, record)) from None
+    if offered.commit_hash is None or offered.etag is None:
+        raise CheckpointError(
+            f"{url}: comes without X-Repo-Commit or ETag, so not from a Hub; check HF_ENDPOINT"
+        )
     # The Hub names large files by their SHA-256, small ones by git's own digest.
-    digest = offered.etag if re.fullmatch("[0-9a-f]{64}", offered.etag or "") else None
+    digest = offered.etag if re.fullmatch("[0-9a-f]{64}", offered.etag) else None
     if offered.size not in (None, record.size) or digest not in (None, record.sha256):
         raise CheckpointError(
             f"{url}: is not the recorded file; check HF_ENDPOINT and CONVMIXER_HUB_NAMESPACE"

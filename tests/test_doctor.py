@@ -1,5 +1,11 @@
 """`convmixer pull` and `convmixer doctor`, with a Hub on this machine."""
 
+import os
+import re
+import shutil
+import tempfile
+from pathlib import Path
+
 import pytest
 from click.testing import CliRunner
 from huggingface_hub import constants
@@ -158,18 +164,61 @@ def no_cache(hub, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_CACHE", "/dev/null/cache")
 
 
+def broken_cache(hub, monkeypatch):
+    snapshots = find_checkpoint(NAME).parents[1]
+    shutil.rmtree(snapshots)
+    snapshots.touch()
+
+
+def bad_namespace(hub, monkeypatch):
+    monkeypatch.setenv("CONVMIXER_HUB_NAMESPACE", "a/b")
+
+
+def bad_source(hub, monkeypatch):
+    monkeypatch.setenv("CONVMIXER_HUB_SOURCE", "ftp")
+
+
 @pytest.mark.parametrize(
     ("arrange", "subject", "result"),
     [
-        (damaged_in_the_cache, NAME, "cache: "),
-        (nothing_and_offline, NAME, "hub: the network may not be used (HF_HUB_OFFLINE); unset "),
-        (no_network, NAME, f"hub: http://127.0.0.1:1/{REPOSITORY} cannot be read ("),
+        (damaged_in_the_cache, NAME, "cache: .*: its SHA-256 is [0-9a-f]{64}, but "),
+        (nothing_and_offline, NAME, r"hub: the network may not be used \(HF_HUB_OFFLINE\); unset "),
+        (no_network, NAME, rf"hub: http://127.0.0.1:1/{REPOSITORY} cannot be read \("),
         (no_embedded_copy, NAME, f"embedded: {NAME}: this installation carries no copy of the "),
-        (no_cache, "cache", "/dev/null/cache, "),
-        (lambda hub, _: hub.repositories[REPOSITORY].pop("v1"), NAME, "hub: http://127.0.0.1:"),
-        (lambda hub, _: hub.order(error(500)), NAME, "hub: http://127.0.0.1:"),
-        (lambda hub, _: hub.order(other_body(lambda _: b"other")), NAME, "hub: http://127.0.0.1:"),
-        (lambda hub, _: hub.order(headers(ETag='"' + 64 * "a" + '"')), NAME, "hub: http://127.0."),
+        (no_cache, "cache", "/dev/null/cache, .* GB free, not writable; name another with HF_HOME"),
+        (broken_cache, NAME, rf"{NAME}: the Hub's cache cannot be used \(.*Not a directory"),
+        (
+            bad_namespace,
+            NAME,
+            f"{NAME}: no repository is named 'a/b/{NAME}'; check CONVMIXER_HUB_N",
+        ),
+        (bad_source, NAME, "unknown source of weights 'ftp'; set CONVMIXER_HUB_SOURCE to one of "),
+        (
+            lambda hub, _: hub.repositories[REPOSITORY].pop("v1"),
+            NAME,
+            "hub: http://127.0.0.1:.* has no revision 'v1'; ",
+        ),
+        (lambda hub, _: hub.order(error(500)), NAME, r"hub: http://127.0.0.1:.* \(HTTP 500 "),
+        (
+            lambda hub, _: hub.order(other_body(lambda _: b"other")),
+            NAME,
+            "hub: http://127.0.0.1:.*: is not the recorded file; ",
+        ),
+        (
+            lambda hub, _: hub.order(headers(ETag='"' + 64 * "a" + '"')),
+            NAME,
+            "hub: http://127.0.0.1:.*: is not the recorded file; ",
+        ),
+        (
+            lambda hub, _: hub.order(headers(X_Repo_Commit=None)),
+            NAME,
+            "hub: http://127.0.0.1:.*: comes without X-Repo-Commit or ETag, so not from a Hub; ",
+        ),
+        (
+            lambda hub, _: hub.order(headers(ETag=None)),
+            NAME,
+            "hub: http://127.0.0.1:.*: comes without X-Repo-Commit or ETag, so not from a Hub; ",
+        ),
     ],
     ids=[
         "damaged in the cache",
@@ -177,18 +226,48 @@ def no_cache(hub, monkeypatch):
         "no network",
         "no embedded copy",
         "no cache",
+        "broken cache",
+        "bad namespace",
+        "bad source",
         "no revision",
         "500",
         "another size",
         "another digest",
+        "no commit",
+        "no ETag",
     ],
 )
 def test_doctor_finds_what_is_not(hub, doctor, monkeypatch, arrange, subject, result):
     arrange(hub, monkeypatch)
     status, found, verdict = doctor(NAME)
     assert (status, verdict) == (1, f"not healthy: {subject}")
-    assert found[subject].startswith(result)
+    assert re.match(result, found[subject])
     assert "; " in found[subject]  # the remedy
+
+
+def test_list_with_a_bad_namespace_is_one_line(convmixer, hub, monkeypatch):
+    bad_namespace(hub, monkeypatch)
+    status, output = convmixer("list")
+    assert (status, output.count("\n")) == (1, 1)
+    assert output.startswith(f"Error: {NAME}: no repository is named 'a/b/{NAME}'; check CONVMIXER")
+
+
+def test_doctor_reports_a_cache_in_a_closed_folder(hub, doctor, monkeypatch):
+    user = os.getuid()
+    with tempfile.TemporaryDirectory() as closed:
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", f"{closed}/home/hub")
+        monkeypatch.setattr(constants, "HF_TOKEN_PATH", "/nowhere/token")
+        Path(closed).chmod(0)
+        try:
+            if user == 0:
+                os.setresuid(65534, 65534, 0)  # nobody: to root, no folder is closed
+            status, found, verdict = doctor(NAME)
+        finally:
+            if user == 0:
+                os.setresuid(0, 0, 0)
+            Path(closed).chmod(0o700)
+    assert (status, verdict) == (1, "not healthy: cache")
+    assert found["cache"].endswith(" GB free, not writable; name another with HF_HOME")
 
 
 def test_a_damaged_file_that_doctor_finds_is_healed_by_what_it_says(hub, doctor, convmixer):
