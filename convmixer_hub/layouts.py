@@ -99,6 +99,8 @@ ALIASES = {"labml": OURS}
 # DistributedDataParallel and AveragedModel; torch.compile; Lightning; moving averages by others.
 PREFIXES = ("module.", "_orig_mod.", "model.", "ema.", "ema_model.", "model_ema.")
 _COUNTER = "n_averaged"  # AveragedModel's, beside the tensors of the model
+# The only whole numbers of a ConvMixer; torch does without them, as in checkpoints from before 0.4.
+_OPTIONAL = ".num_batches_tracked"
 
 
 def strip_prefixes(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -171,7 +173,7 @@ def check_fit(
     layout: str | None,
     ignored: Collection[str] = (),
 ) -> None:
-    """Refuse a state dict in our layout unless every tensor is there and has its shape.
+    """Refuse a state dict in our layout unless every tensor is there, of its shape and kind.
 
     Args:
         state_dict: What is about to be loaded, from `convert_layout`.
@@ -187,14 +189,20 @@ def check_fit(
     tried = f"taken for layout {layout} of {names}" if layout else f"in none of the layouts {names}"
     remedy = f"use the checkpoint of this architecture ({tried})"
     for key in [*expected, *(key for key in state_dict if key not in expected)]:
-        if key in ignored:
+        if key in ignored or (key.endswith(_OPTIONAL) and key not in state_dict):
             continue
         if key not in state_dict:
             raise CheckpointError(f"{source}: tensor {key!r} is missing; {remedy}")
         if key not in expected:
             raise CheckpointError(f"{source}: the model has no tensor {key!r}; {remedy}")
-        found, wanted = tuple(state_dict[key].shape), tuple(expected[key])
+        tensor = state_dict[key]
+        found, wanted = tuple(tensor.shape), tuple(expected[key])
         if found != wanted:
             raise CheckpointError(
                 f"{source}: tensor {key!r} has shape {found}, the model's has {wanted}; {remedy}"
+            )
+        if not tensor.is_floating_point() and not key.endswith(_OPTIONAL):
+            raise CheckpointError(
+                f"{source}: tensor {key!r} is {tensor.dtype}, not floating point; "
+                "use the checkpoint that this one was quantised or converted from"
             )

@@ -265,6 +265,8 @@ class ConvMixer(nn.Module):
         Raises:
             CheckpointError: If strict, naming the first key that does not fit.
         """
+        if not isinstance(state_dict, Mapping):
+            return super().load_state_dict(state_dict, strict, assign)  # torch's own refusal
         converted = convert_layout(state_dict)
         if strict:
             shapes = {key: tensor.shape for key, tensor in self.state_dict().items()}

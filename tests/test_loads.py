@@ -207,6 +207,34 @@ def test_another_number_of_classes_in_the_file_is_refused(way, saved):
             timm.create_model(ARCH).load_state_dict(checkpoint.state_dict())
 
 
+@pytest.mark.parametrize("way", ["file", "checkpoint_path", "directly"])
+@pytest.mark.parametrize("dtype", [torch.int8, torch.bool, torch.complex64])
+def test_numbers_of_another_kind_are_refused(dtype, way, saved):
+    checkpoint = timm.create_model(ARCH)
+    tensors = checkpoint.state_dict()
+    with pytest.raises(CheckpointError, match=rf"'patch_emb.conv.weight' is {dtype}, not floating"):
+        if way == "file":
+            overlay = saved(checkpoint, lambda tensor: tensor.to(dtype))
+            timm.create_model(ARCH, pretrained=True, pretrained_cfg_overlay=overlay)
+        elif way == "checkpoint_path":
+            file = saved(checkpoint, lambda tensor: tensor.to(dtype))["file"]
+            timm.create_model(ARCH, checkpoint_path=file)
+        else:
+            changed = {key: tensor.to(dtype) for key, tensor in tensors.items()}
+            timm.create_model(ARCH).load_state_dict(changed)
+
+
+def test_a_state_dict_is_named_as_such(tmp_path, said, monkeypatch):
+    """A file that is not loaded has no say, nor has one that happens to be in this folder."""
+    tensors = timm.create_model(ARCH).bfloat16().state_dict()
+    safetensors.torch.save_file(tensors, tmp_path / "model.safetensors", {"activation": "relu"})
+    monkeypatch.chdir(tmp_path)
+    overlay = {"state_dict": tensors, "file": str(tmp_path / "model.safetensors")}
+    timm.create_model(ARCH, pretrained=True, pretrained_cfg_overlay=overlay)
+    [(_, line)] = said()
+    assert line.startswith(f"{ARCH}: loaded 121 tensors from the state dict; ")
+
+
 def test_a_bf16_checkpoint_leaves_the_model_in_fp32(saved):
     checkpoint = timm.create_model(ARCH)
     model = timm.create_model(ARCH, checkpoint_path=saved(checkpoint, to_bf16)["file"])
