@@ -164,6 +164,7 @@ def _create_convmixer(
             trained=trained,
             activation=activation,
             label_names=label_names,
+            features_only=bool(kwargs.get("features_only")),
             cache_dir=cache_dir,
             changes=changes,
         ),
@@ -188,6 +189,8 @@ def _choose_labels(
     label_names: Sequence[str] | None, trained: PretrainedCfg, kwargs: dict[str, Any]
 ) -> Sequence[str] | None:
     """Set the number of classes by their names; None if these are those of the checkpoint."""
+    if isinstance(label_names, str) or len(set(label_names or ())) < len(label_names or ()):
+        raise ModelSizeError(f"label_names is {label_names!r}: give a list of different names")
     saved = kwargs.get("pretrained_model_args") or {}
     if not label_names or list(label_names) == saved.get("label_names"):
         return None
@@ -206,6 +209,7 @@ def _fit(
     trained: PretrainedCfg,
     activation: str | None,
     label_names: Sequence[str] | None,
+    features_only: bool,
     cache_dir: str | Path | None,
     changes: list[str],
 ) -> dict[str, Tensor]:
@@ -234,11 +238,11 @@ def _fit(
     stem, weight, bias = f"{FIRST_CONV}.weight", f"{CLASSIFIER}.weight", f"{CLASSIFIER}.bias"
     d_model, _, *patch = expected[stem]
     expected[stem] = (d_model, trained.input_size[0], *patch)
-    fresh_head = model.num_classes != trained.num_classes and not label_names
     if label_names:
         expected[weight] = (trained.num_classes, *expected[weight][1:])
         expected[bias] = (trained.num_classes,)
-    ignored = {weight, bias} if fresh_head else set()
+    known_head = trained.num_classes if label_names else trained.num_classes == model.num_classes
+    ignored = set() if known_head and not features_only else {weight, bias}
     check_fit(state_dict, expected, source, layout, ignored)
     check_finite(state_dict, source)
 
@@ -253,21 +257,24 @@ def _fit(
         changes.append(f"{', '.join(sorted(dtypes))} turned into {own[stem].dtype}")
     if model.in_chans != trained.input_size[0]:
         changes.append(f"{stem} adapted from {trained.input_size[0]} to {model.in_chans} channels")
-    if label_names:
+    if features_only:
+        pass  # timm leaves the head out
+    elif label_names:
         kept = _keep_rows(state_dict, model, trained, label_names)
         changes.append(
             f"{CLASSIFIER} keeps the rows of {kept} classes, "
             f"{len(label_names) - kept} newly initialised"
         )
-    elif fresh_head and model.num_classes:
+    elif ignored and model.num_classes:
         changes.append(
             f"{CLASSIFIER} newly initialised for {model.num_classes} classes, "
             f"not the {trained.num_classes} of the checkpoint"
         )
-    elif fresh_head:
+    elif ignored:
         changes.append(f"{CLASSIFIER} left out")
     if changes:
-        changes.insert(0, f"loaded {len(expected.keys() - ignored)} tensors from {source}")
+        loaded = expected.keys() & state_dict.keys() - ignored
+        changes.insert(0, f"loaded {len(loaded)} tensors from {source}")
     return state_dict
 
 

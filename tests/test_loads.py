@@ -71,7 +71,7 @@ def test_a_plain_load_says_nothing(arguments, said):
         ({"num_classes": 0}, 119, f"{HEAD} left out"),
         (
             {"in_chans": 4, "features_only": True},
-            121,
+            119,
             "patch_emb.conv.weight adapted from 3 to 4 channels",
         ),
         (
@@ -146,6 +146,17 @@ class TestLabelNames:
         assert timm.create_model(folder, pretrained=True, num_classes=5)(batch).shape == (2, 5)
         cats = timm.create_model(folder, pretrained=True, label_names=["cat", "axolotl"]).eval()
         torch.testing.assert_close(cats(batch), model(batch)[:, [2, 1]])
+
+    def test_a_checkpoint_without_a_head_gets_one(self, tmp_path, said):
+        save_model(timm.create_model(NAME, pretrained=True, num_classes=0), tmp_path, {})
+        model = timm.create_model(f"local-dir:{tmp_path}", pretrained=True, label_names=ANIMALS)
+        assert get_label_names(model) == list(ANIMALS)
+        assert said()[-1][1].endswith(f"{HEAD} keeps the rows of 0 classes, 3 newly initialised")
+
+    @pytest.mark.parametrize("names", ["cat,dog", ["cat", "dog", "cat"]])
+    def test_what_is_no_list_of_different_names_is_refused(self, names):
+        with pytest.raises(ModelSizeError, match="^label_names is .*: give a list of different na"):
+            timm.create_model(NAME, label_names=names)
 
     def test_without_pretrained_they_name_the_classes(self):
         model = timm.create_model(ARCH, label_names=ANIMALS)
