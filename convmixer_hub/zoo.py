@@ -36,7 +36,13 @@ from .checkpoint import (
     get_record,
     suggest,
 )
-from .errors import CheckpointError, ModelSizeError, UnknownModelError
+from .errors import (
+    CheckpointError,
+    ConvMixerHubError,
+    ModelSizeError,
+    UnknownModelError,
+    first_line,
+)
 from .layouts import OURS, check_fit, convert_layout, detect_layout
 from .model import ConvMixer, name_activation
 
@@ -354,13 +360,21 @@ def load_trained(name: str) -> nn.Module:
             f"{config_file}: missing, or not a model's configuration; "
             "name a folder that `convmixer train` or timm wrote"
         ) from None
-    if not timm.is_model(arch):
+    if not isinstance(arch, str) or not timm.is_model(arch):
         raise CheckpointError(
             f"{config_file}: neither timm nor this package has the architecture {arch!r}; "
             f"{suggest(str(arch), default_cfgs)}"
         )
     check_safetensors(folder / WEIGHTS_FILE)
-    return timm.create_model(f"local-dir:{folder}", pretrained=True)
+    try:
+        return timm.create_model(f"local-dir:{folder}", pretrained=True)
+    except ConvMixerHubError:
+        raise
+    except Exception as error:  # of timm or torch, which have none of their own
+        raise CheckpointError(
+            f"{folder}: cannot be loaded as {arch} ({first_line(error)}); "
+            f"mend its {CONFIG_FILE}, or name a folder that `convmixer train` or timm wrote"
+        ) from None
 
 
 @dataclass(frozen=True)

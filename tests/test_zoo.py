@@ -1,5 +1,6 @@
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import safetensors.torch
@@ -197,10 +198,32 @@ def test_a_folder_that_is_no_model_is_refused(tmp_path):
         load_trained(str(tmp_path))
 
 
-def test_a_folder_of_an_unknown_arch_is_refused(tmp_path):
-    (tmp_path / "config.json").write_text('{"architecture": "convmixer_cifr"}')
-    with pytest.raises(CheckpointError, match="has the architecture 'convmixer_cifr'; did you"):
+@pytest.mark.parametrize("arch", ["convmixer_cifr", 5, None])
+def test_a_folder_of_an_unknown_arch_is_refused(arch, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"architecture": arch}))
+    with pytest.raises(CheckpointError, match=f"has the architecture {arch!r}; (did|known)"):
         load_trained(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("section", "entry", "message"),
+    [
+        ("pretrained_cfg", {"colour": "blue"}, "unexpected keyword argument 'colour'"),
+        ("pretrained_cfg", {"input_size": None}, "'NoneType' object is not subscriptable"),
+        ("model_args", {"foo": 1}, "unexpected keyword argument 'foo'"),
+    ],
+)
+def test_a_folder_with_a_bad_configuration_is_refused(section, entry, message, tampered_folder):
+    folder = tampered_folder(lambda tensors: None)
+    file = Path(folder, "config.json")
+    config = json.loads(file.read_text())
+    config[section].update(entry)
+    file.write_text(json.dumps(config))
+    with pytest.raises(
+        CheckpointError,
+        match=rf"^{folder}: cannot be loaded as convmixer_cifar \(.*{message}\); mend its config",
+    ):
+        load_trained(folder)
 
 
 def test_a_folder_does_not_shadow_a_known_name(tmp_path, monkeypatch):
