@@ -89,6 +89,11 @@ def read_checkpoint(name: str, pickles: bool = False) -> Checkpoint:
     activation = metadata.get("activation") or (config.get("model_args") or {}).get("act_layer")
     if activation is None and arch is not None:
         activation = name_activation(timm.create_model(arch, device="meta"))
+    if activation not in (None, *ACTIVATIONS):
+        raise CheckpointError(
+            f"{file}: is said to have the activation {activation!r}, which is none of "
+            f"{', '.join(ACTIVATIONS)}; mend its metadata, or {CONFIG_FILE} beside it"
+        )
     layout = detect_layout(tensors)
     if layout is None:
         raise CheckpointError(
@@ -147,7 +152,10 @@ def _unpickle(file: Path) -> dict[str, Any]:
 def _unwrap(file: Path, content: Mapping[str, Any]) -> tuple[str, dict[str, Tensor]]:
     """Find the state dict in what a training program saved, and tell where it was."""
     path = []
-    while wrapper := next((w for w in WRAPPERS if isinstance(content.get(w), Mapping)), None):
+    for _ in WRAPPERS:  # no more: a dict may hold itself
+        wrapper = next((w for w in WRAPPERS if isinstance(content.get(w), Mapping)), None)
+        if wrapper is None:
+            break
         path.append(wrapper)
         content = content[wrapper]
     for key, value in content.items():
@@ -171,10 +179,13 @@ def build_like(state_dict: Mapping[str, Tensor], source: str) -> ConvMixer:
     """
     stem, kernel = "patch_emb.conv.weight", "conv_mixer_layers.0.depth_wise_conv.weight"
     head = state_dict.get("classification.linear.weight")
-    for key in (stem, kernel):
-        if key not in state_dict or state_dict[key].dim() != 4:
+    dimensions = {stem: 4, kernel: 4}
+    if head is not None:
+        dimensions["classification.linear.weight"] = 2
+    for key, count in dimensions.items():
+        if key not in state_dict or state_dict[key].dim() != count:
             raise CheckpointError(
-                f"{source}: tensor '{key}' is missing or is no convolution; "
+                f"{source}: tensor '{key}' is missing or has not {count} dimensions; "
                 f"give a whole state dict in one of the layouts {', '.join(LAYOUTS)}"
             )
     d_model, in_chans, patch_size, _ = state_dict[stem].shape

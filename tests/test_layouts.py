@@ -199,6 +199,12 @@ def test_a_file_that_would_run_code_is_refused(tmp_path, output):
     assert not output.exists()
 
 
+def hold_itself():
+    content = {}
+    content["model"] = content
+    return content
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -206,6 +212,7 @@ def test_a_file_that_would_run_code_is_refused(tmp_path, output):
         ({"state_dict": {"a": 1}}, "'a' is a int, not a tensor with a name; save the state"),
         ({"net": {0: torch.zeros(1)}}, "'0' is a Tensor, not a tensor with a name; save the state"),
         ({}, "tensor '' is of no ConvMixer; give a state dict in one of the layouts ours, timm"),
+        (hold_itself(), "'model' is a dict, not a tensor with a name; save the state dict alone"),
     ],
 )
 def test_a_pickle_without_a_state_dict_is_refused(content, message, tmp_path, output):
@@ -269,6 +276,33 @@ def test_tensors_of_another_model_are_in_no_layout(file, output):
         make("ours").load_state_dict(tensors)
 
 
+@pytest.mark.parametrize(
+    ("key", "shape"),
+    [("head.weight", ()), ("stem.0.weight", (12,)), ("blocks.0.0.fn.0.weight", (12, 5, 5))],
+)
+def test_a_tensor_with_other_dimensions_is_named(key, shape, file, output):
+    tensors = {**make("timm").state_dict(), key: torch.zeros(shape)}
+    safetensors.torch.save_file(tensors, file)
+    with pytest.raises(CheckpointError, match=r"tensor '\S+' is missing or has not \d dimensions"):
+        convert(str(file), output, "ours", "gelu")
+
+
+@pytest.mark.parametrize("layout", MAKE)
+def test_counters_of_batches_may_be_missing_as_in_torch(layout, file, output, batch):
+    original = make(layout)
+    tensors = {k: t for k, t in original.state_dict().items() if "num_batches" not in k}
+    model = make("ours")
+    model.load_state_dict(tensors)
+    torch.testing.assert_close(model(batch), original(batch), atol=1e-5, rtol=0)
+    safetensors.torch.save_file(tensors, file)
+    assert len(convert(str(file), output, "ours", "gelu").tensors) == len(tensors)
+
+
+def test_what_is_no_mapping_is_refused_by_torch():
+    with pytest.raises(TypeError, match="state_dict to be dict-like"):
+        make("ours").load_state_dict([1, 2])
+
+
 def test_a_lenient_load_is_as_lenient_as_torch():
     model, other = make("ours"), make("timm")
     head = {key: tensor for key, tensor in other.state_dict().items() if key.startswith("head")}
@@ -285,6 +319,11 @@ class TestActivation:
         with pytest.raises(CheckpointError, match="nothing .* tells the activation; give --activ"):
             convert(str(file), output, "ours")
         assert not output.exists()
+
+    def test_an_unknown_one_in_the_metadata_is_refused(self, file, output):
+        safetensors.torch.save_file(make("timm").state_dict(), file, {"activation": "swish"})
+        with pytest.raises(CheckpointError, match="have the activation 'swish', which is none of "):
+            convert(str(file), output, "ours")
 
     def test_metadata_tells_it_and_is_handed_on(self, file, output):
         metadata = {"activation": "relu"}
