@@ -56,7 +56,8 @@ def _find_load(name: str, checkpoint: Checkpoint, like: ConvMixer, kernel_size: 
         known = f"local-dir:{name}" if Path(name).is_dir() else ""
     if known:
         load_trained(name)
-        return f"timm.create_model('{known}', pretrained=True)"
+        return f"timm.create_model({known!r}, pretrained=True)"
+    file = str(checkpoint.file)
     shapes = {key: tensor.shape for key, tensor in like.state_dict().items()}
     for arch in timm.list_models("convmixer_*"):
         model = timm.create_model(
@@ -83,11 +84,11 @@ def _find_load(name: str, checkpoint: Checkpoint, like: ConvMixer, kernel_size: 
             changes += f", in_chans={like.in_chans}"
         if like.global_pool != "avg":
             changes += f", global_pool='{like.global_pool}'"
-        return f"timm.create_model('{arch}'{changes}, checkpoint_path='{checkpoint.file}')"
+        return f"timm.create_model('{arch}'{changes}, checkpoint_path={file!r})"
     activation = f", act_layer='{checkpoint.activation}'" if checkpoint.activation else ""
     return (
-        f"ConvMixer({like.num_features}, {len(like.conv_mixer_layers)}, {kernel_size}, "
+        f"model = ConvMixer({like.num_features}, {len(like.conv_mixer_layers)}, {kernel_size}, "
         f"{like.patch_emb.patch_size}, {like.num_classes}, {like.in_chans}, "
-        f"'{like.global_pool}'{activation})"
-        f".load_state_dict(safetensors.torch.load_file('{checkpoint.file}'))"
+        f"'{like.global_pool}'{activation}); "
+        f"model.load_state_dict(safetensors.torch.load_file({file!r}))"
     )

@@ -224,26 +224,26 @@ def test_info_of_a_name_and_of_its_folder(convmixer):
             ConvMixer(96, 8, 5, 1, num_classes=7, in_chans=1, act_layer="relu"),
             "locuslab",
             "timm.create_model('convmixer_96_8_ks5_p1', act_layer='relu', num_classes=7, "
-            "in_chans=1, checkpoint_path='{file}')",
+            "in_chans=1, checkpoint_path={file!r})",
         ),
         (
             ConvMixer(256, 8, 7, 2, num_classes=10, global_pool="catavgmax"),
             "ours",
             "timm.create_model('convmixer_cifar', global_pool='catavgmax', "
-            "checkpoint_path='{file}')",
+            "checkpoint_path={file!r})",
         ),
         (
             ConvMixer(12, 3, 5, 2, num_classes=0),
             "timm",
-            "ConvMixer(12, 3, 5, 2, 0, 3, 'avg', act_layer='{activation}')"
-            ".load_state_dict(safetensors.torch.load_file('{file}'))",
+            "model = ConvMixer(12, 3, 5, 2, 0, 3, 'avg', act_layer='{activation}'); "
+            "model.load_state_dict(safetensors.torch.load_file({file!r}))",
         ),
     ],
     ids=["arch, adapted", "another pooling", "no arch"],
 )
 def test_the_call_that_info_gives_loads_the_file(convmixer, tmp_path, model, layout, call):
     activation = name_activation(model)
-    source, file = tmp_path / "in.safetensors", tmp_path / "out.safetensors"
+    source, file = tmp_path / "in.safetensors", tmp_path / "it's.safetensors"
     safetensors.torch.save_file(model.state_dict(), source)
     convmixer("convert", source, file, "--layout", layout, "--activation", activation)
     info = read_info(convmixer, file)
@@ -251,11 +251,12 @@ def test_the_call_that_info_gives_loads_the_file(convmixer, tmp_path, model, lay
     assert info["metadata"] == ", ".join(
         f"{key}={value}" for key, value in sorted(check_safetensors(file).items())
     )
-    assert info["loads by"] == call.format(file=file, activation=activation)
-    loaded = eval(info["loads by"])
-    if isinstance(loaded, ConvMixer):
-        assert name_activation(loaded) == activation
-        torch.testing.assert_close(loaded.state_dict(), model.state_dict(), atol=0, rtol=0)
+    assert info["loads by"] == call.format(file=str(file), activation=activation)
+    names = dict(globals())
+    call = info["loads by"]
+    exec(call if call.startswith("model = ") else f"model = {call}", names)
+    assert name_activation(names["model"]) == activation
+    torch.testing.assert_close(names["model"].state_dict(), model.state_dict(), atol=0, rtol=0)
 
 
 @pytest.mark.slow
