@@ -31,6 +31,7 @@ from timm.models import save_for_hf
 from torch import Tensor, nn
 
 from .errors import CheckpointError, UnknownModelError, first_line
+from .model import ConvMixer, name_activation
 
 SOURCES = ("auto", "embedded", "hub")
 WEIGHTS_FILE = "model.safetensors"
@@ -371,10 +372,15 @@ def save_model(model: nn.Module, folder: Path, extra_config: Mapping[str, Any]) 
         folder: Where the two files go; made if missing.
         extra_config: Entries added to `config.json`.
     """
-    temporary = folder / ".saving"
-    shutil.rmtree(temporary, ignore_errors=True)  # of a process that was killed while saving
-    temporary.mkdir(parents=True)
-    save_for_hf(model, str(temporary), model_config=dict(extra_config), safe_serialization=True)
-    for name in (WEIGHTS_FILE, CONFIG_FILE):
-        os.replace(temporary / name, folder / name)
-    temporary.rmdir()
+    activation = name_activation(model) if isinstance(model, ConvMixer) else None
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".saving", dir=folder) as temporary:
+        save_for_hf(
+            model,
+            temporary,
+            model_config=dict(extra_config),
+            model_args={"act_layer": activation} if activation else None,  # a class is no JSON
+            safe_serialization=True,
+        )
+        for name in (WEIGHTS_FILE, CONFIG_FILE):
+            os.replace(Path(temporary, name), folder / name)

@@ -345,9 +345,10 @@ class TestActivation:
     def test_a_trained_model_tells_it(self, output):
         assert convert("convmixer_cifar", output, "timm").activation == "gelu"
 
+    @pytest.mark.parametrize("kind", [str, ACTIVATIONS.get], ids=["name", "class"])
     @pytest.mark.parametrize("activation", ACTIVATIONS)
-    def test_a_folder_keeps_it(self, activation, tmp_path, output, batch):
-        model = timm.create_model(ARCH, act_layer=activation).eval()
+    def test_a_folder_keeps_it(self, activation, kind, tmp_path, output, batch):
+        model = timm.create_model(ARCH, act_layer=kind(activation)).eval()
         save_model(model, tmp_path, {})
         assert torch.equal(load_trained(str(tmp_path)).eval()(batch), model(batch))
         for name in (tmp_path, tmp_path / "model.safetensors"):

@@ -7,7 +7,7 @@ import safetensors.torch
 import timm
 import torch
 
-from convmixer_hub import CheckpointError, UnknownModelError
+from convmixer_hub import CheckpointError, UnknownModelError, checkpoint
 from convmixer_hub.checkpoint import RECORDS, find_checkpoint, save_model
 from convmixer_hub.zoo import CIFAR10_CLASSES, list_models, load_trained
 
@@ -241,11 +241,25 @@ def test_another_pooling_is_saved_too(tmp_path, batch):
 
 
 def test_what_a_killed_process_left_behind_is_no_hindrance(tmp_path):
-    (tmp_path / ".saving").mkdir()
-    (tmp_path / ".saving" / "model.safetensors").write_text("half of it")
+    left = tmp_path / ".saving_half"
+    left.mkdir()
+    (left / "model.safetensors").write_text("half of it")
     save_model(timm.create_model("convmixer_96_8_ks5_p1"), tmp_path, {})
     load_trained(str(tmp_path))
-    assert {file.name for file in tmp_path.iterdir()} == {"config.json", "model.safetensors"}
+    assert {file.name for file in tmp_path.iterdir()} == {*SAVED, left.name}
+
+
+def test_two_processes_may_save_into_one_folder(tmp_path, monkeypatch):
+    def save_between(model, *arguments, **options):
+        save_for_hf(model, *arguments, **options)
+        monkeypatch.undo()
+        save_model(model, tmp_path, {})
+
+    save_for_hf = checkpoint.save_for_hf
+    monkeypatch.setattr(checkpoint, "save_for_hf", save_between)
+    save_model(timm.create_model("convmixer_96_8_ks5_p1"), tmp_path, {})
+    load_trained(str(tmp_path))
+    assert {file.name for file in tmp_path.iterdir()} == SAVED
 
 
 def test_a_saved_model_comes_back(tmp_path, batch):
@@ -255,7 +269,7 @@ def test_a_saved_model_comes_back(tmp_path, batch):
     loaded = load_trained(str(tmp_path)).eval()
     assert torch.equal(loaded(batch), model(batch))
     assert list(loaded.pretrained_cfg["label_names"]) == labels
-    assert {file.name for file in tmp_path.iterdir()} == {"config.json", "model.safetensors"}
+    assert {file.name for file in tmp_path.iterdir()} == SAVED
     assert json.loads((tmp_path / "config.json").read_text())["architecture"] == (
         "convmixer_96_8_ks5_p1"
     )
