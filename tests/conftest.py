@@ -30,6 +30,14 @@ def _same_numbers_every_time():
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True)
+def _no_settings_from_outside(monkeypatch):
+    for name in list(os.environ):
+        if name.startswith("CONVMIXER_HUB_") or name.lower().endswith("_proxy"):
+            monkeypatch.delenv(name)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+
+
 @pytest.fixture
 def batch() -> torch.Tensor:
     """Two images' worth of numbers."""
@@ -106,7 +114,7 @@ def hub(tmp_path, monkeypatch):
     }
     for name, value in use_hub.items():
         monkeypatch.setattr(constants, name, value)
-    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "CONVMIXER_HUB_NAMESPACE"):
+    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("CONVMIXER_HUB_SOURCE", "hub")
     with HubServer() as server:

@@ -72,8 +72,8 @@ def pause(seconds):
 
 
 def stall(hub, monkeypatch):
-    monkeypatch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", 0.1)
-    hub.order(drip(1, lambda: pause(0.5)), "GET", times=1)
+    monkeypatch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", 1)
+    hub.order(drip(1, lambda: pause(3)), "GET", times=1)
 
 
 def rename(hub, monkeypatch):
@@ -475,15 +475,21 @@ def start(count):
     return processes
 
 
+def finish(processes):
+    """Wait for processes, but not for ever; give their exit codes."""
+    for process in processes:
+        process.join(60)
+        process.kill()  # does nothing to one that has ended
+        process.join()
+    return [process.exitcode for process in processes]
+
+
 @pytest.mark.parametrize("content", [None, FLIPPED], ids=["empty cache", "damaged file"])
 def test_twenty_processes_share_one_cache(content, hub, tmp_path):
     if content is not None:
         find_checkpoint(NAME).resolve().write_bytes(content)
     hub.order(drip(5, lambda: pause(0.02)), "GET")
-    processes = start(20)
-    for process in processes:
-        process.join()
-    assert [process.exitcode for process in processes] == [0] * 20
+    assert finish(start(20)) == [0] * 20
     [blob] = (tmp_path / "cache").glob("models--*/blobs/*")
     assert blob.read_bytes() == WEIGHTS
     assert find_checkpoint(NAME).resolve() == blob
@@ -491,14 +497,14 @@ def test_twenty_processes_share_one_cache(content, hub, tmp_path):
 
 def test_a_download_killed_half_way_is_no_hindrance(hub):
     half_sent, killed = threading.Event(), threading.Event()
-    waiting = iter([lambda: None, lambda: (half_sent.set(), killed.wait())])
+    waiting = iter([lambda: None, lambda: (half_sent.set(), killed.wait(60))])
     hub.order(drip(2, lambda: next(waiting)()), "GET", times=1)
     [process] = start(1)
     assert half_sent.wait(60)
     os.kill(process.pid, signal.SIGKILL)
-    process.join()
+    exit_codes = finish([process])
     killed.set()
-    assert process.exitcode == -signal.SIGKILL
+    assert exit_codes == [-signal.SIGKILL]
     assert find_checkpoint(NAME).read_bytes() == WEIGHTS
 
 
