@@ -169,6 +169,8 @@ def card_command(name: str, data: Path, output: Path | None) -> None:
         folder = find_checkpoint(name, "embedded").parent
     except UnknownModelError:
         folder = Path(name)
+        if not folder.is_dir():
+            raise
     click.echo(write_card(folder, data, output))
 
 
