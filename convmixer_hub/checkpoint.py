@@ -383,4 +383,5 @@ def save_model(model: nn.Module, folder: Path, extra_config: Mapping[str, Any]) 
             safe_serialization=True,
         )
         for name in (WEIGHTS_FILE, CONFIG_FILE):
+            Path(temporary, name).chmod(0o644)  # safetensors lets nobody but the writer read
             os.replace(Path(temporary, name), folder / name)

@@ -266,6 +266,7 @@ def convert(name: str, output: Path, layout: str, activation: str | None = None)
     try:
         with replacing(output) as temporary:
             safetensors.torch.save_file(tensors, temporary, metadata)
+            temporary.chmod(0o644)  # safetensors lets nobody but the writer read
     except (OSError, SafetensorError) as error:
         raise CheckpointError(
             f"{output}: cannot be written ({first_line(error)}); make room, or name another place"

@@ -91,7 +91,7 @@ def unbundle(kit: str | Path, cache_dir: str | Path | None = None) -> dict[str, 
             records = _check_members(archive, kit)
             cache.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=cache, prefix=".unbundling-") as temporary:
-                archive.extractall(temporary, filter="data")
+                _extract(archive, Path(temporary))
                 folders = {record: Path(temporary) / record.name for record in records}
                 for record, folder in folders.items():
                     verify_file(folder / WEIGHTS_FILE, record, f"it is of {kit}: {_BUNDLE_AGAIN}")
@@ -123,21 +123,29 @@ def _check_members(archive: tarfile.TarFile, kit: Path) -> list[CheckpointRecord
         names.append(folder)
     if not names:
         raise CheckpointError(f"{kit}: holds no model; {_BUNDLE_AGAIN}")
-    unknown = sorted(set(names) - RECORDS.keys())
+    unknown = ", ".join(map(repr, sorted(set(names) - RECORDS.keys())))
     if unknown:
         raise UnknownModelError(
-            f"{kit}: holds {', '.join(unknown)}, which this version does not know; update "
-            "convmixer-hub, or make a kit without"
+            f"{kit}: holds {unknown}, which this version does not know; update convmixer-hub, or "
+            "make a kit without"
         )
     return [RECORDS[name] for name in dict.fromkeys(names)]
+
+
+def _extract(archive: tarfile.TarFile, folder: Path) -> None:
+    for member in archive.getmembers():
+        content = archive.extractfile(member)
+        assert content is not None  # as for every plain file
+        (folder / member.name).parent.mkdir(exist_ok=True)
+        (folder / member.name).write_bytes(content.read())
 
 
 def _put(folder: Path, record: CheckpointRecord, cache: Path) -> Path:
     """Move the files of a model to where the Hub's client would keep them."""
     repository = cache / repo_folder_name(repo_id=record.repo_id, repo_type="model")
     reference = repository / "refs" / record.revision
-    # What was never on the Hub has no commit; in its place stands the digest, cut to that length.
-    commit = reference.read_text() if reference.exists() else record.sha256[:40]
+    # A kit is no commit of the Hub's; in its place stands the digest, cut to that length.
+    commit = record.sha256[:40]
     snapshot = repository / "snapshots" / commit
     for parent in (snapshot, reference.parent):
         parent.mkdir(parents=True, exist_ok=True)

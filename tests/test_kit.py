@@ -82,11 +82,10 @@ def test_a_kit_heals_a_damaged_cache(kit, cache):
     assert find_checkpoint(NAME).read_bytes() == WEIGHTS
 
 
-def test_a_kit_goes_where_a_download_went_before(kit, hub):
+def test_a_kit_is_taken_in_place_of_a_download_before(kit, hub):
     downloaded = find_checkpoint(NAME)
-    blob = downloaded.resolve()
-    blob.write_bytes(b"damage")
-    assert unbundle(kit) == {NAME: downloaded}
+    downloaded.resolve().write_bytes(b"damage")
+    assert unbundle(kit)[NAME].parent != downloaded.parent
     assert find_checkpoint(NAME).read_bytes() == WEIGHTS
     assert len(hub.requests) == 2  # those of the download
 
@@ -155,7 +154,7 @@ def flipped(file):
         (lambda file: write_tar(file, GOOD, mode="w:gz"), "is no whole tar archive"),
         (lambda file: write_tar(file), "holds no model; make the kit again with"),
         (lambda file: write_tar(file, member(f"{NAME}/README.md", b"x")), "No such file"),
-        (other_name, "holds convmixer_new.cifar10, which this version does not know; update "),
+        (other_name, "holds 'convmixer_new.cifar10', which this version does not know; update "),
         (
             flipped,
             f"its SHA-256 is [0-9a-f]+, but {NAME} has {RECORD.sha256}; it is of .*/kit.tar: make ",
