@@ -14,7 +14,6 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from multiprocessing.connection import Connection
 
 import timm
@@ -80,24 +79,15 @@ def _make_ours(model: ConvMixer) -> nn.Module:
     return model
 
 
-def _get_kernel_size(model: ConvMixer) -> int:
-    return model.get_parameter("conv_mixer_layers.0.depth_wise_conv.weight").shape[-1]
-
-
-def _make_timms(model: ConvMixer, channels_last: bool = False, compiled: bool = False) -> nn.Module:
+def _make_timms(model: ConvMixer) -> nn.Module:
     """Make timm's ConvMixer of the same size."""
-    timms: nn.Module = TimmConvMixer(
+    return TimmConvMixer(
         dim=model.num_features,
         depth=len(model.conv_mixer_layers),
-        kernel_size=_get_kernel_size(model),
+        kernel_size=model.kernel_size,
         patch_size=model.patch_emb.patch_size,
         num_classes=model.num_classes,
     )
-    if channels_last:
-        timms = timms.to(memory_format=torch.channels_last)
-    if compiled:
-        timms.compile()
-    return timms
 
 
 class _Residual(nn.Module):
@@ -111,8 +101,11 @@ class _Residual(nn.Module):
 
 def _make_sequential(model: ConvMixer) -> nn.Module:
     """Make the `nn.Sequential` of the paper's appendix, of the same size."""
-    dim, patch_size = model.num_features, model.patch_emb.patch_size
-    kernel_size = _get_kernel_size(model)
+    dim, kernel_size, patch_size = (
+        model.num_features,
+        model.kernel_size,
+        model.patch_emb.patch_size,
+    )
 
     def then_norm(conv: nn.Module) -> nn.Sequential:
         return nn.Sequential(conv, nn.GELU(), nn.BatchNorm2d(dim))
@@ -138,18 +131,16 @@ class _Variant:
     make: Callable[[ConvMixer], nn.Module]
     channels_last: bool = False
     bf16: bool = False
+    compiled: bool = False
 
 
-OURS = "ours"
 VARIANTS: dict[str, _Variant] = {
     "timm": _Variant(_make_timms),
-    "timm-compiled": _Variant(partial(_make_timms, channels_last=True, compiled=True), True),
-    "timm-bf16": _Variant(partial(_make_timms, channels_last=True), True, True),
-    "timm-bf16-compiled": _Variant(
-        partial(_make_timms, channels_last=True, compiled=True), True, True
-    ),
+    "timm-compiled": _Variant(_make_timms, channels_last=True, compiled=True),
+    "timm-bf16": _Variant(_make_timms, channels_last=True, bf16=True),
+    "timm-bf16-compiled": _Variant(_make_timms, channels_last=True, bf16=True, compiled=True),
     "sequential": _Variant(_make_sequential),
-    OURS: _Variant(_make_ours, bf16=torch.cuda.is_available()),
+    "ours": _Variant(_make_ours, bf16=torch.cuda.is_available()),
 }
 
 
@@ -248,7 +239,10 @@ def _make_step(arch: str, variant: _Variant, batch_size: int) -> Callable[[], fl
     model = variant.make(base).to(device).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     images = torch.randn(batch_size, 3, size, size, device=device)
+    if variant.compiled:
+        model.compile()
     if variant.channels_last:
+        model = model.to(memory_format=torch.channels_last)
         images = images.contiguous(memory_format=torch.channels_last)
     labels = torch.randint(base.num_classes, (batch_size,), device=device)
 

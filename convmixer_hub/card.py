@@ -112,7 +112,7 @@ def write_card(
     result = Evaluation(int(confusion.trace()), int(confusion.sum()))
     sections = [
         _front_matter(name, model, dataset, dataset_id, result),
-        _introduction(name, model, kernels[0].shape[-1], result),
+        _introduction(name, model, result),
         _picture("predictions.png", "What the model sees in some images.")
         if (output / "predictions.png").is_file()
         else "",
@@ -157,7 +157,7 @@ def _front_matter(
     return f"---\n{data.to_yaml()}\n---"
 
 
-def _introduction(name: str, model: ConvMixer, kernel_size: int, result: Evaluation) -> str:
+def _introduction(name: str, model: ConvMixer, result: Evaluation) -> str:
     """Say what the model is, how good it is, and how to use it."""
     d_model, n_layers = model.num_features, len(model.conv_mixer_layers)
     input_size = "×".join(str(side) for side in get_config(model)["input_size"])
@@ -166,7 +166,7 @@ def _introduction(name: str, model: ConvMixer, kernel_size: int, result: Evaluat
     return f"""# {name}
 
 ConvMixer-{d_model}/{n_layers} for {input_size} images: {n_layers} layers × {d_model} channels, \
-kernel {kernel_size}, patch {model.patch_emb.patch_size}, {parameters:,} parameters. \
+kernel {model.kernel_size}, patch {model.patch_emb.patch_size}, {parameters:,} parameters. \
 The architecture is from "Patches Are All You Need?" (Trockman & Kolter, \
 [arXiv:2201.09792](https://arxiv.org/abs/2201.09792)).
 

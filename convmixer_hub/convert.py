@@ -265,8 +265,7 @@ def convert(name: str, output: Path, layout: str, activation: str | None = None)
     }
     try:
         with replacing(output) as temporary:
-            safetensors.torch.save_file(tensors, temporary, metadata)
-            temporary.chmod(0o644)  # safetensors lets nobody but the writer read
+            temporary.write_bytes(safetensors.torch.save(tensors, metadata))
     except (OSError, SafetensorError) as error:
         raise CheckpointError(
             f"{output}: cannot be written ({first_line(error)}); make room, or name another place"

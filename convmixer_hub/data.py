@@ -229,18 +229,14 @@ def hold_out(count: int, size: int, seed: int) -> tuple[list[int], list[int]]:
     return sorted(order[size:]), sorted(order[:size])
 
 
-def eval_transform(data_config: Mapping[str, Any], image_size: int | None = None) -> Callable:
+def eval_transform(data_config: Mapping[str, Any]) -> Callable:
     """Resize, crop and normalise as a model's timm data config says, in evaluation.
 
     Args:
         data_config: From `timm.data.resolve_model_data_config(model)`.
-        image_size: Side in pixels, in place of the config's.
     """
-    config = dict(data_config)
-    if image_size is not None:
-        config["input_size"] = (config["input_size"][0], image_size, image_size)
-    transform = create_transform(**config, is_training=False)
-    return transforms.Compose([*_to_channels(config), transform])
+    transform = create_transform(**data_config, is_training=False)
+    return transforms.Compose([*_to_channels(data_config), transform])
 
 
 def _to_channels(data_config: Mapping[str, Any]) -> list[Callable]:

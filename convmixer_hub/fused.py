@@ -33,11 +33,14 @@ def can_compile() -> bool:
 
 def _compiled(function: Callable) -> Callable:
     """Compile a function at its first call for each shape, if there is a compiler."""
-    fast = torch.compile(function, dynamic=False)
+
+    @cache
+    def make_fast() -> Callable:  # late: it loads the compiler, which takes seconds
+        return torch.compile(function, dynamic=False)
 
     @wraps(function)
     def call(*tensors: Tensor) -> Any:
-        return fast(*tensors) if can_compile() else function(*tensors)
+        return make_fast()(*tensors) if can_compile() else function(*tensors)
 
     return call
 

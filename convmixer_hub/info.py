@@ -29,7 +29,6 @@ def describe(name: str) -> dict[str, str]:
     checkpoint = read_checkpoint(name)
     content = checkpoint.file.read_bytes()
     like = build_like(convert_layout(checkpoint.tensors), name)
-    kernel_size = like.get_parameter("conv_mixer_layers.0.depth_wise_conv.weight").shape[-1]
     dtypes = Counter(str(t.dtype).removeprefix("torch.") for t in checkpoint.tensors.values())
     return {
         "file": str(checkpoint.file),
@@ -37,18 +36,18 @@ def describe(name: str) -> dict[str, str]:
         "sha256": hashlib.sha256(content).hexdigest(),
         "layout": checkpoint.layout,
         "size": f"{len(like.conv_mixer_layers)} layers × {like.num_features} channels, "
-        f"kernel {kernel_size}, patch {like.patch_emb.patch_size}, "
+        f"kernel {like.kernel_size}, patch {like.patch_emb.patch_size}, "
         f"{like.in_chans} image channels, {like.num_classes} classes",
         "arch": checkpoint.arch or "not told",
         "activation": checkpoint.activation or "not told, and no tensor would tell it",
         "tensors": ", ".join(f"{count} {dtype}" for dtype, count in dtypes.most_common()),
         "parameters": f"{checkpoint.parameters:,}",
         "metadata": ", ".join(f"{k}={v}" for k, v in sorted(checkpoint.metadata.items())) or "none",
-        "loads by": _find_load(name, checkpoint, like, kernel_size),
+        "loads by": _find_load(name, checkpoint, like),
     }
 
 
-def _find_load(name: str, checkpoint: Checkpoint, like: ConvMixer, kernel_size: int) -> str:
+def _find_load(name: str, checkpoint: Checkpoint, like: ConvMixer) -> str:
     """Write the call that loads a checkpoint with nothing adapted and nothing left out."""
     try:
         known = get_record(name).name
@@ -87,8 +86,8 @@ def _find_load(name: str, checkpoint: Checkpoint, like: ConvMixer, kernel_size: 
         return f"timm.create_model('{arch}'{changes}, checkpoint_path={file!r})"
     activation = f", act_layer='{checkpoint.activation}'" if checkpoint.activation else ""
     return (
-        f"model = ConvMixer({like.num_features}, {len(like.conv_mixer_layers)}, {kernel_size}, "
-        f"{like.patch_emb.patch_size}, {like.num_classes}, {like.in_chans}, "
+        f"model = ConvMixer({like.num_features}, {len(like.conv_mixer_layers)}, "
+        f"{like.kernel_size}, {like.patch_emb.patch_size}, {like.num_classes}, {like.in_chans}, "
         f"'{like.global_pool}'{activation}); "
         f"model.load_state_dict(safetensors.torch.load_file({file!r}))"
     )

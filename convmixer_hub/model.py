@@ -231,6 +231,7 @@ class ConvMixer(nn.Module):
         _check_positive(n_layers=n_layers)
         act_layer = _get_activation(act_layer)
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.kernel_size = kernel_size
         self.patch_emb = PatchEmbeddings(d_model, patch_size, in_chans, act_layer, **factory)
         self.conv_mixer_layers = nn.Sequential(
             *[ConvMixerLayer(d_model, kernel_size, act_layer, **factory) for _ in range(n_layers)]

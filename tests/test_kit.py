@@ -111,7 +111,7 @@ ESCAPES = {
     "parent": member("../README.md", b"x"),
     "parent in the middle": member(f"{NAME}/../../README.md", b"x"),
     "parent as the name": member("../model.safetensors", WEIGHTS),
-    "absolute": member("/tmp/convmixer_evil/README.md", b"x"),
+    "absolute": member("/example/README.md", b"x"),
     "symbolic link": member(f"{NAME}/README.md", type=tarfile.SYMTYPE, **LINK),
     "link of a folder": member(NAME, type=tarfile.SYMTYPE, linkname="/tmp"),
     "hard link": member(f"{NAME}/README.md", type=tarfile.LNKTYPE, **LINK),
