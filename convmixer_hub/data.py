@@ -1,4 +1,4 @@
-"""Labelled images from disk, as models want them: readers, transforms, loaders.
+"""Labelled images from disk, as models want them in evaluation: readers, transforms, loaders.
 
 Three layouts are known, and a folder tells which one it is:
 
@@ -22,8 +22,6 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from timm.data import create_transform
-from timm.data.auto_augment import rand_augment_transform
-from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset, Subset
 from torchvision import datasets, transforms
 from tqdm import tqdm
@@ -236,23 +234,12 @@ def eval_transform(data_config: Mapping[str, Any]) -> Callable:
         data_config: From `timm.data.resolve_model_data_config(model)`.
     """
     transform = create_transform(**data_config, is_training=False)
-    return transforms.Compose([*_to_channels(data_config), transform])
+    return transforms.Compose([*to_channels(data_config), transform])
 
 
-def _to_channels(data_config: Mapping[str, Any]) -> list[Callable]:
+def to_channels(data_config: Mapping[str, Any]) -> list[Callable]:
     """Give what turns RGB images grey for a model that takes one channel."""
     return [transforms.Grayscale()] if data_config["input_size"][0] == 1 else []
-
-
-def is_rand_augment(description: str) -> bool:
-    """Tell whether timm can make a RandAugment of this; it makes none of an empty description."""
-    if not description:
-        return True
-    try:
-        rand_augment_transform(description, {})(Image.new("RGB", (32, 32)))
-    except (AssertionError, ValueError, KeyError, TypeError):
-        return False
-    return True
 
 
 def read_images(
@@ -294,135 +281,6 @@ def read_images(
             f"is {damaged[0]}; --skip-damaged trains on the others"
         )
     return torch.stack(tensors), torch.tensor(labels), damaged
-
-
-class TrainingImages:
-    """A training set in memory, served in shuffled and augmented batches.
-
-    The usual augmentation of CIFAR: reflected borders, random squares, and mirror images. An
-    image is mirrored every other epoch, starting with a random half of them, so that two epochs
-    show all images both ways ("alternating flip", Jordan 2024, arXiv:2404.00498).
-
-    Args:
-        images: The data set, without a transform.
-        indices: The images of it to keep.
-        data_config: From `timm.data.resolve_model_data_config(model)`; images of other sizes are
-            scaled and cropped to its `input_size`.
-        seed: The same seed gives the same batches everywhere.
-        rand_augment: timm's description of a RandAugment, such as `rand-m9-n2-mstd0.5-inc1`.
-        skip_damaged: Leave out images that cannot be read.
-        device: Where the images are kept and augmented.
-        progress: Show a progress bar, if there is a terminal.
-
-    Attributes:
-        damaged: One line for each image that was left out.
-
-    Raises:
-        DataError: If images cannot be read, naming the first of them.
-    """
-
-    def __init__(
-        self,
-        images: LabelledImages,
-        indices: Sequence[int],
-        data_config: Mapping[str, Any],
-        seed: int = 0,
-        rand_augment: str = "",
-        skip_damaged: bool = False,
-        device: torch.device | str = "cpu",
-        progress: bool = True,
-    ) -> None:
-        self.image_size = data_config["input_size"][-1]
-        self.seed = seed
-        self.rand_augment = (
-            rand_augment_transform(rand_augment, {"translate_const": self.image_size // 3})
-            if rand_augment
-            else None
-        )
-        resize = transforms.Compose(
-            [
-                *_to_channels(data_config),
-                transforms.Resize(self.image_size),
-                transforms.CenterCrop(self.image_size),
-                transforms.PILToTensor(),
-            ]
-        )
-        tensors, self.labels, self.damaged = read_images(
-            images, indices, resize, skip_damaged, progress
-        )
-        self.images = tensors.to(device)  # uint8 [count, channels, side, side]
-        self.mean = torch.tensor(data_config["mean"], device=device).view(-1, 1, 1)
-        self.std = torch.tensor(data_config["std"], device=device).view(-1, 1, 1)
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def read_batch(
-        self,
-        epoch: int,
-        step: int,
-        batch_size: int,
-        crop_size: int,
-        share: slice = slice(None),
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Give one batch; an epoch has `len(self) // batch_size` of them.
-
-        Args:
-            epoch: Number of the epoch, from 0.
-            step: Number of the batch in it, from 0.
-            batch_size: Images a batch.
-            crop_size: Side of the squares, in pixels; an eighth of it is padded on each side.
-            share: Part of the batch to give, for one process of several.
-
-        Returns:
-            Images `[batch_size, channels, crop_size, crop_size]` and their labels `[batch_size]`.
-        """
-        order = torch.randperm(len(self), generator=_generator(self.seed, epoch))
-        batch = order[step * batch_size : (step + 1) * batch_size]
-        mirrored_first = torch.rand(len(self), generator=_generator(self.seed)) < 0.5
-        mirrored = mirrored_first[batch] ^ bool(epoch % 2)
-        border = crop_size // 8
-        places = self.image_size + 2 * border - crop_size + 1
-        generator = _generator(self.seed, epoch, step)
-        corners = torch.randint(places, (2, batch_size, 1), generator=generator)
-
-        batch = batch[share]
-        images = self.images[batch.to(self.images.device)]
-        if self.rand_augment is not None:
-            pictures = [transforms.functional.to_pil_image(image) for image in images]
-            images = torch.stack(
-                [transforms.functional.pil_to_tensor(self.rand_augment(p)) for p in pictures]
-            ).to(self.images.device)
-        images = _cut(images, border, crop_size, corners[:, share], mirrored[share])
-        return (images / 255.0 - self.mean) / self.std, self.labels[batch]
-
-
-def derive_seed(*numbers: int) -> int:
-    """Mix numbers, such as a run's seed, an epoch and a step, into a seed of 63 bits."""
-    # Their count goes in as well: a SeedSequence takes no note of zeros at the end.
-    state = np.random.SeedSequence((len(numbers), *numbers)).generate_state(1, np.uint64)
-    return int(state[0] >> 1)
-
-
-def _generator(*numbers: int) -> torch.Generator:
-    return torch.Generator().manual_seed(derive_seed(*numbers))
-
-
-def _cut(
-    images: torch.Tensor, border: int, size: int, corners: torch.Tensor, mirrored: torch.Tensor
-) -> torch.Tensor:
-    """Cut a square out of each image, bordered by its reflection; mirror some of them."""
-    count, channels = images.shape[:2]
-    images = F.pad(images.float(), (border,) * 4, mode="reflect")
-    rows, columns = corners + torch.arange(size)  # each [count, size]
-    columns = torch.where(mirrored[:, None], columns.flip(1), columns)
-    places = (
-        torch.arange(count)[:, None, None, None],
-        torch.arange(channels)[:, None, None],
-        rows[:, None, :, None],
-        columns[:, None, None, :],
-    )
-    return images[tuple(place.to(images.device) for place in places)]
 
 
 def make_loader(

@@ -26,11 +26,8 @@ from tqdm import tqdm
 from .checkpoint import suggest
 from .data import (
     LabelledImages,
-    TrainingImages,
-    derive_seed,
     eval_transform,
     hold_out,
-    is_rand_augment,
     load_images,
     read_images,
 )
@@ -48,6 +45,7 @@ from .machine import (
 )
 from .model import ConvMixer
 from .run_folder import branch_off, lock_run, open_run, save_results, save_state
+from .training_images import TrainingImages, derive_seed, is_rand_augment
 from .zoo import default_cfgs
 
 OPTIMIZERS: dict[str, dict[str, Any]] = {

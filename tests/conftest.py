@@ -23,6 +23,14 @@ from .hub_server import HubServer
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 IMAGES = CHECKOUT / "tests" / "images"
+# Of a model, as timm resolves it for its data.
+CONFIG = {
+    "input_size": (3, 32, 32),
+    "interpolation": "bicubic",
+    "crop_pct": 1.0,
+    "mean": (0.5, 0.5, 0.5),
+    "std": (0.25, 0.25, 0.25),
+}
 
 
 @pytest.fixture(autouse=True)

@@ -1,0 +1,103 @@
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from timm.utils import random_seed
+
+from convmixer_hub import DataError
+from convmixer_hub.data import load_images
+from convmixer_hub.training_images import TrainingImages, is_rand_augment
+
+from .conftest import CONFIG, IMAGES, encode
+
+
+@pytest.fixture
+def training_images(cifar_sample):
+    """Make the forty training images of the sample, or some of them."""
+    images = load_images(cifar_sample, "train")
+
+    def make(indices=range(40), **options) -> TrainingImages:
+        return TrainingImages(images, indices, CONFIG, progress=False, **options)
+
+    return make
+
+
+def to_bytes(image):
+    """Undo the normalisation of CONFIG."""
+    return (image * 0.25 + 0.5).mul(255).round().byte()
+
+
+def test_training_crops_are_parts_of_the_image_or_its_mirror(training_images):
+    images = training_images([3])
+    whole = np.pad(images.images[0].numpy(), ((0, 0), (3, 3), (3, 3)), mode="reflect")
+    windows = np.lib.stride_tricks.sliding_window_view(whole, (24, 24), axis=(1, 2))
+    windows = windows.transpose(1, 2, 0, 3, 4).reshape(-1, 3, 24, 24)
+    patches = {window.tobytes() for window in windows}
+    seen, mirrored = set(), []
+    for epoch in range(20):
+        [crop], [label] = images.read_batch(epoch, 0, 1, 24)
+        assert label == 3
+        crop = to_bytes(crop)
+        seen.add(crop.numpy().tobytes())
+        mirrored.append(crop.numpy().tobytes() not in patches)
+        assert not mirrored[-1] or crop.flip(2).numpy().tobytes() in patches
+    assert len(seen) > 10
+    assert mirrored in ([True, False] * 10, [False, True] * 10)
+
+
+def test_an_epoch_shows_each_image_once_in_random_order(training_images):
+    images = training_images(range(10))
+    for epoch in range(2):
+        labels = torch.cat([images.read_batch(epoch, step, 2, 32)[1] for step in range(5)]).tolist()
+        assert sorted(labels) == list(range(10))
+        assert labels != list(range(10))
+
+
+def test_the_same_seed_gives_the_same_batches(training_images):
+    batches = [training_images(seed=seed).read_batch(1, 2, 8, 32)[0] for seed in (5, 5, 6)]
+    torch.testing.assert_close(batches[0], batches[1], atol=0, rtol=0)
+    assert not torch.equal(batches[0], batches[2])
+
+
+def test_processes_share_a_batch(training_images):
+    images = training_images()
+    whole, labels = images.read_batch(0, 3, 8, 24)
+    shares = [images.read_batch(0, 3, 8, 24, share) for share in (slice(0, 4), slice(4, 8))]
+    torch.testing.assert_close(torch.cat([share[0] for share in shares]), whole, atol=0, rtol=0)
+    assert torch.equal(torch.cat([share[1] for share in shares]), labels)
+
+
+def test_rand_augment_is_timms(training_images):
+    plain, _ = training_images().read_batch(0, 0, 40, 32)
+    random_seed(0)
+    augmented, _ = training_images(rand_augment="rand-m9-n2-p1").read_batch(0, 0, 40, 32)
+    changed = (plain != augmented).flatten(1).any(1)
+    assert changed.float().mean() > 0.8
+    assert is_rand_augment("") and is_rand_augment("rand-m9-n2-mstd0.5-inc1")
+    assert not is_rand_augment("random") and not is_rand_augment("rand-n20-tweights")
+
+
+def test_images_of_other_sizes_and_modes_are_trained_on(write_parquet):
+    sizes = [(80, 40), (20, 30), (32, 32)]
+    images = [encode(Image.new("L", size, 128)) for size in sizes]
+    images = load_images(write_parquet("train", images, [0, 1, 2]), "train")
+    batch, labels = TrainingImages(images, range(3), CONFIG).read_batch(0, 0, 3, 32)
+    assert batch.shape == (3, 3, 32, 32) and sorted(labels.tolist()) == [0, 1, 2]
+    assert (to_bytes(batch) == 128).all()
+
+
+def test_damaged_images_are_counted_and_named_or_skipped(write_parquet):
+    good = (IMAGES / "cat.png").read_bytes()
+    folder = write_parquet("train", [good, good[:-900], b"", good], [3, 3, 3, 3])
+    images = load_images(folder, "train")
+    message = (
+        r"^2 of 4 training images cannot be read, the first is .*/plain_text, row 1 of its "
+        r"parquet files: damaged image \(.*\); replace the file; --skip-damaged trains on the oth"
+    )
+    with pytest.raises(DataError, match=message):
+        TrainingImages(images, range(4), CONFIG)
+    kept = TrainingImages(images, range(4), CONFIG, skip_damaged=True)
+    assert len(kept) == 2
+    assert [line.partition("row ")[2][:1] for line in kept.damaged] == ["1", "2"]
+    with pytest.raises(DataError, match="2 of 2 training images cannot be read"):
+        TrainingImages(images, [1, 2], CONFIG, skip_damaged=True)
