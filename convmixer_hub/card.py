@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 import json
+import operator
 import os
 import shlex
 from collections.abc import Mapping, Sequence
@@ -20,6 +21,7 @@ from huggingface_hub import EvalResult, ModelCardData
 from torch import Tensor
 
 from .checkpoint import CONFIG_FILE, RECORDS
+from .data import make_loader
 from .depthwise import DepthWiseConv2d
 from .errors import CheckpointError, DataError, first_line
 from .evaluate import (
@@ -28,6 +30,7 @@ from .evaluate import (
     Evaluation,
     collect_probabilities,
     count_confusions,
+    load_test_images,
     measure_calibration,
 )
 from .figures import (
@@ -38,6 +41,7 @@ from .figures import (
     draw_reliability,
 )
 from .files import write_file
+from .finetune import FINETUNE_OPTIONS
 from .golden import write_golden
 from .model import ConvMixer
 from .run_folder import METRICS_FILE
@@ -100,7 +104,9 @@ def write_card(
     }
     if metrics:
         figures["curve.png"] = draw_curve(metrics)
-    probabilities, labels = collect_probabilities(model, data_dir, batch_size, workers)
+    probabilities, labels = collect_probabilities(
+        model, make_loader(load_test_images(model, data_dir), batch_size, workers)
+    )
     confusion = count_confusions(probabilities, labels)
     calibration = measure_calibration(probabilities, labels)
     classes = get_label_names(model) or [str(i) for i in range(model.num_classes)]
@@ -190,12 +196,7 @@ def _training_section(
     defaults = {field.name: field.default for field in fields(TrainingSettings)}
     # Settings that are younger than the run are off by default, so it need not have them.
     if settings and settings.keys() <= defaults.keys():
-        command = ["convmixer", "train", settings["model"], "--data", "DIR", "--output", "RUN"]
-        for name, value in settings.items():
-            if name != "model" and value != defaults[name]:
-                option = "lr" if name == "learning_rate" else name.replace("_", "-")
-                command += [f"--{option}", str(value)]
-        parts.append(f"```sh\n{shlex.join(command)}\n```")
+        parts.append(f"```sh\n{_write_command({**defaults, **settings}, defaults)}\n```")
     elif settings:
         parts.append("Another version of `convmixer train` made it, with the settings below.")
     facts = []
@@ -208,7 +209,11 @@ def _training_section(
     if "machine" in config:
         facts.append(f"Machine: {config['machine']}")
     if "held_out_top1" in metrics:
-        facts.append(f"Top-1 on held-out training images: {metrics['held_out_top1'][-1]:.2f} %")
+        choose = max if settings.get("keep_best") else operator.itemgetter(-1)
+        facts.append(
+            f"Top-1 on held-out training images: {choose(metrics['held_out_top1']):.2f} %"
+            + (", by which the epoch was chosen" if settings.get("keep_best") else "")
+        )
     if facts:
         facts.append(f"Top-1 on the test images: {result.top1:.2f} %")
     if facts:
@@ -220,6 +225,21 @@ def _training_section(
         caption = "Loss and top-1 by epoch; those on training images are of augmented ones."
         parts.append(_picture("curve.png", caption))
     return "\n\n".join(["## How it was trained", *parts]) if parts else ""
+
+
+def _write_command(settings: Mapping[str, Any], defaults: Mapping[str, Any]) -> str:
+    """Write the command that trains with these settings."""
+    verb, names = "finetune", list(FINETUNE_OPTIONS)
+    if not settings["pretrained"]:
+        verb, names = "train", [name for name in settings if settings[name] != defaults[name]]
+    command = ["convmixer", verb, settings["model"], "--data", "DIR", "--output", "RUN"]
+    for name in names:
+        option = "--lr" if name == "learning_rate" else f"--{name.replace('_', '-')}"
+        if settings[name] is True:
+            command.append(option)
+        elif settings[name] is not False and name != "model":
+            command += [option, str(settings[name])]
+    return shlex.join(command)
 
 
 def _test_section(confusion: Tensor, calibration: Calibration, classes: Sequence[str]) -> str:

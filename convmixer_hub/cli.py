@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import statistics
 import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -13,7 +16,7 @@ import timm
 import torch
 
 from . import __version__
-from .bench import VARIANTS, bench_load, bench_train
+from .bench import VARIANTS, bench_finetune, bench_load, bench_train
 from .card import CARD_FILE, write_card
 from .checkpoint import WEIGHTS_FILE, find_checkpoint, get_record, locate
 from .convert import convert
@@ -23,6 +26,7 @@ from .errors import ConvMixerHubError, DataError, UnknownModelError
 from .evaluate import evaluate_on
 from .figures import draw_predictions
 from .files import write_file
+from .finetune import FINETUNE_OPTIONS, choose_settings, finetune
 from .golden import TOLERANCES, verify
 from .info import describe
 from .kit import bundle, unbundle
@@ -134,7 +138,7 @@ _data_option = click.option(
     "--data",
     required=True,
     type=click.Path(path_type=Path),
-    help="Folder with parquet files, cifar-10-batches-py, or train/ and test/ class folders.",
+    help="Folder with parquet files, cifar-10-batches-py, or class folders in train/, test/, …",
 )
 
 
@@ -230,83 +234,111 @@ def bench_load_command(name: str, rounds: int) -> None:
     )
 
 
+@bench_group.command("finetune")
+@click.argument("name", default=DEFAULT_MODEL)
+@_data_option
+@click.option("--images-a-class", default=50, show_default=True, type=click.IntRange(min=2))
+@click.option("--seeds", default=3, show_default=True, type=_POSITIVE)
+def bench_finetune_command(name: str, data: Path, images_a_class: int, seeds: int) -> None:
+    """Fine-tune NAME on a few images of each class, and train one like it from scratch on them.
+
+    For as many steps on the same images; top-1 is on the test images of the data set.
+    """
+    results = list(bench_finetune(name, data, images_a_class, seeds))
+    columns = [[r.finetuned for r in results], [r.from_scratch for r in results]]
+    columns.append([tuned - scratch for tuned, scratch in zip(*columns)])
+    rows = [["seed", *(str(result.seed) for result in results), "mean"]]
+    for title, values in zip(["fine-tuned", "from scratch", "gain"], columns):
+        rows.append([title, *(f"{value:.2f}" for value in [*values, statistics.mean(values)])])
+    click.echo(
+        f"{name}, {images_a_class} images a class, top-1 on the test images (%), "
+        f"{describe_machine()}, torch {torch.__version__}, timm {timm.__version__}"
+    )
+    _print_table([list(row) for row in zip(*rows)])
+
+
+_SETTINGS_HELP = {
+    "epochs": "",
+    "final_share": "Share of the epochs, at the end, with whole images and a falling learning "
+    "rate.",
+    "small_crop_size": "Side of the crops before that, in pixels.",
+    "batch_size": "",
+    "optimizer": "",
+    "learning_rate": "Peak learning rate.",
+    "warmup_epochs": "In the first so many, the learning rate rises.",
+    "weight_decay": "",
+    "label_smoothing": "",
+    "clip_grad": "Largest norm of the gradient.",
+    "rand_augment": "timm's description of one, such as rand-m9-n2-mstd0.5-inc1.",
+    "random_erasing": "Probability that a rectangle is filled with noise.",
+    "mixup": "Its alpha.",
+    "cutmix": "Its alpha.",
+    "ema_decay": "If above 0, the run gives the moving average of the weights.",
+    "held_out": "Training images kept back to measure accuracy after each epoch.",
+    "layer_decay": "Factor of the learning rate from one layer to the one before it.",
+    "freeze_batch_norm": "Keep BatchNorm's means and variances as they are.",
+    "seed": "",
+}
+
+
+TRAIN_OPTIONS = tuple(
+    name for name in _SETTINGS_HELP if name not in ("layer_decay", "freeze_batch_norm")
+)
+
+
+def _settings_options(
+    names: Sequence[str], with_defaults: bool = True
+) -> Callable[[Callable], Callable]:
+    """Make an option of each of these training settings; without defaults, it gives None."""
+
+    def decorate(command: Callable) -> Callable:
+        for name in reversed(names):
+            default = getattr(_SETTINGS, name)
+            options: dict[str, Any] = {"help": _SETTINGS_HELP[name], "show_default": with_defaults}
+            if isinstance(default, bool):
+                options["is_flag"] = True
+            else:
+                options["type"] = type(default)
+            if name == "optimizer":
+                options["type"] = click.Choice(list(OPTIMIZERS))
+            flag = "lr" if name == "learning_rate" else name.replace("_", "-")
+            options["default"] = default if with_defaults else None
+            command = click.option(f"--{flag}", name, **options)(command)
+        return command
+
+    return decorate
+
+
+_output_option = click.option(
+    "--output", required=True, type=click.Path(path_type=Path), help="The run folder."
+)
+_skip_damaged_option = click.option(
+    "--skip-damaged", is_flag=True, help="Leave out images that cannot be read."
+)
+
+
+@contextmanager
+def _stopping_at(run: Path) -> Iterator[None]:
+    """Say after Ctrl-C what becomes of a run."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        kept = "keeps all but the last minute" if (run / STATE_FILE).exists() else "is empty"
+        click.echo(f"\nstopped; {run} {kept}, and the same command goes on from there", err=True)
+        sys.exit(130)
+
+
 @main.command("train")
 @click.argument("model")
 @_data_option
-@click.option("--output", required=True, type=click.Path(path_type=Path), help="The run folder.")
-@click.option("--epochs", default=_SETTINGS.epochs, show_default=True)
-@click.option(
-    "--final-share",
-    default=_SETTINGS.final_share,
-    show_default=True,
-    help="Share of the epochs, at the end, with whole images and a falling learning rate.",
-)
-@click.option(
-    "--small-crop-size",
-    default=_SETTINGS.small_crop_size,
-    show_default=True,
-    help="Side of the crops before that, in pixels.",
-)
-@click.option("--batch-size", default=_SETTINGS.batch_size, show_default=True)
-@click.option(
-    "--optimizer",
-    default=_SETTINGS.optimizer,
-    show_default=True,
-    type=click.Choice(list(OPTIMIZERS)),
-)
-@click.option(
-    "--lr",
-    "learning_rate",
-    default=_SETTINGS.learning_rate,
-    show_default=True,
-    help="Peak learning rate.",
-)
-@click.option(
-    "--warmup-epochs",
-    default=_SETTINGS.warmup_epochs,
-    show_default=True,
-    help="In the first so many, the learning rate rises.",
-)
-@click.option("--weight-decay", default=_SETTINGS.weight_decay, show_default=True)
-@click.option("--label-smoothing", default=_SETTINGS.label_smoothing, show_default=True)
-@click.option(
-    "--clip-grad",
-    default=_SETTINGS.clip_grad,
-    show_default=True,
-    help="Largest norm of the gradient.",
-)
-@click.option(
-    "--rand-augment",
-    default=_SETTINGS.rand_augment,
-    help="timm's description of one, such as rand-m9-n2-mstd0.5-inc1.",
-)
-@click.option(
-    "--random-erasing",
-    default=_SETTINGS.random_erasing,
-    show_default=True,
-    help="Probability that a rectangle is filled with noise.",
-)
-@click.option("--mixup", default=_SETTINGS.mixup, show_default=True, help="Its alpha.")
-@click.option("--cutmix", default=_SETTINGS.cutmix, show_default=True, help="Its alpha.")
-@click.option(
-    "--ema-decay",
-    default=_SETTINGS.ema_decay,
-    show_default=True,
-    help="If above 0, the run gives the moving average of the weights.",
-)
-@click.option(
-    "--held-out",
-    default=_SETTINGS.held_out,
-    show_default=True,
-    help="Training images kept back to measure accuracy after each epoch.",
-)
-@click.option("--seed", default=_SETTINGS.seed, show_default=True)
+@_output_option
+@_settings_options(TRAIN_OPTIONS)
 @click.option(
     "--continue-from",
     type=click.Path(path_type=Path),
     help="A shorter run to begin with, from when its learning rate began to fall.",
 )
-@click.option("--skip-damaged", is_flag=True, help="Leave out images that cannot be read.")
+@_skip_damaged_option
 def train_command(
     model: str,
     data: Path,
@@ -320,14 +352,43 @@ def train_command(
     torchrun starts it in several processes or on several GPUs:
     torchrun --nproc-per-node 2 -m convmixer_hub train ...
     """
-    try:
-        run = train(TrainingSettings(model, **settings), data, output, continue_from, skip_damaged)
-    except KeyboardInterrupt:
-        kept = "keeps all but the last minute" if (output / STATE_FILE).exists() else "is empty"
-        click.echo(f"\nstopped; {output} {kept}, and the same command goes on from there", err=True)
-        sys.exit(130)
+    with _stopping_at(output):
+        train(TrainingSettings(model, **settings), data, output, continue_from, skip_damaged)
     if get_rank() == 0:
-        click.echo(f"{run}: finished; measure it with: convmixer evaluate {run} --data {data}")
+        click.echo(
+            f"{output}: finished; measure it with: convmixer evaluate {output} --data {data}"
+        )
+
+
+@main.command("finetune")
+@click.argument("name")
+@_data_option
+@_output_option
+@click.option(
+    "--validation-share",
+    default=0.2,
+    show_default=True,
+    help="Share of the training images to hold out, if the data has none for validation.",
+)
+@_settings_options(FINETUNE_OPTIONS, with_defaults=False)
+@_skip_damaged_option
+def finetune_command(
+    name: str, data: Path, output: Path, validation_share: float, skip_damaged: bool, **changes: Any
+) -> None:
+    """Teach NAME (a model or a folder) the classes of other images; resumed by the same command.
+
+    RUN gets the weights of the epoch that did best on the images for validation, a picture of the
+    confusions among them, and one of the worst mistakes. Settings that are not given are chosen
+    for the data.
+    """
+    with _stopping_at(output):
+        settings = choose_settings(name, data, validation_share, **changes)
+        result = finetune(settings, data, output, skip_damaged)
+    if get_rank() == 0:
+        click.echo(
+            f"{output}: top-1 {result.top1:.2f} % ({result.correct} of {result.count} images for "
+            f"validation right); use it with: convmixer predict IMAGE --model {output}"
+        )
 
 
 @main.command("pull")

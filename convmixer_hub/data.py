@@ -5,7 +5,8 @@ Three layouts are known, and a folder tells which one it is:
 - parquet files as the Hugging Face Hub keeps them (`train-*.parquet`, `test-*.parquet`, at any
   depth), with an image column `img` or `image` and a class column `label`;
 - torchvision's `cifar-10-batches-py`;
-- class folders: `train/<class>/*.png`, `test/<class>/*.png` (or `val`, `validation` for `test`).
+- class folders: `train/<class>/*.png`, `test/<class>/*.png` (or `val`, `validation` for `test`), or
+  `<class>/*.png` alone, all of them training images.
 """
 
 from __future__ import annotations
@@ -28,7 +29,12 @@ from tqdm import tqdm
 
 from .errors import DataError, first_line
 
-SPLIT_FOLDERS = {"train": ("train",), "test": ("test", "val", "validation")}
+# What each split may be called. Without test images, those for validation take their place.
+SPLITS = {
+    "train": ("train",),
+    "validation": ("validation", "val"),
+    "test": ("test", "val", "validation"),
+}
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -170,7 +176,7 @@ def load_images(
 
     Args:
         data_dir: Folder with one of the layouts named at the top of this module.
-        split: `train` or `test`.
+        split: `train`, `validation` or `test`.
         transform: Applied to each RGB image.
 
     Raises:
@@ -181,7 +187,7 @@ def load_images(
         raise DataError(f"{folder}: no such folder; give the folder that holds the data set")
 
     parquet_files = sorted(folder.rglob("*.parquet"))
-    names = SPLIT_FOLDERS[split]
+    names = SPLITS[split]
     if parquet_files:
         for name in names:
             files = [file for file in parquet_files if file.name.startswith(name)]
@@ -196,17 +202,28 @@ def load_images(
                 f"{folder / datasets.CIFAR10.base_folder}: incomplete or damaged "
                 f"({first_line(error)}); download it again with torchvision.datasets.CIFAR10"
             ) from None
-    for name in names:
-        if (folder / name).is_dir():
+    places = [folder / name for name in names]
+    if split == "train" and not any(has_split(folder, other) for other in SPLITS):
+        places += [folder] * any(file.is_dir() for file in folder.iterdir())
+    for place in places:
+        if place.is_dir():
             try:
-                return datasets.ImageFolder(str(folder / name), transform, loader=open_image)
+                return datasets.ImageFolder(str(place), transform, loader=open_image)
             except OSError as error:
                 raise DataError(
-                    f"{folder / name}: {first_line(error)}; give class folders with images"
+                    f"{place}: {first_line(error)}; give class folders with images"
                 ) from None
     raise DataError(
         f"{folder}: no data set found; expected {split}-*.parquet files, torchvision's "
         f"{datasets.CIFAR10.base_folder}, or class folders {names[0]}/<class>/*.png"
+    )
+
+
+def has_split(data_dir: str | Path, split: str) -> bool:
+    """Tell whether a data set of parquet files or class folders has a split, as `load_images`."""
+    folder = Path(data_dir)
+    return any(
+        (folder / name).is_dir() or any(folder.rglob(f"{name}*.parquet")) for name in SPLITS[split]
     )
 
 
@@ -243,8 +260,7 @@ def to_channels(data_config: Mapping[str, Any]) -> list[Callable]:
 
 
 def read_images(
-    images: LabelledImages,
-    indices: Sequence[int],
+    images: Subset,
     transform: Callable,
     skip_damaged: bool = False,
     progress: bool = True,
@@ -252,8 +268,7 @@ def read_images(
     """Read some of the images of a data set into memory.
 
     Args:
-        images: The data set.
-        indices: Which images of it.
+        images: Some of a `LabelledImages`.
         transform: Turns an RGB image into a tensor.
         skip_damaged: Leave out images that cannot be read.
         progress: Show a progress bar, if there is a terminal.
@@ -265,7 +280,7 @@ def read_images(
         DataError: If images cannot be read, naming the first of them.
     """
     tensors, labels, damaged = [], [], []
-    subset = with_transform(images, transform, indices)
+    subset = with_transform(images, transform)
     rows = range(len(subset))
     for row in tqdm(rows, desc="read", leave=False, disable=None if progress else True):
         try:
@@ -277,7 +292,7 @@ def read_images(
             labels.append(label)
     if damaged and not (skip_damaged and tensors):
         raise DataError(
-            f"{len(damaged)} of {len(subset)} training images cannot be read, the first "
+            f"{len(damaged)} of {len(subset)} images cannot be read, the first "
             f"is {damaged[0]}; --skip-damaged trains on the others"
         )
     return torch.stack(tensors), torch.tensor(labels), damaged
@@ -307,8 +322,8 @@ def read_batches(loader: DataLoader) -> Iterator[list[torch.Tensor]]:
         raise DataError(line) from None
 
 
-def with_transform(images: LabelledImages, transform: Callable, indices: Sequence[int]) -> Subset:
-    """Take these images of a data set, seen through another transform."""
-    view = copy.copy(images)
+def with_transform(images: Subset, transform: Callable) -> Subset:
+    """Take some images of a `LabelledImages`, seen through another transform."""
+    view: Any = copy.copy(images.dataset)
     view.transform = transform
-    return Subset(view, indices)
+    return Subset(view, images.indices)

@@ -104,18 +104,19 @@ def evaluate_on(
 
 
 @torch.inference_mode()
-def collect_probabilities(
-    model: nn.Module, data_dir: str | Path, batch_size: int = 64, workers: int = 0
-) -> tuple[Tensor, Tensor]:
-    """Keep what a model says of each test image of a data set.
+def collect_probabilities(model: nn.Module, loader: DataLoader) -> tuple[Tensor, Tensor]:
+    """Keep what a model says of each image.
+
+    Args:
+        model: Maps images to logits; left in evaluation mode.
+        loader: Serves `(images, labels)`.
 
     Returns:
         Probabilities `[count, num_classes]` in double precision, and labels `[count]`.
 
     Raises:
-        DataError: If the data cannot be read, or its classes are not the model's.
+        DataError: If an image cannot be read.
     """
-    loader = make_loader(load_test_images(model, data_dir), batch_size, workers)
     batches = tqdm(read_batches(loader), "test", len(loader), leave=False, disable=None)
     model.eval()
     device = next(model.parameters()).device

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import sys
 import time
@@ -19,14 +20,16 @@ from timm.optim import create_optimizer_v2, muon
 from timm.utils import ModelEmaV3, random_seed
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, Subset, TensorDataset
 from tqdm import tqdm
 
 from .checkpoint import suggest
 from .data import (
     LabelledImages,
     eval_transform,
+    has_split,
     hold_out,
     load_images,
     read_images,
@@ -46,7 +49,7 @@ from .machine import (
 from .model import ConvMixer
 from .run_folder import branch_off, lock_run, open_run, save_results, save_state
 from .training_images import TrainingImages, derive_seed, is_rand_augment
-from .zoo import default_cfgs
+from .zoo import default_cfgs, load_trained
 
 OPTIMIZERS: dict[str, dict[str, Any]] = {
     "muon": {"fallback_lr_scale": 0.5},
@@ -83,6 +86,12 @@ class TrainingSettings:
         cutmix: Alpha of cutmix; 0 for none. With both, a batch gets one of them.
         ema_decay: If above 0, the run gives the exponential moving average of the weights.
         held_out: Training images kept back to measure accuracy after each epoch.
+        pretrained: Start from the trained weights of `model`, which may then be a folder as well,
+            with a new head where the classes differ.
+        layer_decay: Factor of the learning rate from one layer to the one before it.
+        freeze_batch_norm: Keep BatchNorm's means and variances as they are.
+        keep_best: The run gives the weights of the epoch that did best on the validation images:
+            those of the data set, or else those held out.
         seed: Of the initial weights, the order of the images and their augmentation.
     """
 
@@ -103,6 +112,10 @@ class TrainingSettings:
     cutmix: float = 0.0
     ema_decay: float = 0.0
     held_out: int = 0
+    pretrained: bool = False
+    layer_decay: float = 1.0
+    freeze_batch_norm: bool = False
+    keep_best: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -128,6 +141,7 @@ class TrainingSettings:
             ("cutmix", 0 <= self.cutmix < math.inf, "at least 0"),
             ("ema_decay", 0 <= self.ema_decay < 1, "at least 0 and below 1"),
             ("held_out", self.held_out >= 0, "at least 0"),
+            ("layer_decay", 0 < self.layer_decay <= 1, "above 0 and at most 1"),
             ("seed", 0 <= self.seed < 2**31, "0 to 2147483647"),
         ]:
             if not fits:
@@ -188,7 +202,7 @@ def train(
         DataError: If the data cannot be read, or is less than one batch.
     """
     folder = Path(output)
-    if settings.model not in default_cfgs:
+    if settings.model not in default_cfgs and not settings.pretrained:
         raise UnknownModelError(
             f"no model is named '{settings.model}'; {suggest(settings.model, default_cfgs)}"
         )
@@ -200,6 +214,11 @@ def train(
             f"{get_world_size()} processes"
         )
     images = load_images(data_dir, "train")
+    if len(images.classes) < 2:
+        raise DataError(
+            f"{data_dir}: has one class alone, {images.classes[0]}; there is nothing to tell apart"
+        )
+    validation = _load_validation(settings, data_dir, images)
     identity = {
         "settings": asdict(settings),
         "classes": list(images.classes),
@@ -221,10 +240,45 @@ def train(
     with ExitStack() as open_files, join_processes() as device:
         state = ask_first_process(begin)
         progress = progress and get_rank() == 0
-        run = _Run(settings, folder, state, images, device, skip_damaged, progress)
+        run = _Run(settings, folder, state, images, validation, device, skip_damaged, progress)
         while state["epoch"] < settings.epochs:
             run.train_epoch()
     return folder
+
+
+def load_validation(settings: TrainingSettings, data_dir: str | Path) -> Subset:
+    """Read the images by which a run with these settings measures itself after each epoch.
+
+    Args:
+        settings: Those of the run.
+        data_dir: Folder of its data set.
+
+    Returns:
+        The images without a transform; none of them if the run does not measure itself.
+
+    Raises:
+        DataError: If they cannot be read, or have other classes than the training images.
+        TrainingError: If the best epoch is to be kept and there is nothing to choose it by.
+    """
+    return _load_validation(settings, data_dir, load_images(data_dir, "train"))
+
+
+def _load_validation(
+    settings: TrainingSettings, data_dir: str | Path, images: LabelledImages
+) -> Subset:
+    if settings.held_out or not settings.keep_best:
+        return Subset(images, hold_out(len(images), settings.held_out, SPLIT_SEED)[1])
+    if not has_split(data_dir, "validation"):
+        raise TrainingError(
+            f"{data_dir}: has no validation images to choose the best epoch by; give --held-out"
+        )
+    validation = load_images(data_dir, "validation")
+    if list(validation.classes) != list(images.classes):
+        raise DataError(
+            f"{data_dir}: its validation images have the classes {', '.join(validation.classes)}, "
+            f"its training images {', '.join(images.classes)}; make them the same"
+        )
+    return Subset(validation, range(len(validation)))
 
 
 class _Run:
@@ -236,6 +290,7 @@ class _Run:
         folder: Path,
         state: dict[str, Any],
         images: LabelledImages,
+        validation: Subset,
         device: torch.device,
         skip_damaged: bool,
         progress: bool,
@@ -247,8 +302,8 @@ class _Run:
         self.progress = progress
         state["machine"] = describe_machine()
         random_seed(settings.seed)
-        self._build_model(len(images.classes))
-        self._read_images(images, skip_damaged)
+        self._build_model(list(images.classes))
+        self._read_images(images, validation, skip_damaged)
         self.mix = Mixup(
             mixup_alpha=settings.mixup,
             cutmix_alpha=settings.cutmix,
@@ -264,9 +319,12 @@ class _Run:
             if state["step"] == 0:
                 self._save_all()
 
-    def _build_model(self, num_classes: int) -> None:
+    def _build_model(self, classes: list[str]) -> None:
         settings = self.settings
-        model: nn.Module = timm.create_model(settings.model, num_classes=num_classes)
+        if settings.pretrained:
+            model = load_trained(settings.model, classes)
+        else:
+            model = timm.create_model(settings.model, num_classes=len(classes))
         assert isinstance(model, ConvMixer)  # as every arch of this package is
         self.patch_size = model.patch_emb.patch_size
         model.to(self.device)
@@ -292,10 +350,11 @@ class _Run:
             opt=settings.optimizer,
             lr=settings.learning_rate,
             weight_decay=settings.weight_decay,
+            layer_decay=settings.layer_decay if settings.layer_decay < 1 else None,
             **OPTIMIZERS[settings.optimizer],
         )
 
-    def _read_images(self, images: LabelledImages, skip_damaged: bool) -> None:
+    def _read_images(self, images: LabelledImages, validation: Subset, skip_damaged: bool) -> None:
         settings = self.settings
         data_config = resolve_model_data_config(self.model)
         image_size = data_config["input_size"][-1]
@@ -304,10 +363,9 @@ class _Run:
                 f"small_crop_size is {settings.small_crop_size}: {settings.model} takes images of "
                 f"{image_size} pixels in patches of {self.patch_size}; give a number between them"
             )
-        kept, held_out = hold_out(len(images), settings.held_out, SPLIT_SEED)
+        kept, _ = hold_out(len(images), settings.held_out, SPLIT_SEED)
         self.images = TrainingImages(
-            images,
-            kept,
+            Subset(images, kept),
             data_config,
             settings.seed,
             settings.rand_augment,
@@ -316,13 +374,15 @@ class _Run:
             self.progress,
         )
         damaged = self.images.damaged
-        if held_out:
-            transform = eval_transform(data_config)
+        self.validation: DataLoader | None = None
+        if len(validation):
             tensors, labels, skipped = read_images(
-                images, held_out, transform, skip_damaged, self.progress
+                validation, eval_transform(data_config), skip_damaged, self.progress
             )
             share = slice(get_rank(), None, get_world_size())
-            self.held_out = DataLoader(TensorDataset(tensors[share], labels[share]), batch_size=256)
+            self.validation = DataLoader(
+                TensorDataset(tensors[share], labels[share]), batch_size=256
+            )
             damaged = damaged + skipped
         if self.progress:
             for line in damaged:
@@ -344,6 +404,10 @@ class _Run:
         steps = len(self.images) // settings.batch_size
         start, saved = time.monotonic() - sums["seconds"], time.monotonic()
         self.network.train()
+        if settings.freeze_batch_norm:
+            for module in self.model.modules():
+                if isinstance(module, _BatchNorm):
+                    module.eval()
         with tqdm(
             desc=f"epoch {epoch + 1}/{settings.epochs}",
             total=steps,
@@ -379,9 +443,12 @@ class _Run:
             "train_top1": round(100.0 * sums["correct"] / count, 2),
             "seconds": round(sums["seconds"], 1),
         }
-        if settings.held_out:
-            result = evaluate(self.result, self.held_out, self.device, self.progress)
+        if self.validation is not None:
+            result = evaluate(self._result, self.validation, self.device, self.progress)
             metrics["held_out_top1"] = round(result.top1, 2)
+            if settings.keep_best and result.top1 >= state.get("best_top1", 0.0):
+                best = {name: value.clone() for name, value in self._result.state_dict().items()}
+                state |= {"best_top1": result.top1, "best": best}
         state["metrics"] = [*state["metrics"], metrics]
         self._update_state(epoch + 1, 0, {})
         self._save_all()
@@ -418,7 +485,7 @@ class _Run:
         loss_sum, correct_sum = sum_over_processes(sums).tolist()
         self._check_finite("loss", loss_sum, epoch, step)
         for group in self.optimizer.param_groups:
-            group["lr"] = settings.learning_rate * learning_rate_factor
+            group["lr"] = settings.learning_rate * learning_rate_factor * group.get("lr_scale", 1.0)
         self.optimizer.zero_grad()
         loss.backward()
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), settings.clip_grad)
@@ -437,8 +504,8 @@ class _Run:
             )
 
     @property
-    def result(self) -> nn.Module:
-        """The model to measure and to give away."""
+    def _result(self) -> nn.Module:
+        """The model to measure, as it is after the last step."""
         return self.model if self.average is None else self.average.module
 
     def _update_state(self, epoch: int, step: int, sums: dict[str, float]) -> None:
@@ -456,4 +523,7 @@ class _Run:
         if get_rank() == 0:
             save_state(self.folder, self.state)
             at_peak = self.state["epoch"] == self.settings.peak_epochs
-            save_results(self.folder, self.result, self.state, at_peak)
+            model = copy.deepcopy(self._result)
+            if self.settings.keep_best:
+                model.load_state_dict(self.state["best"])
+            save_results(self.folder, model, self.state, at_peak)

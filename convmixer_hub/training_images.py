@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -10,9 +10,10 @@ import torch
 from PIL import Image
 from timm.data.auto_augment import rand_augment_transform
 from torch.nn import functional as F
+from torch.utils.data import Subset
 from torchvision import transforms
 
-from .data import LabelledImages, read_images, to_channels
+from .data import read_images, to_channels
 
 
 def is_rand_augment(description: str) -> bool:
@@ -34,8 +35,7 @@ class TrainingImages:
     show all images both ways ("alternating flip", Jordan 2024, arXiv:2404.00498).
 
     Args:
-        images: The data set, without a transform.
-        indices: The images of it to keep.
+        images: Some of a `LabelledImages`.
         data_config: From `timm.data.resolve_model_data_config(model)`; images of other sizes are
             scaled and cropped to its `input_size`.
         seed: The same seed gives the same batches everywhere.
@@ -53,8 +53,7 @@ class TrainingImages:
 
     def __init__(
         self,
-        images: LabelledImages,
-        indices: Sequence[int],
+        images: Subset,
         data_config: Mapping[str, Any],
         seed: int = 0,
         rand_augment: str = "",
@@ -77,9 +76,7 @@ class TrainingImages:
                 transforms.PILToTensor(),
             ]
         )
-        tensors, self.labels, self.damaged = read_images(
-            images, indices, resize, skip_damaged, progress
-        )
+        tensors, self.labels, self.damaged = read_images(images, resize, skip_damaged, progress)
         self.images = tensors.to(device)  # uint8 [count, channels, side, side]
         self.mean = torch.tensor(data_config["mean"], device=device).view(-1, 1, 1)
         self.std = torch.tensor(data_config["std"], device=device).view(-1, 1, 1)

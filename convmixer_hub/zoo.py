@@ -331,7 +331,7 @@ def get_label_names(model: nn.Module) -> list[str] | None:
     return list(names) if names and len(names) == model.num_classes else None
 
 
-def load_trained(name: str) -> nn.Module:
+def load_trained(name: str, label_names: Sequence[str] | None = None) -> nn.Module:
     """Build a trained model from its name, or from a folder with `config.json` and weights.
 
     A known name is never taken for a folder; write `./name` for a folder that is called like one.
@@ -339,19 +339,22 @@ def load_trained(name: str) -> nn.Module:
     Args:
         name: `arch.tag`, an arch alone for its first tag, or the path of a folder, such as a run
             of `train`.
+        label_names: Classes that the model is to tell apart instead of those it was trained on, if
+            it is one of this package.
 
     Raises:
         UnknownModelError: If it is neither a trained model's name nor a folder.
         CheckpointError: If the weights cannot be had, are damaged or do not fit.
     """
     folder = Path(name)
+    options: dict[str, Any] = {"label_names": label_names} if label_names else {}
     try:
         known = get_record(name)
     except UnknownModelError:
         if not folder.is_dir():
             raise
     else:
-        return timm.create_model(known.name, pretrained=True)
+        return timm.create_model(known.name, pretrained=True, **options)
     config_file = folder / CONFIG_FILE
     try:
         arch = json.loads(config_file.read_text())["architecture"]
@@ -365,9 +368,13 @@ def load_trained(name: str) -> nn.Module:
             f"{config_file}: neither timm nor this package has the architecture {arch!r}; "
             f"{suggest(str(arch), default_cfgs)}"
         )
+    if label_names and arch not in default_cfgs:
+        raise CheckpointError(
+            f"{folder}: holds timm's {arch}, which takes no label_names; name one of this package"
+        )
     check_safetensors(folder / WEIGHTS_FILE)
     try:
-        return timm.create_model(f"local-dir:{folder}", pretrained=True)
+        return timm.create_model(f"local-dir:{folder}", pretrained=True, **options)
     except ConvMixerHubError:
         raise
     except Exception as error:  # of timm or torch, which have none of their own

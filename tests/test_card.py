@@ -1,3 +1,4 @@
+import json
 import re
 import shlex
 import sys
@@ -13,8 +14,9 @@ from PIL import Image
 from convmixer_hub import CheckpointError, DataError
 from convmixer_hub.card import write_card
 from convmixer_hub.checkpoint import save_model
-from convmixer_hub.cli import train_command
+from convmixer_hub.cli import finetune_command, train_command
 from convmixer_hub.data import eval_transform, load_images
+from convmixer_hub.finetune import FINETUNE_OPTIONS, choose_settings
 from convmixer_hub.golden import verify
 from convmixer_hub.train import TrainingSettings
 from convmixer_hub.zoo import CIFAR10_CLASSES
@@ -25,7 +27,7 @@ ARCH = "convmixer_96_8_ks5_p1"
 SETTINGS = TrainingSettings(ARCH, epochs=3, learning_rate=0.004, held_out=7, seed=5)
 METRICS = """epoch,train_loss,train_top1,seconds,held_out_top1
 1,2.1,20.5,1800.0,21.25
-2,1.9,30.25,1800.0,31.5
+2,1.9,30.25,1800.0,35.0
 3,1.8,35,3600.0,33.75
 """
 
@@ -45,7 +47,8 @@ def read_command(text: str) -> TrainingSettings:
     """Find the command in a card, and what `convmixer train` makes of it."""
     [line] = re.findall(r"^convmixer train .*", text, re.M)
     given = train_command.make_context("train", shlex.split(line)[2:]).params
-    return TrainingSettings(**{field.name: given[field.name] for field in fields(SETTINGS)})
+    names = {field.name for field in fields(SETTINGS)} & given.keys()
+    return TrainingSettings(**{name: given[name] for name in names})
 
 
 def test_a_card_says_what_the_files_and_the_test_images_say(run, cifar_sample):
@@ -89,6 +92,18 @@ def test_a_card_says_what_the_files_and_the_test_images_say(run, cifar_sample):
             assert image.format == "PNG" and image.width > 200
     assert verify(str(run)).holds
     assert len(list(run.iterdir())) == 4 + 2 + len(pictures)  # no temporary files
+
+
+def test_the_card_of_a_fine_tuned_model_gives_its_command(run, cifar_sample):
+    settings = choose_settings("convmixer_cifar", cifar_sample, freeze_batch_norm=True)
+    config = json.loads((run / "config.json").read_text())
+    (run / "config.json").write_text(json.dumps(config | {"training": asdict(settings)}))
+    text = write_card(run, cifar_sample).read_text()
+    [line] = re.findall(r"^convmixer finetune .*", text, re.M)
+    given = finetune_command.make_context("finetune", shlex.split(line)[2:]).params
+    again = {name: given[name] for name in FINETUNE_OPTIONS}
+    assert choose_settings(given["name"], cifar_sample, **again) == settings
+    assert "training images: 35.00 %, by which the epoch was chosen" in text
 
 
 def test_a_grey_model_of_other_classes_without_a_history(tmp_path):

@@ -116,8 +116,9 @@ def read_metrics(folder):
         {},
         {"ema_decay": 0.9, "optimizer": "adamw"},
         {"mixup": 0.5, "cutmix": 0.5, "random_erasing": 0.5, "rand_augment": "rand-m9-n2"},
+        {"keep_best": True, "layer_decay": 0.5, "freeze_batch_norm": True},
     ],
-    ids=["defaults", "ema and adamw", "all augmentations"],
+    ids=["defaults", "ema and adamw", "all augmentations", "as in fine-tuning"],
 )
 def test_a_run_stopped_at_every_save_goes_on_as_if_nothing_had_happened(
     cifar_sample, tmp_path, weights_after, monkeypatch, stop_after, change
@@ -250,7 +251,7 @@ def test_a_damaged_held_out_image_is_noticed_at_once(write_parquet, tmp_path, sk
         folder = run(SETTINGS, data, tmp_path / "run", skip_damaged=True)
         assert len(read_metrics(folder)) == 2
     else:
-        message = rf"1 of 8 training images cannot be read, the first is .*, row {damaged} of its"
+        message = rf"1 of 8 images cannot be read, the first is .*, row {damaged} of its"
         with pytest.raises(DataError, match=message):
             run(SETTINGS, data, tmp_path / "run")
 

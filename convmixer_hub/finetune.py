@@ -1,0 +1,162 @@
+"""Fine-tuning: a trained model learns to tell apart other classes of images.
+
+It is a run of `train` that starts from trained weights, with settings that suit few images, and
+pictures of what the model still gets wrong.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from timm.data import resolve_model_data_config
+from torch import Tensor
+from torch.utils.data import DataLoader, TensorDataset
+from torchvision.transforms.functional import to_pil_image
+
+from .data import eval_transform, has_split, load_images, read_images
+from .errors import TrainingError
+from .evaluate import Evaluation, collect_probabilities, count_confusions
+from .figures import draw_confusion, draw_predictions
+from .files import write_file
+from .machine import get_rank
+from .predict import Prediction
+from .train import TrainingSettings, load_validation, train
+from .zoo import get_label_names, load_trained
+
+# The settings that one may choose for oneself.
+FINETUNE_OPTIONS = (
+    "epochs",
+    "batch_size",
+    "optimizer",
+    "learning_rate",
+    "weight_decay",
+    "layer_decay",
+    "freeze_batch_norm",
+    "label_smoothing",
+    "rand_augment",
+    "random_erasing",
+    "mixup",
+    "cutmix",
+    "ema_decay",
+    "seed",
+)
+CONFUSION_FILE = "confusion.png"
+MISTAKES_FILE = "mistakes.png"
+MISTAKES_SHOWN = 20
+FEW_IMAGES = 5000
+LEAST_STEPS = 200
+
+
+def choose_settings(
+    name: str, data_dir: str | Path, validation_share: float = 0.2, **changes: Any
+) -> TrainingSettings:
+    """Choose how to fine-tune, for the data at hand.
+
+    Args:
+        name: The trained model, as in `zoo.load_trained`.
+        data_dir: Folder of the data set, see `data.load_images`.
+        validation_share: Share of the training images to hold out, if the data set has no images
+            for validation.
+        changes: Settings to be different from what would be chosen; None for no change.
+
+    Raises:
+        DataError: If the data cannot be read.
+        TrainingError: If a setting cannot be.
+    """
+    if not 0 < validation_share < 1:
+        raise TrainingError(
+            f"validation_share is {validation_share}: give a number between 0 and 1"
+        )
+    count, held_out = len(load_images(data_dir, "train")), 0
+    if not has_split(data_dir, "validation"):
+        held_out = max(1, round(validation_share * count))
+    few = count - held_out < FEW_IMAGES
+    batch_size = min(50, max(2, (count - held_out) // 4))
+    settings: dict[str, Any] = {
+        "epochs": max(10, math.ceil(LEAST_STEPS * batch_size / (count - held_out))),
+        "final_share": 1.0,  # the learning rate falls from the start, and images are seen whole
+        "batch_size": batch_size,
+        "layer_decay": 0.8,
+        "rand_augment": "rand-m5-n1-mstd0.5-inc1" if few else "",
+        "random_erasing": 0.25 if few else 0.0,
+        "held_out": held_out,
+    }
+    settings |= {name: value for name, value in changes.items() if value is not None}
+    return TrainingSettings(name, **settings, pretrained=True, keep_best=True)
+
+
+def finetune(
+    settings: TrainingSettings,
+    data_dir: str | Path,
+    output: str | Path,
+    skip_damaged: bool = False,
+    progress: bool = True,
+) -> Evaluation:
+    """Fine-tune a trained model, or go on with that if it was interrupted.
+
+    Beside what `train` writes, the run folder gets `confusion.png`, the counts of what was taken
+    for what among the validation images, and `mistakes.png`, where the model was surest of a wrong
+    class.
+
+    Args:
+        settings: From `choose_settings`.
+        data_dir: Folder of the data set, see `data.load_images`.
+        output: The run folder. If it holds a run with the same settings, that run is resumed.
+        skip_damaged: Leave out images that cannot be read, naming them on stderr.
+        progress: Show progress bars, if there is a terminal, and a line an epoch.
+
+    Returns:
+        How good the model is on the images for validation, by which its best epoch was chosen.
+
+    Raises:
+        UnknownModelError: If there is no such model.
+        CheckpointError: If its weights cannot be had, are damaged or do not fit.
+        TrainingError: As `train` does.
+        DataError: As `train` does, and if matplotlib is not installed.
+    """
+    folder = train(settings, data_dir, output, None, skip_damaged, progress)
+    model = load_trained(str(folder))
+    config = resolve_model_data_config(model)
+    images, labels, _ = read_images(
+        load_validation(settings, data_dir), eval_transform(config), skip_damaged, progress
+    )
+    loader = DataLoader(TensorDataset(images, labels), batch_size=64)
+    probabilities, _ = collect_probabilities(model, loader)
+    confusion = count_confusions(probabilities, labels)
+    if get_rank() == 0:
+        classes = get_label_names(model) or []
+        write_file(folder / CONFUSION_FILE, draw_confusion(confusion, classes))
+        mean, std = (torch.tensor(config[name]).view(-1, 1, 1) for name in ("mean", "std"))
+        pictures = (images * std + mean).clamp(0, 1)
+        _draw_mistakes(folder / MISTAKES_FILE, pictures, labels, probabilities, classes)
+    return Evaluation(int(confusion.trace()), len(labels))
+
+
+def _draw_mistakes(
+    file: Path, images: Tensor, labels: Tensor, probabilities: Tensor, classes: list[str]
+) -> None:
+    """Draw the images of a wrong first choice, the surest first; remove the file if all is right.
+
+    Args:
+        file: The PNG to write.
+        images: `[count, channels, height, width]`, 0 to 1.
+        labels: `[count]`.
+        probabilities: `[count, num_classes]`.
+        classes: Their names.
+    """
+    sureness, chosen = probabilities.max(dim=1)
+    order = sureness.argsort(descending=True)
+    wrong = order[(chosen != labels)[order]][:MISTAKES_SHOWN]
+    if not len(wrong):
+        file.unlink(missing_ok=True)  # what an earlier epoch got wrong
+        return
+    titles = [classes[label] for label in labels[wrong].tolist()]
+    first_choices = [
+        [Prediction(classes[i], p) for i, p in zip(best.indices.tolist(), best.values.tolist())]
+        for best in (probabilities[i].topk(min(3, len(classes))) for i in wrong)
+    ]
+    pictures = [to_pil_image(image) for image in images[wrong]]
+    write_file(file, draw_predictions(pictures, titles, first_choices))

@@ -1,0 +1,213 @@
+import shutil
+
+import pytest
+import safetensors.torch
+import timm
+import torch
+from PIL import Image
+from timm.optim import create_optimizer_v2
+
+from convmixer_hub import CheckpointError, DataError, TrainingError, UnknownModelError
+from convmixer_hub import finetune as finetune_module
+from convmixer_hub import train as train_module
+from convmixer_hub.data import open_image
+from convmixer_hub.evaluate import Evaluation, evaluate_on
+from convmixer_hub.finetune import choose_settings, finetune
+from convmixer_hub.predict import predict
+from convmixer_hub.publish import list_uploads
+from convmixer_hub.zoo import get_label_names, load_trained
+
+from .conftest import IMAGES
+
+CLASSES = ["animal", "machine"]
+ANIMALS = ["bird", "cat", "deer", "dog", "frog", "horse"]
+MACHINES = ["airplane", "automobile", "ship", "truck"]
+QUICK = {"epochs": 2, "batch_size": 4, "rand_augment": ""}
+
+
+def write_class(folder, names, sizes=((32, 32), (50, 40))):
+    """Make a class folder of the shipped images, in these sizes."""
+    folder.mkdir(parents=True)
+    for name in names:
+        for width, height in sizes:
+            image = Image.open(IMAGES / f"{name}.png").resize((width, height))
+            image.save(folder / f"{name} {width}.jpg", quality=95)
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """Two class folders, not split."""
+    write_class(tmp_path / "photos" / "animal", ANIMALS)
+    write_class(tmp_path / "photos" / "machine", MACHINES)
+    return tmp_path / "photos"
+
+
+@pytest.fixture
+def split_photos(tmp_path):
+    """Two class folders for training, and two with the same images for validation."""
+    for split in ("train", "val"):
+        write_class(tmp_path / "split" / split / "animal", ANIMALS)
+        write_class(tmp_path / "split" / split / "machine", MACHINES)
+    return tmp_path / "split"
+
+
+def run(settings, data, output, **options):
+    return finetune(settings, data, output, progress=False, **options)
+
+
+def weights_of(folder):
+    return safetensors.torch.load_file(folder / "model.safetensors")
+
+
+@pytest.mark.slow
+def test_a_trained_model_learns_other_classes(split_photos, tmp_path, batch):
+    folder = tmp_path / "run"
+    result = run(choose_settings("convmixer_cifar", split_photos, epochs=6), split_photos, folder)
+    assert result.count == 20 and result.top1 >= 90
+    assert evaluate_on(load_trained(str(folder)), split_photos) == result
+
+    model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    assert get_label_names(model) == CLASSES
+    [[first, _]] = predict(model, [open_image(IMAGES / "ship.png")], top_k=2)
+    assert first.label == "machine"
+    assert "model.safetensors" in [upload.file.name for upload in list_uploads(str(folder))]
+    again = tmp_path / "again"  # from the run folder, of which all classes are known
+    settings = choose_settings(str(folder), split_photos, **QUICK, learning_rate=1e-12)
+    assert run(settings, split_photos, again) == result
+
+
+def test_settings_are_chosen_for_the_data(photos, split_photos):
+    settings = choose_settings("convmixer_cifar", photos)
+    assert settings.held_out == 4 and settings.batch_size == 4
+    assert settings.pretrained and settings.keep_best
+    assert settings.rand_augment and settings.epochs * 16 >= 4 * settings.batch_size
+    assert choose_settings("convmixer_cifar", photos, 0.5).held_out == 10
+    assert choose_settings("convmixer_cifar", split_photos).held_out == 0
+    changed = choose_settings("convmixer_cifar", photos, epochs=3, mixup=None, rand_augment="")
+    assert (changed.epochs, changed.mixup, changed.rand_augment) == (3, 0.0, "")
+    with pytest.raises(TrainingError, match="validation_share is 1.0: give a number between 0 and"):
+        choose_settings("convmixer_cifar", photos, 1.0)
+
+
+def test_the_best_epoch_is_kept(split_photos, tmp_path, monkeypatch):
+    seen = []
+
+    def evaluate(model, *_):
+        seen.append({name: value.clone() for name, value in model.state_dict().items()})
+        return Evaluation([10, 15, 12][len(seen) - 1], 20)
+
+    monkeypatch.setattr(train_module, "evaluate", evaluate)
+    settings = choose_settings("convmixer_cifar", split_photos, **QUICK | {"epochs": 3})
+    run(settings, split_photos, tmp_path / "run")
+    assert len(seen) == 3
+    torch.testing.assert_close(weights_of(tmp_path / "run"), seen[1], atol=0, rtol=0)
+
+
+def test_pictures_show_what_is_still_wrong(split_photos, tmp_path, monkeypatch):
+    shown = []
+    draw = finetune_module.draw_predictions
+
+    def draw_predictions(images, titles, predictions):
+        shown.extend(zip(images, titles, predictions, strict=True))
+        return draw(images, titles, predictions)
+
+    monkeypatch.setattr(finetune_module, "draw_predictions", draw_predictions)
+    settings = choose_settings(
+        "convmixer_cifar", split_photos, **QUICK | {"epochs": 1}, learning_rate=1e-12
+    )
+    result = run(settings, split_photos, tmp_path / "run")
+    assert len(shown) == result.count - result.correct > 0
+    sureness = []
+    for image, title, classes in shown:
+        assert image.size == (32, 32) and classes[0].label != title
+        sureness.append(classes[0].probability)
+    assert sureness == sorted(sureness, reverse=True)
+    for name in ("confusion.png", "mistakes.png"):
+        with Image.open(tmp_path / "run" / name) as image:
+            assert image.format == "PNG"
+
+
+def test_layers_near_the_image_learn_less(photos, tmp_path):
+    settings = choose_settings(
+        "convmixer_cifar", photos, **QUICK | {"epochs": 1}, layer_decay=1e-3, weight_decay=0.0
+    )
+    run(settings, photos, tmp_path / "run")
+    before, after = load_trained("convmixer_cifar").state_dict(), weights_of(tmp_path / "run")
+
+    def change(name):
+        return (after[name] - before[name]).abs().max()
+
+    assert change("patch_emb.conv.weight") < 1e-9
+    assert change("conv_mixer_layers.7.norm2.weight") > 1e-7
+
+
+def test_frozen_statistics_stay(photos, tmp_path):
+    settings = choose_settings("convmixer_cifar", photos, **QUICK, freeze_batch_norm=True)
+    run(settings, photos, tmp_path / "run")
+    before, after = load_trained("convmixer_cifar").state_dict(), weights_of(tmp_path / "run")
+    for name, value in before.items():
+        if "running" in name or "num_batches" in name:
+            assert torch.equal(after[name], value), name
+    assert not torch.equal(
+        after["conv_mixer_layers.7.norm2.weight"], before["conv_mixer_layers.7.norm2.weight"]
+    )
+
+
+def test_both_optimizers_take_layer_decay():
+    model = timm.create_model("convmixer_96_8_ks5_p1")
+    for name in train_module.OPTIMIZERS:
+        groups = create_optimizer_v2(model, opt=name, lr=1.0, layer_decay=0.5).param_groups
+        assert len({group["lr_scale"] for group in groups}) > 5
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"name": "convmixer_cifr"}, UnknownModelError, "no trained weights are named 'convmixer_"),
+        ({"name": "convmixer_256_8_ks9_p1"}, UnknownModelError, "no trained weights are named 'c"),
+        ({"layer_decay": 0.0}, TrainingError, "layer_decay is 0.0: give above 0 and at most 1"),
+        ({"held_out": 0}, TrainingError, "has no validation images to choose the best epoch by; "),
+        ({"batch_size": 30}, DataError, "16 training images are less than one batch of 30; give"),
+    ],
+)
+def test_what_cannot_be_is_refused(photos, tmp_path, change, error, message):
+    with pytest.raises(error, match=message):
+        settings = choose_settings(**{"name": "convmixer_cifar", "data_dir": photos} | change)
+        run(settings, photos, tmp_path / "run")
+
+
+def test_other_classes_for_validation_are_refused(split_photos, tmp_path):
+    (split_photos / "val" / "machine").rename(split_photos / "val" / "vehicle")
+    settings = choose_settings("convmixer_cifar", split_photos)
+    message = (
+        "split: its validation images have the classes animal, vehicle, its training images "
+        "animal, machine; make them the same"
+    )
+    with pytest.raises(DataError, match=message):
+        run(settings, split_photos, tmp_path / "run")
+
+
+def test_one_class_alone_is_refused(photos, tmp_path):
+    shutil.rmtree(photos / "machine")
+    with pytest.raises(DataError, match="photos: has one class alone, animal; there is nothing to"):
+        run(choose_settings("convmixer_cifar", photos), photos, tmp_path / "run")
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_damaged_images_are_named_or_skipped(split_photos, tmp_path, split):
+    (split_photos / split / "animal" / "cat 32.jpg").write_bytes(b"\xff\xd8 and nothing more")
+    settings = choose_settings("convmixer_cifar", split_photos, **QUICK | {"epochs": 1})
+    with pytest.raises(DataError, match=r"1 of 20 images cannot be read, the first is .*cat 32.jp"):
+        run(settings, split_photos, tmp_path / "run")
+    result = run(settings, split_photos, tmp_path / "run", skip_damaged=True)
+    assert result.count == (19 if split == "val" else 20)
+
+
+def test_a_model_of_timm_is_refused(photos, tmp_path):
+    folder = tmp_path / "timms"
+    folder.mkdir()
+    (folder / "config.json").write_text('{"architecture": "convmixer_768_32"}')
+    with pytest.raises(
+        CheckpointError, match="timms: holds timm's convmixer_768_32, which takes no"
+    ):
+        run(choose_settings(str(folder), photos), photos, tmp_path / "run")
