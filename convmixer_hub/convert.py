@@ -103,7 +103,7 @@ def read_checkpoint(name: str, pickles: bool = False) -> Checkpoint:
     converted = convert_layout(tensors)
     model = build_like(converted, str(file))
     shapes = {key: tensor.shape for key, tensor in model.state_dict().items()}
-    check_fit(converted, shapes, str(file), layout)
+    check_fit(converted, shapes, str(file), tensors)
     check_finite(tensors, str(file))
     return Checkpoint(file, tensors, layout, part, arch, activation, metadata)
 

@@ -10,6 +10,7 @@ import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NoReturn
 
 from torch import Tensor
 
@@ -147,10 +148,10 @@ def convert_layout(state_dict: Mapping[str, Tensor], target: str = OURS) -> dict
         CheckpointError: If two keys would become one, as in a mixture of layouts.
     """
     stripped = strip_prefixes(state_dict)
-    detected = detect_layout(stripped)
-    if detected is None:
+    detected, target = detect_layout(stripped), ALIASES.get(target, target)
+    if detected in (None, target):
         return stripped
-    source, wanted = LAYOUTS[detected], LAYOUTS[ALIASES.get(target, target)]
+    source, wanted = LAYOUTS[detected], LAYOUTS[target]
     n_layers = source.count_layers(map(_get_module, stripped))
     converted: dict[str, Tensor] = {}
     for key, tensor in stripped.items():
@@ -170,7 +171,7 @@ def check_fit(
     state_dict: Mapping[str, Tensor],
     expected: Mapping[str, Sequence[int]],
     source: str,
-    layout: str | None,
+    given: Mapping[str, Tensor],
     ignored: Collection[str] = (),
 ) -> None:
     """Refuse a state dict in our layout unless every tensor is there, of its shape and kind.
@@ -179,28 +180,31 @@ def check_fit(
         state_dict: What is about to be loaded, from `convert_layout`.
         expected: The shape that each tensor must have, by key.
         source: Where the state dict comes from, for the message.
-        layout: What `detect_layout` said of it before, for the message.
+        given: What it was before that, for the message.
         ignored: Keys whose tensors are not going to be loaded.
 
     Raises:
         CheckpointError: Naming the first key that does not fit, and the layouts that were tried.
     """
-    names = ", ".join(LAYOUTS)
-    tried = f"taken for layout {layout} of {names}" if layout else f"in none of the layouts {names}"
-    remedy = f"use the checkpoint of this architecture ({tried})"
+
+    def refuse(problem: str) -> NoReturn:
+        layout, names = detect_layout(given), ", ".join(LAYOUTS)
+        tried = f"taken for layout {layout} of" if layout else "in none of the layouts"
+        raise CheckpointError(
+            f"{source}: {problem}; use the checkpoint of this architecture ({tried} {names})"
+        )
+
     for key in [*expected, *(key for key in state_dict if key not in expected)]:
         if key in ignored or (key.endswith(_OPTIONAL) and key not in state_dict):
             continue
         if key not in state_dict:
-            raise CheckpointError(f"{source}: tensor {key!r} is missing; {remedy}")
+            refuse(f"tensor {key!r} is missing")
         if key not in expected:
-            raise CheckpointError(f"{source}: the model has no tensor {key!r}; {remedy}")
+            refuse(f"the model has no tensor {key!r}")
         tensor = state_dict[key]
         found, wanted = tuple(tensor.shape), tuple(expected[key])
         if found != wanted:
-            raise CheckpointError(
-                f"{source}: tensor {key!r} has shape {found}, the model's has {wanted}; {remedy}"
-            )
+            refuse(f"tensor {key!r} has shape {found}, the model's has {wanted}")
         if not tensor.is_floating_point() and not key.endswith(_OPTIONAL):
             raise CheckpointError(
                 f"{source}: tensor {key!r} is {tensor.dtype}, not floating point; "

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from .depthwise import DepthWiseConv2d
 from .errors import ModelSizeError
-from .layouts import check_fit, convert_layout, detect_layout
+from .layouts import check_fit, convert_layout
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {"gelu": nn.GELU, "relu": nn.ReLU}
 
@@ -271,7 +271,7 @@ class ConvMixer(nn.Module):
         converted = convert_layout(state_dict)
         if strict:
             shapes = {key: tensor.shape for key, tensor in self.state_dict().items()}
-            check_fit(converted, shapes, "the state dict", detect_layout(state_dict))
+            check_fit(converted, shapes, "the state dict", state_dict)
         return super().load_state_dict(converted, strict, assign)
 
     def forward_features(self, x: Tensor) -> Tensor:

@@ -236,8 +236,7 @@ def _fit(
             f"{source}: was trained with {activation}, the model has "
             f"{name_activation(model) or 'another activation'}; give act_layer='{activation}'"
         )
-    layout = detect_layout(state_dict)
-    state_dict = convert_layout(state_dict)
+    given, state_dict = state_dict, convert_layout(state_dict)
 
     own = model.state_dict()
     expected = {key: tuple(tensor.shape) for key, tensor in own.items()}
@@ -249,10 +248,10 @@ def _fit(
         expected[bias] = (trained.num_classes,)
     known_head = trained.num_classes if label_names else trained.num_classes == model.num_classes
     ignored = set() if known_head and not features_only else {weight, bias}
-    check_fit(state_dict, expected, source, layout, ignored)
+    check_fit(state_dict, expected, source, given, ignored)
     check_finite(state_dict, source)
 
-    if layout != OURS:
+    if given.keys() != state_dict.keys() and (layout := detect_layout(given)) != OURS:
         changes.append(f"keys renamed from layout {layout}")
     dtypes = {
         str(tensor.dtype)
