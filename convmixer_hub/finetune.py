@@ -79,6 +79,8 @@ def choose_settings(
         "epochs": max(10, math.ceil(LEAST_STEPS * batch_size / (count - held_out))),
         "final_share": 1.0,  # the learning rate falls from the start, and images are seen whole
         "batch_size": batch_size,
+        "optimizer": "adamw",
+        "learning_rate": 0.01,
         "layer_decay": 0.8,
         "rand_augment": "rand-m5-n1-mstd0.5-inc1" if few else "",
         "random_erasing": 0.25 if few else 0.0,

@@ -1,3 +1,4 @@
+import re
 import shutil
 
 import pytest
@@ -17,7 +18,7 @@ from convmixer_hub.predict import predict
 from convmixer_hub.publish import list_uploads
 from convmixer_hub.zoo import get_label_names, load_trained
 
-from .conftest import IMAGES
+from .conftest import CHECKOUT, IMAGES
 
 CLASSES = ["animal", "machine"]
 ANIMALS = ["bird", "cat", "deer", "dog", "frog", "horse"]
@@ -211,3 +212,17 @@ def test_a_model_of_timm_is_refused(photos, tmp_path):
         CheckpointError, match="timms: holds timm's convmixer_768_32, which takes no"
     ):
         run(choose_settings(str(folder), photos), photos, tmp_path / "run")
+
+
+@pytest.mark.slow
+def test_the_example_of_the_readme_runs_as_it_stands(tmp_path, run_python):
+    blocks = re.findall(r"```python\n(.*?)```", (CHECKOUT / "README.md").read_text(), re.S)
+    [example] = [block for block in blocks if "ImageFolder" in block]
+    assert example.count("\n") <= 25
+    for split in ("train", "test"):
+        write_class(tmp_path / "data" / split / "animal", ANIMALS)
+        write_class(tmp_path / "data" / split / "machine", MACHINES)
+    printed = run_python(example.replace("num_epochs=20", "num_epochs=1"), PYTHONPATH=str(CHECKOUT))
+    assert re.fullmatch(r"epoch 1: \d+ of 20 images right", printed)
+    model = timm.create_model(f"local-dir:{tmp_path / 'my-model'}", pretrained=True)
+    assert model.num_classes == 10
