@@ -73,10 +73,11 @@ def choose_settings(
     count, held_out = len(load_images(data_dir, "train")), 0
     if not has_split(data_dir, "validation"):
         held_out = max(1, round(validation_share * count))
-    few = count - held_out < FEW_IMAGES
-    batch_size = min(50, max(2, (count - held_out) // 4))
+    kept = max(1, count - held_out)
+    few = kept < FEW_IMAGES
+    batch_size = min(50, max(2, kept // 4))
     settings: dict[str, Any] = {
-        "epochs": max(10, math.ceil(LEAST_STEPS * batch_size / (count - held_out))),
+        "epochs": max(10, math.ceil(LEAST_STEPS * batch_size / kept)),
         "final_share": 1.0,  # the learning rate falls from the start, and images are seen whole
         "batch_size": batch_size,
         "optimizer": "adamw",
