@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,15 +13,23 @@ from .errors import DataError, first_line
 
 @contextmanager
 def replacing(file: Path) -> Iterator[Path]:
-    """Give a temporary path to write to; rename it to `file` when all went well."""
-    temporary = file.with_name(f".{file.name}.tmp")
-    try:
+    """Give a temporary path to write to; rename it to `file` when all went well.
+
+    What a link leads to is replaced, not the link.
+
+    Raises:
+        OSError: If it cannot be written, or is there and no ordinary file: a folder, a device.
+    """
+    target = Path(os.path.realpath(file))
+    if target.exists() and not target.is_file():
+        raise OSError("is there, and no ordinary file")
+    # A folder of its own for each writer; names with a dot are what a killed one leaves over.
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".saving-") as folder:
+        temporary = Path(folder, target.name)
         yield temporary
         with temporary.open("rb") as written:
             os.fsync(written.fileno())  # or a power cut may leave the name without the content
-        os.replace(temporary, file)
-    finally:
-        temporary.unlink(missing_ok=True)
+        os.replace(temporary, target)
 
 
 def write_file(file: Path, content: bytes) -> None:

@@ -195,6 +195,8 @@ def test_what_cannot_be_bundled_is_one_line(tmp_path):
     assert (status, output.count("\n")) == (1, 1)
     status, output = convmixer("bundle", NAME, "-o", str(tmp_path / "none" / "kit.tar"))
     assert (status, output.count("\n")) == (1, 1)
+    status, output = convmixer("bundle", NAME, "-o", str(tmp_path))
+    assert (status, output.count("\n")) == (1, 1)
     assert list(tmp_path.iterdir()) == []
 
 
