@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import ctypes
 import io
 import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import TypeVar
 
 import pyarrow
 import pytest
@@ -20,6 +24,8 @@ import convmixer_hub  # noqa: F401  (registers the models)
 from convmixer_hub.zoo import CIFAR10_CLASSES
 
 from .hub_server import HubServer
+
+T = TypeVar("T")
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 IMAGES = CHECKOUT / "tests" / "images"
@@ -103,6 +109,22 @@ def run_python(tmp_path):
         return result.stdout.strip()
 
     return run
+
+
+def as_ordinary_user(function: Callable[[], T]) -> T:
+    """Call a function with no more rights than the modes of files give, for root too.
+
+    It is called in a thread that gives up root's capabilities, and stays the owner of its files.
+    """
+
+    def call() -> T:
+        if os.geteuid() == 0:
+            version_3_of_this_thread, none = (ctypes.c_uint32 * 2)(0x20080522, 0), bytes(24)
+            assert ctypes.CDLL(None).capset(version_3_of_this_thread, none) == 0
+        return function()
+
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(call).result()
 
 
 def use_endpoint(monkeypatch: pytest.MonkeyPatch, url: str) -> None:

@@ -1,10 +1,7 @@
 """`convmixer pull` and `convmixer doctor`, with a Hub on this machine."""
 
-import os
 import re
 import shutil
-import tempfile
-from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
@@ -13,7 +10,7 @@ from huggingface_hub import constants
 from convmixer_hub import find_checkpoint
 from convmixer_hub.cli import main
 
-from .conftest import CHECKOUT, use_endpoint
+from .conftest import CHECKOUT, as_ordinary_user, use_endpoint
 from .hub_server import error, headers, other_body
 
 NAME = "convmixer_cifar.cifar10"
@@ -252,22 +249,14 @@ def test_list_with_a_bad_namespace_is_one_line(convmixer, hub, monkeypatch):
     assert output.startswith(f"Error: {NAME}: no repository is named 'a/b/{NAME}'; check CONVMIXER")
 
 
-def test_doctor_reports_a_cache_in_a_closed_folder(hub, doctor, monkeypatch):
-    user = os.getuid()
-    with tempfile.TemporaryDirectory() as closed:
-        monkeypatch.setattr(constants, "HF_HUB_CACHE", f"{closed}/home/hub")
-        monkeypatch.setattr(constants, "HF_TOKEN_PATH", "/nowhere/token")
-        Path(closed).chmod(0)
-        try:
-            if user == 0:
-                os.setresuid(65534, 65534, 0)  # nobody: to root, no folder is closed
-            status, found, verdict = doctor(NAME)
-        finally:
-            if user == 0:
-                os.setresuid(0, 0, 0)
-            Path(closed).chmod(0o700)
+def test_doctor_reports_a_cache_in_a_closed_folder(hub, doctor, monkeypatch, tmp_path):
+    closed = tmp_path / "closed"
+    closed.mkdir(mode=0)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", f"{closed}/home/hub")
+    status, found, verdict = as_ordinary_user(lambda: doctor(NAME))
     assert (status, verdict) == (1, "not healthy: cache")
     assert found["cache"].endswith(" GB free, not writable; name another with HF_HOME")
+    closed.chmod(0o700)
 
 
 def test_a_damaged_file_that_doctor_finds_is_healed_by_what_it_says(hub, doctor, convmixer):

@@ -9,7 +9,6 @@ import resource
 import shutil
 import signal
 import socket
-import tempfile
 import threading
 import time
 from pathlib import Path
@@ -23,7 +22,7 @@ from huggingface_hub import constants, hf_hub_download
 from convmixer_hub import CheckpointError, find_checkpoint, get_record
 from convmixer_hub.checkpoint import locate
 
-from .conftest import CHECKOUT, use_endpoint
+from .conftest import CHECKOUT, as_ordinary_user, use_endpoint
 from .hub_server import HubServer, cut, drip, error, headers, other_body, redirect
 
 NAME = "convmixer_cifar.cifar10"
@@ -409,48 +408,37 @@ def test_a_cache_that_cannot_be_made_is_one_line(hub, tmp_path):
         find_checkpoint(NAME, cache_dir=tmp_path / "file" / "cache")
 
 
-@pytest.fixture
-def read_only(hub, monkeypatch):
-    """The Hub's cache in a folder that a call makes read-only, for root too: it becomes nobody."""
-    user = os.geteuid()
-    with tempfile.TemporaryDirectory() as folder:
-        monkeypatch.setattr(constants, "HF_HUB_CACHE", folder)
-
-        def close():
-            for path in [Path(folder), *Path(folder).rglob("*")]:
-                if not path.is_symlink():
-                    path.chmod(0o555 if path.is_dir() else 0o444)
-            if user == 0:
-                os.seteuid(65534)
-
-        yield close
-        os.seteuid(user)
+def make_read_only(folder):
+    for path in [folder, *folder.rglob("*")]:
+        if not path.is_symlink():
+            path.chmod(0o555 if path.is_dir() else 0o444)
 
 
-def test_a_read_only_cache_is_read(read_only):
+def test_a_read_only_cache_is_read(hub, tmp_path):
     find_checkpoint(NAME)
-    read_only()
-    assert find_checkpoint(NAME).read_bytes() == WEIGHTS
+    make_read_only(tmp_path / "cache")
+    assert as_ordinary_user(lambda: find_checkpoint(NAME)).read_bytes() == WEIGHTS
 
 
-def test_an_empty_read_only_cache_is_one_line(read_only):
-    read_only()
+def test_an_empty_read_only_cache_is_one_line(hub, tmp_path):
+    (tmp_path / "cache").mkdir(mode=0o555)
     with pytest.raises(
-        CheckpointError, match=rf"^{NAME}: the Hub's cache cannot be used \(.*Permission denied: "
+        CheckpointError,
+        match=rf"^{NAME}: the Hub's cache cannot be used \(.*Permission denied: '{tmp_path}/cache/",
     ):
-        find_checkpoint(NAME)
+        as_ordinary_user(lambda: find_checkpoint(NAME))
 
 
-def test_a_damaged_file_in_a_read_only_cache_is_one_line(read_only):
+def test_a_damaged_file_in_a_read_only_cache_is_one_line(hub, tmp_path):
     find_checkpoint(NAME).resolve().write_bytes(FLIPPED)
-    read_only()
+    make_read_only(tmp_path / "cache")
     with pytest.raises(
         CheckpointError,
         match=rf"^{NAME}: the copy in the Hub's cache is damaged \(.*\), and the Hub's cache "
-        r"cannot be used \(.*Permission denied: .*\); make room there, or name another folder with "
-        "HF_HOME$",
+        rf"cannot be used \(.*Permission denied: '{tmp_path}/cache/.*\); make room there, or name "
+        "another folder with HF_HOME$",
     ):
-        find_checkpoint(NAME)
+        as_ordinary_user(lambda: find_checkpoint(NAME))
 
 
 def test_a_full_disk_is_one_line(hub):
