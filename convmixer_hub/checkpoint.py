@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import os
-import shutil
+import re
 import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -17,7 +17,14 @@ from pathlib import Path, PurePath
 from typing import Any
 
 import torch
-from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
+from huggingface_hub import (
+    HfFileMetadata,
+    constants,
+    get_hf_file_metadata,
+    hf_hub_download,
+    hf_hub_url,
+    try_to_load_from_cache,
+)
 from huggingface_hub.errors import (
     HfHubHTTPError,
     HFValidationError,
@@ -26,11 +33,13 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from huggingface_hub.file_download import repo_folder_name
 from safetensors import SafetensorError, safe_open
 from timm.models import save_for_hf
 from torch import Tensor, nn
 
 from .errors import CheckpointError, UnknownModelError, first_line
+from .files import replacing
 from .model import ConvMixer, name_activation
 
 SOURCES = ("auto", "embedded", "hub")
@@ -195,51 +204,103 @@ def find_checkpoint(
                 "reinstall the package, or set CONVMIXER_HUB_SOURCE=hub"
             )
     file = find_cached(record, cache_dir)
-    if file is None:
-        try:
-            file = _download(record, cache_dir)
-        except Exception as error:  # the client, its HTTP library and the disk each have their own
-            raise CheckpointError(f"{record.name}: {explain_hub_error(error, record)}") from None
-    if _find_fault(file, record):
-        _replace_damaged(file, record)
-    return file
+    if file and not _find_fault(file, record):
+        return file
+    damage = f"the copy in the Hub's cache is damaged ({file}), and " if file else ""
+    try:
+        return _download(record, Path(cache_dir or constants.HF_HUB_CACHE), file)
+    except Exception as error:  # the client, its HTTP library and the disk each have their own
+        reason = explain_hub_error(error, record)
+        raise CheckpointError(f"{record.name}: {damage}{reason}") from None
 
 
-def _download(record: CheckpointRecord, cache_dir: str | Path | None) -> Path:
-    return Path(
-        hf_hub_download(record.repo_id, WEIGHTS_FILE, revision=record.revision, cache_dir=cache_dir)
+def ask_hub(record: CheckpointRecord, retry: bool = False) -> HfFileMetadata:
+    """Ask the Hub about the weights of a model; nothing is downloaded, and nothing written.
+
+    Args:
+        record: The model.
+        retry: Wait and ask again if the Hub is busy or fails.
+
+    Returns:
+        Among others `commit_hash`, the 40 hexadecimal digits of a commit, and `etag`, a word.
+
+    Raises:
+        Exception: One that `explain_hub_error` explains.
+    """
+    url = hf_hub_url(record.repo_id, WEIGHTS_FILE, revision=record.revision)
+    offered = get_hf_file_metadata(url, retry_on_errors=retry)
+    is_commit = re.fullmatch("[0-9a-f]{40}", offered.commit_hash or "")
+    if not is_commit or not re.fullmatch(r"[\w-]{1,128}", offered.etag or ""):
+        raise CheckpointError(
+            f"{url}: comes without a usable X-Repo-Commit or ETag, so not from a Hub; "
+            f"check HF_ENDPOINT, or {_OWN_COPY}"
+        )
+    return offered
+
+
+def _download(record: CheckpointRecord, cache: Path, damaged: Path | None) -> Path:
+    """Download the weights into the Hub's cache, or into the place of a damaged file there.
+
+    The client is let near an empty folder alone: in a cache it writes wherever the ETag and the
+    commit that a server gives lead to, anywhere on this machine.
+    """
+    commit = ask_hub(record, retry=True).commit_hash
+    assert commit is not None  # as `ask_hub` says
+    cache.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=cache, prefix=".downloading-") as folder:
+        for _ in range(2):  # something on the way may have damaged the first
+            file = Path(
+                hf_hub_download(
+                    record.repo_id,
+                    WEIGHTS_FILE,
+                    revision=commit,
+                    local_dir=folder,
+                    cache_dir=folder,
+                    force_download=True,
+                )
+            )
+            fault = _find_fault(file, record)
+            if not fault and damaged:
+                # All snapshots share a blob; but a link of the client's may lead anywhere.
+                repository, blob = damaged.parents[2].resolve(), damaged.resolve()
+                os.replace(file, blob if repository in blob.parents else damaged)
+                return damaged
+            if not fault:
+                return put_in_cache([file], record, commit, cache)
+    raise CheckpointError(
+        f"{constants.ENDPOINT}/{record.repo_id} gives another file, so it is not to be trusted "
+        f"({fault}); check HF_ENDPOINT and CONVMIXER_HUB_NAMESPACE, or {_OWN_COPY}"
     )
 
 
-def _replace_damaged(file: Path, record: CheckpointRecord) -> None:
-    """Replace a damaged file in the Hub's cache by a good one from the Hub, and by no other.
+def put_in_cache(files: Iterable[Path], record: CheckpointRecord, commit: str, cache: Path) -> Path:
+    """Move files of a model to where the Hub's client keeps those of a commit.
 
-    It is replaced at once, so that others can go on reading it. The client's `force_download` would
-    not do: it writes wherever the Hub's ETag points, over any file of this machine.
+    Args:
+        files: On the same disk as the cache, the verified weights among them.
+        record: The model.
+        commit: 40 hexadecimal digits, which the revision of the record then stands for.
+        cache: The Hub's cache folder.
+
+    Returns:
+        The weights in the cache.
     """
-    repository = file.parents[2]  # above snapshots/<commit>
-    try:
-        with tempfile.TemporaryDirectory(dir=repository) as folder:
-            downloaded = _download(record, folder)
-            fault = _find_fault(downloaded, record)
-            if not fault:
-                copy = shutil.copyfile(downloaded, Path(folder, WEIGHTS_FILE))
-                blob = file.resolve()
-                os.replace(copy, blob if repository.resolve() in blob.parents else file)
-    except Exception as error:  # as for any download
-        raise CheckpointError(
-            f"{record.name}: the copy in the Hub's cache is damaged ({file}), and "
-            f"{explain_hub_error(error, record)}"
-        ) from None
-    if fault:
-        raise CheckpointError(
-            f"{record.name} from the Hub: {fault}; {constants.ENDPOINT}/{record.repo_id} is not to "
-            f"be trusted: check HF_ENDPOINT and CONVMIXER_HUB_NAMESPACE, or {_OWN_COPY}"
-        )
+    repository = cache / repo_folder_name(repo_id=record.repo_id, repo_type="model")
+    reference = repository / "refs" / record.revision
+    snapshot = repository / "snapshots" / commit
+    for parent in (snapshot, reference.parent):
+        parent.mkdir(parents=True, exist_ok=True)
+    for file in files:
+        os.replace(file, snapshot / file.name)
+    with replacing(reference) as temporary:
+        temporary.write_text(commit)
+    return snapshot / WEIGHTS_FILE
 
 
 def explain_hub_error(error: Exception, record: CheckpointRecord) -> str:
     """Say in one line why the Hub did not give the weights of a model, and what to do."""
+    if isinstance(error, CheckpointError):
+        return str(error)
     if not isinstance(error, HfHubHTTPError):
         # The client wraps what befell its first request into advice that does not say what.
         error = error.__cause__ if isinstance(error.__cause__, Exception) else error

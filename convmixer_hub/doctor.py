@@ -14,7 +14,7 @@ import huggingface_hub
 import safetensors
 import timm
 import torch
-from huggingface_hub import constants, get_hf_file_metadata, get_session, get_token, hf_hub_url
+from huggingface_hub import constants, get_session, get_token
 from huggingface_hub.errors import OfflineModeIsEnabled
 
 from . import __version__
@@ -22,6 +22,7 @@ from .checkpoint import (
     RECORDS,
     WEIGHTS_FILE,
     CheckpointRecord,
+    ask_hub,
     explain_hub_error,
     find_cached,
     find_checkpoint,
@@ -132,20 +133,16 @@ def _examine_model(record: CheckpointRecord) -> Finding:
 
 def _ask_for(record: CheckpointRecord) -> str:
     """Ask the Hub, without downloading the file, whether it is the recorded one."""
-    url = hf_hub_url(record.repo_id, WEIGHTS_FILE, revision=record.revision)
     try:
-        offered = get_hf_file_metadata(url)
+        offered = ask_hub(record)
     except Exception as error:  # the client, its HTTP library and the disk each have their own
         raise CheckpointError(explain_hub_error(error, record)) from None
-    if offered.commit_hash is None or offered.etag is None:
-        raise CheckpointError(
-            f"{url}: comes without X-Repo-Commit or ETag, so not from a Hub; check HF_ENDPOINT"
-        )
     # The Hub names large files by their SHA-256, small ones by git's own digest.
-    digest = offered.etag if re.fullmatch("[0-9a-f]{64}", offered.etag) else None
+    digest = offered.etag if re.fullmatch("[0-9a-f]{64}", offered.etag or "") else None
     if offered.size not in (None, record.size) or digest not in (None, record.sha256):
         raise CheckpointError(
-            f"{url}: is not the recorded file; check HF_ENDPOINT and CONVMIXER_HUB_NAMESPACE"
+            f"{constants.ENDPOINT}/{record.repo_id}: its {WEIGHTS_FILE} is not the recorded file; "
+            "check HF_ENDPOINT and CONVMIXER_HUB_NAMESPACE"
         )
     known = "the Hub names the recorded SHA-256" if digest else "its SHA-256 is checked then"
     return f"to be downloaded, {record.size / 1e6:.1f} MB; {known}"

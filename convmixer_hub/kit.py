@@ -8,14 +8,12 @@ all that works with downloaded models works with these.
 from __future__ import annotations
 
 import io
-import os
 import tarfile
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 
 from huggingface_hub import constants
-from huggingface_hub.file_download import repo_folder_name
 
 from .checkpoint import (
     RECORDS,
@@ -25,10 +23,11 @@ from .checkpoint import (
     get_record,
     is_model_file,
     list_model_files,
+    put_in_cache,
     verify_file,
 )
 from .errors import CheckpointError, UnknownModelError, first_line
-from .files import replacing, write_file
+from .files import write_file
 
 _BUNDLE_AGAIN = "make the kit again with `convmixer bundle`, and copy it as it is"
 
@@ -95,8 +94,10 @@ def unbundle(kit: str | Path, cache_dir: str | Path | None = None) -> dict[str, 
                 folders = {record: Path(temporary) / record.name for record in records}
                 for record, folder in folders.items():
                     verify_file(folder / WEIGHTS_FILE, record, f"it is of {kit}: {_BUNDLE_AGAIN}")
+                # A kit is no commit of the Hub's; the digest, cut to that length, stands in for it.
                 return {
-                    record.name: _put(folder, record, cache) for record, folder in folders.items()
+                    record.name: put_in_cache(folder.iterdir(), record, record.sha256[:40], cache)
+                    for record, folder in folders.items()
                 }
     except OSError as error:
         raise CheckpointError(
@@ -138,19 +139,3 @@ def _extract(archive: tarfile.TarFile, folder: Path) -> None:
         assert content is not None  # as for every plain file
         (folder / member.name).parent.mkdir(exist_ok=True)
         (folder / member.name).write_bytes(content.read())
-
-
-def _put(folder: Path, record: CheckpointRecord, cache: Path) -> Path:
-    """Move the files of a model to where the Hub's client would keep them."""
-    repository = cache / repo_folder_name(repo_id=record.repo_id, repo_type="model")
-    reference = repository / "refs" / record.revision
-    # A kit is no commit of the Hub's; in its place stands the digest, cut to that length.
-    commit = record.sha256[:40]
-    snapshot = repository / "snapshots" / commit
-    for parent in (snapshot, reference.parent):
-        parent.mkdir(parents=True, exist_ok=True)
-    for file in folder.iterdir():
-        os.replace(file, snapshot / file.name)
-    with replacing(reference) as temporary:
-        temporary.write_text(commit)
-    return snapshot / WEIGHTS_FILE

@@ -117,10 +117,11 @@ def publish(name: str, repo_id: str, private: bool = False, tag: str | None = No
 
 
 def _pull_back(uploads: Sequence[Upload], repo_id: str, commit: str) -> None:
-    with tempfile.TemporaryDirectory() as empty_cache:
+    # Not through a cache, in which the client writes wherever the server's answers lead to.
+    with tempfile.TemporaryDirectory() as empty:
         for upload in uploads:
             name = upload.file.name
-            file = hf_hub_download(repo_id, name, revision=commit, cache_dir=empty_cache)
+            file = hf_hub_download(repo_id, name, revision=commit, local_dir=empty, cache_dir=empty)
             digest = hashlib.sha256(Path(file).read_bytes()).hexdigest()
             if digest != upload.sha256:
                 raise PublishError(

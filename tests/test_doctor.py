@@ -16,6 +16,7 @@ from .hub_server import error, headers, other_body
 NAME = "convmixer_cifar.cifar10"
 REPOSITORY = f"convmixer-hub/{NAME}"
 TOKEN = "hf_secret"
+PULL = ["HEAD", "HEAD", "GET"]  # what is there, by us and by the client, and then the file
 
 
 @pytest.fixture
@@ -52,7 +53,7 @@ def test_pull_fills_the_cache_for_a_machine_without_network(hub, convmixer, monk
 def test_pull_fills_the_cache_although_there_is_an_embedded_copy(hub, convmixer, monkeypatch):
     monkeypatch.delenv("CONVMIXER_HUB_SOURCE")
     convmixer("pull", NAME)
-    assert [request.method for request in hub.requests] == ["HEAD", "GET"]
+    assert [request.method for request in hub.requests] == PULL
 
 
 @pytest.mark.parametrize(
@@ -199,22 +200,22 @@ def bad_source(hub, monkeypatch):
         (
             lambda hub, _: hub.order(other_body(lambda _: b"other")),
             NAME,
-            "hub: http://127.0.0.1:.*: is not the recorded file; ",
+            "hub: http://127.0.0.1:.*: its model.safetensors is not the recorded file; ",
         ),
         (
             lambda hub, _: hub.order(headers(ETag='"' + 64 * "a" + '"')),
             NAME,
-            "hub: http://127.0.0.1:.*: is not the recorded file; ",
+            "hub: http://127.0.0.1:.*: its model.safetensors is not the recorded file; ",
         ),
         (
             lambda hub, _: hub.order(headers(X_Repo_Commit=None)),
             NAME,
-            "hub: http://127.0.0.1:.*: comes without X-Repo-Commit or ETag, so not from a Hub; ",
+            "hub: http://127.0.0.1:.*: comes without a usable X-Repo-Commit or ETag, so ",
         ),
         (
             lambda hub, _: hub.order(headers(ETag=None)),
             NAME,
-            "hub: http://127.0.0.1:.*: comes without X-Repo-Commit or ETag, so not from a Hub; ",
+            "hub: http://127.0.0.1:.*: comes without a usable X-Repo-Commit or ETag, so ",
         ),
     ],
     ids=[

@@ -1,5 +1,6 @@
 """Weights from a Hub, through the real client over HTTP, when all is well and when it is not."""
 
+import contextlib
 import hashlib
 import io
 import multiprocessing
@@ -24,6 +25,7 @@ from convmixer_hub.checkpoint import locate
 
 from .conftest import CHECKOUT, as_ordinary_user, use_endpoint
 from .hub_server import HubServer, cut, drip, error, headers, other_body, redirect
+from .test_doctor import PULL
 
 NAME = "convmixer_cifar.cifar10"
 REPOSITORY = f"convmixer-hub/{NAME}"
@@ -76,11 +78,17 @@ def stall(hub, monkeypatch):
 
 
 def rename(hub, monkeypatch):
+    """Send on whoever asks for the old name, which is there no longer."""
     hub.repositories["new/name"] = hub.repositories.pop(REPOSITORY)
-    hub.order(redirect("/new/name/resolve/v1/model.safetensors"), "HEAD", times=1)
+    onward = redirect("/new/name/resolve/v1/model.safetensors")
+    hub.order(lambda answer: onward(answer) if answer.status == 401 else None)
 
 
 THE_WEIGHTS = None
+NOT_A_HUB = (
+    r"http\S+ comes without a usable X-Repo-Commit or ETag, so not from a Hub; check HF_ENDPOINT, "
+    f"or {OWN_COPY}"
+)
 FAULTS = {
     "refused connection": (
         lambda hub, monkeypatch: use_endpoint(monkeypatch, "http://127.0.0.1:1"),
@@ -169,24 +177,20 @@ FAULTS = {
     ),
     "shorter file": (
         ordered(other_body(lambda body: body[:-1])),
-        rf"has {len(WEIGHTS) - 1} bytes, but {NAME} has {len(WEIGHTS)}; http\S+{REPOSITORY} is "
-        "not to be trusted: check HF_ENDPOINT and CONVMIXER_HUB_NAMESPACE, or ",
+        rf"http\S+{REPOSITORY} gives another file, so it is not to be trusted \(has "
+        rf"{len(WEIGHTS) - 1} bytes, but {NAME} has {len(WEIGHTS)}\); check HF_ENDPOINT and ",
     ),
     "wrong bytes once": (ordered(other_body(lambda _: FLIPPED), "GET", times=1), THE_WEIGHTS),
     "wrong bytes": (
         ordered(other_body(lambda _: FLIPPED)),
-        rf"{DIGESTS}; http\S+{REPOSITORY} is not to be trusted: check HF_ENDPOINT and "
-        f"CONVMIXER_HUB_NAMESPACE, or {OWN_COPY}",
+        rf"http\S+{REPOSITORY} gives another file, so it is not to be trusted \({DIGESTS}\); "
+        f"check HF_ENDPOINT and CONVMIXER_HUB_NAMESPACE, or {OWN_COPY}",
     ),
     "wrong ETag": (ordered(headers(ETag='"0123456789abcdef"')), THE_WEIGHTS),
-    "no ETag": (
-        ordered(headers(ETag=None)),
-        r"cannot be read \(Distant resource does not have an ETag.*\); check the network and ",
-    ),
-    "not a Hub": (
-        ordered(headers(X_Repo_Commit=None)),
-        r"cannot be read \(Response .* does not seem to be served by a Hugging Face Hub ",
-    ),
+    "no ETag": (ordered(headers(ETag=None)), NOT_A_HUB),
+    "not a Hub": (ordered(headers(X_Repo_Commit=None)), NOT_A_HUB),
+    "ETag that leads elsewhere": (ordered(headers(ETag='"../../../elsewhere"')), NOT_A_HUB),
+    "commit that leads elsewhere": (ordered(headers(X_Repo_Commit="../../..")), NOT_A_HUB),
 }
 
 
@@ -216,6 +220,7 @@ def test_a_cut_download_goes_on_where_it_was_cut(hub, waits, monkeypatch):
     assert [request.headers.get("Range") for request in hub.requests] == [
         None,
         None,
+        None,
         "bytes=100000-",
     ]
 
@@ -233,14 +238,14 @@ def test_a_token_is_not_sent_on_to_another_host(hub, monkeypatch):
 def test_a_squatted_namespace_is_refused(hub, monkeypatch):
     monkeypatch.setenv("CONVMIXER_HUB_NAMESPACE", "squatter")
     hub.repositories[f"squatter/{NAME}"] = {"v1": {"model.safetensors": FLIPPED}}
-    with pytest.raises(CheckpointError, match=rf"{DIGESTS}; .*/squatter/{NAME} is not to be tr"):
+    with pytest.raises(CheckpointError, match=rf"/squatter/{NAME} gives another .*\({DIGESTS}\);"):
         timm.create_model(NAME, pretrained=True)
 
 
 def test_timm_says_where_the_cache_is(hub, tmp_path):
     timm.create_model(NAME, pretrained=True, cache_dir=tmp_path / "elsewhere")
     assert find_checkpoint(NAME, cache_dir=tmp_path / "elsewhere").read_bytes() == WEIGHTS
-    assert [request.method for request in hub.requests] == ["HEAD", "GET"]
+    assert [request.method for request in hub.requests] == PULL
     assert locate(get_record(NAME)) == "hub"
 
 
@@ -260,7 +265,7 @@ def test_timms_own_name_of_a_recorded_repository_gives_the_recorded_file(revisio
     assert_loaded(timm.create_model(f"hf-hub:{REPOSITORY}{revision}", pretrained=True), WEIGHTS)
     hub.repositories[REPOSITORY]["v1"] = hub.repositories[REPOSITORY]["main"]
     shutil.rmtree(constants.HF_HUB_CACHE)
-    with pytest.raises(CheckpointError, match=rf"{DIGESTS}; .* is not to be trusted"):
+    with pytest.raises(CheckpointError, match=rf"is not to be trusted \({DIGESTS}\);"):
         timm.create_model(f"hf-hub:{REPOSITORY}{revision}", pretrained=True)
 
 
@@ -331,9 +336,9 @@ def test_cached_weights_are_loaded_without_a_socket_and_without_writing(hub, tmp
 
 @pytest.fixture(params=[False, True], ids=["links", "no links"])
 def damaged(request, hub, monkeypatch):
-    """A file in the cache with one byte flipped, in a file system with or without links."""
+    """A file that the client put into the cache, with or without links, with one byte flipped."""
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_SYMLINKS", request.param)
-    file = find_checkpoint(NAME)
+    file = Path(hf_hub_download(REPOSITORY, "model.safetensors", revision="v1"))
     assert file.is_symlink() is not request.param
     file.resolve().write_bytes(FLIPPED)
     hub.requests.clear()
@@ -342,8 +347,8 @@ def damaged(request, hub, monkeypatch):
 
 def test_a_damaged_file_in_the_cache_is_downloaded_again(damaged, hub):
     assert find_checkpoint(NAME) == damaged
-    assert damaged.read_bytes() == WEIGHTS
-    assert [request.method for request in hub.requests] == ["HEAD", "GET"]
+    assert damaged.resolve().read_bytes() == WEIGHTS
+    assert [request.method for request in hub.requests] == PULL
 
 
 def test_a_damaged_file_in_the_cache_is_named_where_no_other_can_be_had(damaged, monkeypatch):
@@ -364,16 +369,47 @@ def test_a_cache_that_the_client_filled_without_us_is_used(hub):
 
 
 @pytest.mark.parametrize("cached", [False, True])
-def test_no_file_outside_of_the_cache_is_overwritten(cached, hub, tmp_path):
-    mine = tmp_path / "mine"
-    mine.write_text("mine")
+@pytest.mark.parametrize("honest", [0, 1], ids=["liar", "liar when asked again"])
+@pytest.mark.parametrize(
+    "lie",
+    [
+        headers(ETag='"{folder}/there"'),
+        headers(ETag='"{folder}/new"'),
+        headers(ETag='"../../../new"'),
+        headers(X_Repo_Commit="{folder}/new"),
+        headers(X_Repo_Commit="../../../new"),
+        error(404, X_Error_Code="EntryNotFound", X_Repo_Commit="{folder}/new"),
+    ],
+    ids=["ETag of a file", "ETag", "relative ETag", "commit", "relative commit", "commit of none"],
+)
+def test_no_path_outside_of_the_cache_is_written(lie, honest, cached, hub, tmp_path):
+    (tmp_path / "there").write_text("mine")
     if cached:
-        find_checkpoint(NAME).resolve().write_bytes(FLIPPED)
-    hub.order(headers(ETag=f'"{mine}"'), "HEAD", times=1 if cached else 2)
-    with pytest.raises(CheckpointError, match=rf"has 4 bytes, but .*{REPOSITORY} is not to be tru"):
+        find_checkpoint(NAME).write_bytes(FLIPPED)
+        hub.requests.clear()
+
+    def lie_later(answer):
+        if len(hub.requests) > honest:
+            lie(answer)
+            for name, value in answer.headers.items():
+                answer.headers[name] = value.replace("{folder}", str(tmp_path))
+
+    hub.order(lie_later, "HEAD")
+    with contextlib.suppress(CheckpointError):
         find_checkpoint(NAME)
+    assert {path.name for path in tmp_path.iterdir()} <= {"there", "cache"}
+    assert (tmp_path / "there").read_text() == "mine"
+    repositories = {path.name for path in (tmp_path / "cache").glob("*")}
+    assert repositories <= {f"models--{REPOSITORY.replace('/', '--')}"}
+
+
+def test_a_link_that_leads_out_of_the_cache_is_replaced_not_followed(hub, tmp_path):
+    file = find_checkpoint(NAME)
+    (tmp_path / "mine").write_text("mine")
+    file.unlink()
+    file.symlink_to(tmp_path / "mine")
     assert find_checkpoint(NAME).read_bytes() == WEIGHTS
-    assert mine.read_text() == "mine"
+    assert (tmp_path / "mine").read_text() == "mine"
 
 
 def test_a_cache_may_be_moved(hub, tmp_path, monkeypatch):
@@ -478,9 +514,9 @@ def test_twenty_processes_share_one_cache(content, hub, tmp_path):
         find_checkpoint(NAME).resolve().write_bytes(content)
     hub.order(drip(5, lambda: pause(0.02)), "GET")
     assert finish(start(20)) == [0] * 20
-    [blob] = (tmp_path / "cache").glob("models--*/blobs/*")
-    assert blob.read_bytes() == WEIGHTS
-    assert find_checkpoint(NAME).resolve() == blob
+    [file] = (tmp_path / "cache").rglob("model.safetensors")
+    assert file.read_bytes() == WEIGHTS
+    assert find_checkpoint(NAME) == file
 
 
 def test_a_download_killed_half_way_is_no_hindrance(hub):

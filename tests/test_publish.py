@@ -19,7 +19,7 @@ from convmixer_hub.publish import list_uploads, publish
 from convmixer_hub.zoo import load_trained
 
 from .conftest import use_endpoint
-from .hub_server import error, other_body
+from .hub_server import error, headers, other_body
 
 NAME = "convmixer_cifar.cifar10"
 ARCH = "convmixer_96_8_ks5_p1"
@@ -228,6 +228,13 @@ def test_what_goes_wrong_is_one_line(arrange, message, writable, run, monkeypatc
         publish(run, TARGET, private=arrange is exists_in_public, tag="v1")
     assert "\n" not in str(refused.value)
     assert "hf_" not in str(refused.value)
+
+
+def test_what_is_pulled_back_is_written_nowhere_else(writable, run, tmp_path):
+    writable.order(headers(ETag=f'"{tmp_path}/new"'), "HEAD")
+    with pytest.raises(PublishError, match=rf"^{TARGET}: cannot be published \("):
+        publish(run, TARGET)
+    assert not (tmp_path / "new").exists()
 
 
 @pytest.mark.parametrize(
