@@ -21,6 +21,7 @@ from huggingface_hub import (
     HfFileMetadata,
     constants,
     get_hf_file_metadata,
+    get_token,
     hf_hub_download,
     hf_hub_url,
     try_to_load_from_cache,
@@ -214,6 +215,21 @@ def find_checkpoint(
         raise CheckpointError(f"{record.name}: {damage}{reason}") from None
 
 
+def read_token() -> str | None:
+    """Read your token for the Hub; None if there is none.
+
+    Raises:
+        CheckpointError: If there may be one, but it cannot be read.
+    """
+    try:
+        return get_token()
+    except Exception as error:  # of the disk, or of where else the client looks for it
+        raise CheckpointError(
+            f"your token cannot be read ({first_line(error)}); mend or remove "
+            f"{constants.HF_TOKEN_PATH}, or set HF_TOKEN"
+        ) from None
+
+
 def ask_hub(record: CheckpointRecord, retry: bool = False) -> HfFileMetadata:
     """Ask the Hub about the weights of a model; nothing is downloaded, and nothing written.
 
@@ -227,6 +243,7 @@ def ask_hub(record: CheckpointRecord, retry: bool = False) -> HfFileMetadata:
     Raises:
         Exception: One that `explain_hub_error` explains.
     """
+    read_token()
     url = hf_hub_url(record.repo_id, WEIGHTS_FILE, revision=record.revision)
     offered = get_hf_file_metadata(url, retry_on_errors=retry)
     is_commit = re.fullmatch("[0-9a-f]{40}", offered.commit_hash or "")
@@ -327,10 +344,11 @@ def explain_hub_error(error: Exception, record: CheckpointRecord) -> str:
         if status == 401:
             return (
                 f"{constants.ENDPOINT} does not accept your token (HTTP 401); renew it with "
-                "`hf auth login`, or unset HF_TOKEN"
+                "`hf auth login`, or do without (`hf auth logout`, and unset HF_TOKEN)"
             )
         reason = f"HTTP {status} {error.response.reason_phrase}"
-        return f"{repository} cannot be read ({reason}); try again later, or {_OWN_COPY}"
+        remedy = "try again later" if is_passing(status) else namespace
+        return f"{repository} cannot be read ({reason}); {remedy}, or {_OWN_COPY}"
     if isinstance(error, OfflineModeIsEnabled):
         return (
             "the network may not be used (HF_HUB_OFFLINE); unset that, or copy the Hub's cache "
@@ -347,6 +365,11 @@ def explain_hub_error(error: Exception, record: CheckpointRecord) -> str:
         f"{repository} cannot be read ({first_line(error)}); check the network and HF_ENDPOINT, "
         f"or {_OWN_COPY}"
     )
+
+
+def is_passing(status: int) -> bool:
+    """Tell whether the same request may do better later, by the HTTP status of the answer."""
+    return status in (408, 429) or status >= 500
 
 
 def verify_file(path: Path, record: CheckpointRecord, remedy: str) -> None:

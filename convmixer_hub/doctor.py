@@ -14,7 +14,7 @@ import huggingface_hub
 import safetensors
 import timm
 import torch
-from huggingface_hub import constants, get_session, get_token
+from huggingface_hub import constants, get_session
 from huggingface_hub.errors import OfflineModeIsEnabled
 
 from . import __version__
@@ -28,6 +28,7 @@ from .checkpoint import (
     find_checkpoint,
     get_record,
     locate,
+    read_token,
     verify_file,
 )
 from .errors import CheckpointError, first_line
@@ -62,7 +63,7 @@ def examine(names: Sequence[str] = ()) -> list[Finding]:
     return [
         Finding("versions", _describe_versions()),
         Finding("endpoint", f"{constants.ENDPOINT} {_ask_endpoint()}"),
-        Finding("token", _describe_token()),
+        _examine_token(to_download),
         Finding("offline", "HF_HUB_OFFLINE is set" if constants.is_offline_mode() else "no"),
         _examine_cache(to_download),
         *[_examine_model(record) for record in records],
@@ -87,11 +88,11 @@ def _ask_endpoint() -> str:
     return f"answers (HTTP {response.status_code})"
 
 
-def _describe_token() -> str:
+def _examine_token(to_download: int) -> Finding:
     try:
-        return "present" if get_token() else "none"
-    except Exception as error:  # one that was to be had elsewhere, or a file that cannot be read
-        return f"cannot be had ({first_line(error)})"
+        return Finding("token", "present" if read_token() else "none")
+    except CheckpointError as error:
+        return Finding("token", str(error), healthy=to_download == 0)
 
 
 def _is_to_be_downloaded(record: CheckpointRecord) -> bool:
@@ -123,7 +124,8 @@ def _examine_model(record: CheckpointRecord) -> Finding:
         if source == "embedded":
             find_checkpoint(record.name, source)
         elif cached is not None:
-            verify_file(cached, record, f"`convmixer pull {record.name}` downloads it again")
+            when = ", once HF_HUB_OFFLINE is unset" if constants.is_offline_mode() else ""
+            verify_file(cached, record, f"`convmixer pull {record.name}` downloads it again{when}")
         else:
             return Finding(record.name, f"hub: {_ask_for(record)}")
     except CheckpointError as error:

@@ -139,10 +139,26 @@ def test_doctor_finds_what_is_healthy(hub, doctor, monkeypatch, arrange, subject
     assert found[subject].startswith(result)
 
 
+@pytest.mark.parametrize("needed", [True, False])
+def test_doctor_reports_a_token_that_cannot_be_read(hub, doctor, tmp_path, monkeypatch, needed):
+    (tmp_path / "token").mkdir()
+    if not needed:
+        embedded(hub, monkeypatch)
+    status, found, verdict = doctor(NAME)
+    assert found["token"].startswith("your token cannot be read ([Errno 21] Is a directory: ")
+    assert found["token"].endswith(f"); mend or remove {tmp_path}/token, or set HF_TOKEN")
+    assert (status, verdict) == ((1, f"not healthy: token, {NAME}") if needed else (0, "healthy"))
+
+
 def damaged_in_the_cache(hub, monkeypatch):
     with find_checkpoint(NAME).open("r+b") as file:
         file.seek(1000)
         file.write(b"damage")
+
+
+def damaged_and_offline(hub, monkeypatch):
+    damaged_in_the_cache(hub, monkeypatch)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
 
 
 def nothing_and_offline(hub, monkeypatch):
@@ -180,6 +196,7 @@ def bad_source(hub, monkeypatch):
     ("arrange", "subject", "result"),
     [
         (damaged_in_the_cache, NAME, "cache: .*: its SHA-256 is [0-9a-f]{64}, but "),
+        (damaged_and_offline, NAME, "cache: .* downloads it again, once HF_HUB_OFFLINE is unset$"),
         (nothing_and_offline, NAME, r"hub: the network may not be used \(HF_HUB_OFFLINE\); unset "),
         (no_network, NAME, rf"hub: http://127.0.0.1:1/{REPOSITORY} cannot be read \("),
         (no_embedded_copy, NAME, f"embedded: {NAME}: this installation carries no copy of the "),
@@ -220,6 +237,7 @@ def bad_source(hub, monkeypatch):
     ],
     ids=[
         "damaged in the cache",
+        "damaged and offline",
         "nothing and offline",
         "no network",
         "no embedded copy",

@@ -107,7 +107,7 @@ FAULTS = {
     "wrong token": (
         with_token("hf_wrong"),
         r"http\S+:\d+ does not accept your token \(HTTP 401\); renew it with `hf auth login`, or "
-        "unset HF_TOKEN$",
+        r"do without \(`hf auth logout`, and unset HF_TOKEN\)$",
     ),
     "private repository, no token": (
         lambda hub, monkeypatch: hub.private.add(REPOSITORY),
@@ -136,11 +136,12 @@ FAULTS = {
     ),
     "404 from something else": (
         ordered(error(404)),
-        rf"/{REPOSITORY} cannot be read \(HTTP 404 Not Found\); try again later, or {OWN_COPY}",
+        rf"/{REPOSITORY} cannot be read \(HTTP 404 Not Found\); check CONVMIXER_HUB_NAMESPACE and "
+        f"HF_ENDPOINT, or {OWN_COPY}",
     ),
     "416": (
         ordered(error(416), "GET"),
-        r"cannot be read \(HTTP 416 .*Range Not Satisfiable\); try again later, or ",
+        r"cannot be read \(HTTP 416 .*Range Not Satisfiable\); check CONVMIXER_HUB_NAMESPACE and ",
     ),
     "429 twice": (ordered(error(429, Retry_After="7"), "HEAD", times=2), THE_WEIGHTS),
     "429 always": (
@@ -475,6 +476,27 @@ def test_a_damaged_file_in_a_read_only_cache_is_one_line(hub, tmp_path):
         "another folder with HF_HOME$",
     ):
         as_ordinary_user(lambda: find_checkpoint(NAME))
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (lambda path: path.touch(mode=0), "Permission denied: '{path}'"),
+        (Path.mkdir, "Is a directory: '{path}'"),
+        (lambda path: path.write_bytes(b"\xff"), "codec can't decode"),
+    ],
+    ids=["closed", "folder", "no text"],
+)
+def test_a_token_that_cannot_be_read_is_one_line(make, reason, hub, tmp_path):
+    path = tmp_path / "token"
+    make(path)
+    with pytest.raises(
+        CheckpointError,
+        match=rf"^{NAME}: your token cannot be read \(.*{reason.format(path=path)}.*\); mend or "
+        f"remove {path}, or set HF_TOKEN$",
+    ):
+        as_ordinary_user(lambda: find_checkpoint(NAME))
+    assert hub.requests == []
 
 
 def test_a_full_disk_is_one_line(hub):
