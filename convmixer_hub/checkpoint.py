@@ -403,9 +403,19 @@ def is_model_file(path: PurePath) -> bool:
     return is_visible and any(path.match(pattern) for pattern in MODEL_FILES)
 
 
-def list_model_files(folder: Path) -> list[Path]:
-    """List the `MODEL_FILES` of a folder, by name."""
-    return sorted(f for f in folder.iterdir() if f.is_file() and is_model_file(PurePath(f.name)))
+def read_model_files(folder: Path) -> dict[Path, bytes]:
+    """Read the `MODEL_FILES` of a folder, each once, sorted by name.
+
+    Raises:
+        CheckpointError: If one cannot be read.
+    """
+    try:
+        files = sorted(f for f in folder.iterdir() if is_model_file(PurePath(f.name)))
+        return {file: file.read_bytes() for file in files if file.is_file()}
+    except OSError as error:
+        raise CheckpointError(
+            f"{folder}: cannot be read whole ({first_line(error)}); make all in it readable to you"
+        ) from None
 
 
 def check_safetensors(path: Path) -> dict[str, str]:

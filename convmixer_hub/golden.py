@@ -101,7 +101,13 @@ def verify(name: str, dtype: str = "float32") -> Verification:
     model = load_trained(name)
     weights, file = _find_files(name)
     remedy = f"`convmixer card {name} --data DIR` writes it"
-    golden = _read_golden(file, _hash(weights), remedy)
+    try:
+        content = file.read_bytes()
+    except FileNotFoundError:
+        raise CheckpointError(f"{file}: no such file; {remedy}") from None
+    except OSError as error:
+        raise CheckpointError(f"{file}: cannot be read ({first_line(error)}); {remedy}") from None
+    golden = parse_golden(content, file, _hash(weights), remedy)
     logits = _compute_logits(model, getattr(torch, dtype))
     if logits.shape != golden.shape:
         raise CheckpointError(f"{file}: holds logits of another model; {remedy}")
@@ -123,14 +129,23 @@ def _find_files(name: str) -> tuple[Path, Path]:
     return weights, golden
 
 
-def _read_golden(file: Path, digest: str, remedy: str) -> Tensor:
+def parse_golden(content: bytes, file: Path, digest: str, remedy: str) -> Tensor:
+    """Take the logits from the content of a `golden.json`.
+
+    Args:
+        content: The content.
+        file: Where it is from, for the message.
+        digest: SHA-256 of the weights that it has to be of.
+        remedy: What to do where it does not serve, for the message.
+
+    Raises:
+        CheckpointError: If it is no such file, or of other weights.
+    """
     try:
-        golden: dict[str, Any] = json.loads(file.read_text())
+        golden: dict[str, Any] = json.loads(content)
         made_with, made_from = golden["sha256"], golden["input"]
         logits = torch.tensor(golden["logits"], dtype=torch.float64)
-    except FileNotFoundError:
-        raise CheckpointError(f"{file}: no such file; {remedy}") from None
-    except (OSError, ValueError, LookupError, TypeError) as error:
+    except (ValueError, LookupError, TypeError) as error:
         raise CheckpointError(
             f"{file}: cannot be read ({type(error).__name__}: {first_line(error)}); {remedy}"
         ) from None

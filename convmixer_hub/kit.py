@@ -22,8 +22,8 @@ from .checkpoint import (
     find_checkpoint,
     get_record,
     is_model_file,
-    list_model_files,
     put_in_cache,
+    read_model_files,
     verify_file,
 )
 from .errors import CheckpointError, UnknownModelError, first_line
@@ -44,16 +44,15 @@ def bundle(names: Sequence[str], output: str | Path) -> list[str]:
 
     Raises:
         UnknownModelError: If no trained model has one of the names.
-        CheckpointError: If the weights cannot be had.
+        CheckpointError: If the weights cannot be had, or a file beside them cannot be read.
         DataError: If the kit cannot be written.
     """
     records = list({record.name: record for record in map(get_record, names)}.values())
     content = io.BytesIO()
     with tarfile.open(fileobj=content, mode="w") as kit:
         for record in records:
-            for file in list_model_files(find_checkpoint(record.name).parent):
+            for file, data in read_model_files(find_checkpoint(record.name).parent).items():
                 member = tarfile.TarInfo(f"{record.name}/{file.name}")
-                data = file.read_bytes()
                 member.size = len(data)
                 kit.addfile(member, io.BytesIO(data))
     write_file(Path(output), content.getvalue())

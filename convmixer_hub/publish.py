@@ -5,14 +5,23 @@ from __future__ import annotations
 import hashlib
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from huggingface_hub import CommitOperationAdd, HfApi, constants, get_token, hf_hub_download
+from huggingface_hub import CommitOperationAdd, HfApi, constants, hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled, RepositoryNotFoundError
 
-from .checkpoint import find_checkpoint, get_record, list_model_files
-from .errors import PublishError, UnknownModelError
+from .checkpoint import (
+    GOLDEN_FILE,
+    WEIGHTS_FILE,
+    find_checkpoint,
+    get_record,
+    is_passing,
+    read_model_files,
+    read_token,
+)
+from .errors import ConvMixerHubError, PublishError, UnknownModelError
+from .golden import parse_golden
 from .zoo import load_trained
 
 
@@ -22,13 +31,21 @@ class Upload:
 
     Attributes:
         file: Where it is on this machine.
-        size: Its length, in bytes.
-        sha256: Its digest, in hexadecimal.
+        content: What was read there, once: this is checked, and this is uploaded.
     """
 
     file: Path
-    size: int
-    sha256: str
+    content: bytes = field(repr=False)
+
+    @property
+    def size(self) -> int:
+        """Its length, in bytes."""
+        return len(self.content)
+
+    @property
+    def sha256(self) -> str:
+        """Its digest, in hexadecimal."""
+        return hashlib.sha256(self.content).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -55,18 +72,19 @@ def list_uploads(name: str) -> list[Upload]:
 
     Raises:
         UnknownModelError: If it is neither a trained model's name nor a folder.
-        CheckpointError: If the model would not load.
+        CheckpointError: If the model would not load, a file cannot be read, or `golden.json` is of
+            other weights.
     """
     try:
         folder = find_checkpoint(get_record(name).name, "embedded").parent
     except UnknownModelError:
         load_trained(name)
         folder = Path(name).resolve()
-    uploads = []
-    for file in list_model_files(folder):
-        content = file.read_bytes()
-        uploads.append(Upload(file, len(content), hashlib.sha256(content).hexdigest()))
-    return uploads
+    uploads = {file.name: Upload(file, data) for file, data in read_model_files(folder).items()}
+    if golden := uploads.get(GOLDEN_FILE):
+        remedy = f"`convmixer card {name} --data DIR` writes it"
+        parse_golden(golden.content, golden.file, uploads[WEIGHTS_FILE].sha256, remedy)
+    return list(uploads.values())
 
 
 def publish(name: str, repo_id: str, private: bool = False, tag: str | None = None) -> Publication:
@@ -83,16 +101,16 @@ def publish(name: str, repo_id: str, private: bool = False, tag: str | None = No
 
     Raises:
         UnknownModelError: If it is neither a trained model's name nor a folder.
-        CheckpointError: If the model would not load.
+        CheckpointError: As in `list_uploads`, or if your token cannot be read.
         PublishError: If the Hub does not take the files, or gives back others.
     """
     if repo_id.count("/") != 1:
         raise PublishError(f"{repo_id}: is no model repository; give --repo-id as OWNER/REPO")
     uploads = list_uploads(name)
-    operations = [CommitOperationAdd(upload.file.name, upload.file) for upload in uploads]
+    operations = [CommitOperationAdd(upload.file.name, upload.content) for upload in uploads]
     message = f"Publish {uploads[0].file.parent.name}"
     try:
-        if get_token() is None:
+        if read_token() is None:
             raise PublishError(
                 f"{repo_id}: there is no token; log in with `hf auth login`, or set HF_TOKEN to "
                 "one that may write"
@@ -109,7 +127,7 @@ def publish(name: str, repo_id: str, private: bool = False, tag: str | None = No
         _pull_back(uploads, repo_id, commit)
         if tag is not None:
             _set_tag(hub, repo_id, tag, commit)
-    except PublishError:
+    except ConvMixerHubError:
         raise
     except Exception as error:  # the client, its HTTP library and the disk each have their own
         raise PublishError(f"{repo_id}: {_explain(error, repo_id)}") from None
@@ -134,6 +152,11 @@ def _set_tag(hub: HfApi, repo_id: str, tag: str, commit: str) -> None:
     try:
         hub.create_tag(repo_id, tag=tag, revision=commit)
     except HfHubHTTPError as error:
+        if error.response.status_code in (400, 422):
+            raise PublishError(
+                f"{repo_id}: the files are there at commit {commit}, but the Hub refuses tag "
+                f"'{tag}' ({_describe(error)}); give another --tag"
+            ) from None
         if error.response.status_code != 409:
             raise
         tagged = hub.model_info(repo_id, revision=tag).sha
@@ -166,8 +189,11 @@ def _explain(error: Exception, repo_id: str) -> str:
                 f"{constants.ENDPOINT} does not accept your token (HTTP 401); renew it with "
                 "`hf auth login`, or set HF_TOKEN to one that may write"
             )
-        reason = f"HTTP {status} {error.response.reason_phrase}"
-        return f"{constants.ENDPOINT} refuses ({reason}); give the same command again later"
+        remedy = "wait" if is_passing(status) else "correct that, or check HF_ENDPOINT"
+        return (
+            f"{constants.ENDPOINT} refuses ({_describe(error)}); {remedy}, and give the same "
+            "command again"
+        )
     if isinstance(error, OfflineModeIsEnabled):
         return "the network may not be used; unset HF_HUB_OFFLINE"
     reason = " ".join(str(error).split()) or type(error).__name__
@@ -177,3 +203,9 @@ def _explain(error: Exception, repo_id: str) -> str:
         f"cannot be published ({reason}); check the network and HF_ENDPOINT, and give the same "
         "command again"
     )
+
+
+def _describe(error: HfHubHTTPError) -> str:
+    """Give the status of an answer and what the Hub says about it, in one line."""
+    said = error.server_message or error.response.reason_phrase
+    return f"HTTP {error.response.status_code}: {' '.join(said.split())}"

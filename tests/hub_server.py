@@ -274,6 +274,8 @@ class HubServer(ThreadingHTTPServer):
             self.repositories[repository][revision] = files
             url = f"{self.url}/{repository}/commit/{commit_of(files)}"
             reply(answer, {"commitUrl": url, "commitOid": commit_of(files)})
+        elif not re.fullmatch(r"[\w.-]+", sent[0]["tag"]):
+            error(400, X_Error_Message="Invalid tag name")(answer)
         elif sent[0]["tag"] in self.repositories[repository]:
             error(409)(answer)
         else:

@@ -15,7 +15,7 @@ from convmixer_hub.cli import main
 from convmixer_hub.golden import verify
 from convmixer_hub.kit import bundle, unbundle
 
-from .conftest import CHECKOUT
+from .conftest import CHECKOUT, as_ordinary_user
 from .test_doctor import PULL
 from .test_hub import forbid_sockets, list_files
 
@@ -199,6 +199,17 @@ def test_what_cannot_be_bundled_is_one_line(tmp_path):
     status, output = convmixer("bundle", NAME, "-o", str(tmp_path))
     assert (status, output.count("\n")) == (1, 1)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_cannot_be_read_is_not_bundled(hub, tmp_path):
+    folder = find_checkpoint(NAME).parent
+    folder.chmod(0o111)
+    status, output = as_ordinary_user(
+        lambda: convmixer("bundle", NAME, "-o", str(tmp_path / "kit.tar"))
+    )
+    folder.chmod(0o700)
+    assert (status, output.count("\n")) == (1, 1)
+    assert output.startswith(f"Error: {folder}: cannot be read whole (")
 
 
 def test_the_embedded_folder_is_bundled_whole(kit):

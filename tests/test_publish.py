@@ -12,13 +12,14 @@ import torch
 from click.testing import CliRunner
 from huggingface_hub import constants
 
-from convmixer_hub import PublishError, UnknownModelError, find_checkpoint
-from convmixer_hub.checkpoint import RECORDS, find_embedded, list_model_files, save_model
+from convmixer_hub import CheckpointError, PublishError, UnknownModelError, find_checkpoint
+from convmixer_hub.checkpoint import RECORDS, find_embedded, read_model_files, save_model
 from convmixer_hub.cli import main
+from convmixer_hub.golden import write_golden
 from convmixer_hub.publish import list_uploads, publish
 from convmixer_hub.zoo import load_trained
 
-from .conftest import use_endpoint
+from .conftest import as_ordinary_user, use_endpoint
 from .hub_server import error, headers, other_body
 
 NAME = "convmixer_cifar.cifar10"
@@ -95,7 +96,7 @@ def test_a_shipped_model_is_published_whole_and_found_there(writable, monkeypatc
 @pytest.mark.parametrize("name", RECORDS)
 def test_nothing_of_a_shipped_folder_is_left_out(name):
     folder = find_embedded(RECORDS[name]).parent
-    assert list_model_files(folder) == sorted(folder.iterdir())
+    assert list(read_model_files(folder)) == sorted(folder.iterdir())
 
 
 def test_a_changed_file_alone_makes_the_next_commit(writable, run):
@@ -132,6 +133,28 @@ def test_a_dry_run_asks_no_network_and_no_token(run, monkeypatch):
         assert [line.split() for line in lines] == [
             [upload.file.name, f"{upload.size:,}", "bytes", upload.sha256] for upload in uploads
         ]
+
+
+def test_what_was_checked_is_published_also_if_a_file_changes_meanwhile(writable, run):
+    before = Path(run, "README.md").read_bytes()
+    writable.order(lambda answer: Path(run, "README.md").write_text("another"), "POST")
+    publish(run, TARGET)
+    assert writable.repositories[TARGET]["main"]["README.md"] == before
+
+
+def test_logits_of_other_weights_are_not_published(writable, run):
+    write_golden(run)
+    assert "golden.json" in [upload.file.name for upload in publish(run, TARGET).uploads]
+    save_model(timm.create_model(ARCH), Path(run), {})
+    writable.requests.clear()
+    for option in ([], ["--dry-run"]):
+        status, output = convmixer("publish", run, "--repo-id", TARGET, *option)
+        assert (status, output) == (
+            1,
+            f"Error: {run}/golden.json: is of weights with another SHA-256; `convmixer card {run} "
+            "--data DIR` writes it\n",
+        )
+    assert writable.requests == []
 
 
 def test_a_private_repository_is_made_and_read_back(writable, run):
@@ -200,7 +223,11 @@ FAULTS = {
     ),
     "500": (
         ordered(error(500), "POST"),
-        r"http\S+ refuses \(HTTP 500 Internal Server Error\); give the same command again later$",
+        r"http\S+ refuses \(HTTP 500: Internal Server Error\); wait, and give ",
+    ),
+    "400": (
+        ordered(error(400, X_Error_Message="The name is reserved"), "POST"),
+        r"http\S+ refuses \(HTTP 400: The name is reserved.*\); correct that, or ",
     ),
     "refused connection": (
         lambda hub, monkeypatch: use_endpoint(monkeypatch, "http://127.0.0.1:1"),
@@ -235,6 +262,40 @@ def test_what_is_pulled_back_is_written_nowhere_else(writable, run, tmp_path):
     with pytest.raises(PublishError, match=rf"^{TARGET}: cannot be published \("):
         publish(run, TARGET)
     assert not (tmp_path / "new").exists()
+
+
+def test_a_tag_that_the_hub_refuses_is_one_line(writable, run):
+    status, output = convmixer("publish", run, "--repo-id", TARGET, "--tag", "v 1")
+    assert status == 1
+    assert re.fullmatch(
+        f"Error: {TARGET}: the files are there at commit [0-9a-f]{{40}}, but the Hub refuses tag "
+        r"'v 1' \(HTTP 400: Invalid tag name.*\); give another --tag\n",
+        output,
+    )
+
+
+@pytest.mark.parametrize(("path", "mode"), [(".", 0o111), ("metrics.csv", 0), ("golden.json", 0)])
+def test_a_folder_that_cannot_be_read_whole_is_one_line(path, mode, writable, run):
+    write_golden(run)
+    Path(run, path).chmod(mode)
+    status, output = as_ordinary_user(lambda: convmixer("publish", run, "--repo-id", TARGET))
+    Path(run).chmod(0o700)
+    assert (status, output.count("\n")) == (1, 1)
+    assert re.match(
+        rf"Error: {run}: cannot be read whole \(.*Permission denied: '{Path(run, path)}'\); make ",
+        output,
+    )
+    assert writable.requests == []
+
+
+def test_a_token_that_cannot_be_read_is_one_line(writable, run, monkeypatch, tmp_path):
+    monkeypatch.delenv("HF_TOKEN")
+    (tmp_path / "token").mkdir()
+    with pytest.raises(
+        CheckpointError,
+        match=r"^your token cannot be read \(.*Is a directory: .*\); mend or remove ",
+    ):
+        publish(run, TARGET)
 
 
 @pytest.mark.parametrize(
