@@ -116,17 +116,16 @@ def verify(name: str, dtype: str = "float32") -> Verification:
 
 
 def _find_files(name: str) -> tuple[Path, Path]:
-    """Find the weights of a model and their recorded logits, which the Hub's cache may lack."""
+    """Find the weights of a model and their recorded logits: the package's own, if it has them.
+
+    Beside weights in the Hub's cache there may be none, or what nobody checked.
+    """
     try:
         record = get_record(name)
     except UnknownModelError:
         return Path(name) / WEIGHTS_FILE, Path(name) / GOLDEN_FILE
     weights = find_checkpoint(record.name)
-    golden = weights.with_name(GOLDEN_FILE)
-    embedded = find_embedded(record)
-    if not golden.exists() and embedded is not None:
-        golden = embedded.with_name(GOLDEN_FILE)
-    return weights, golden
+    return weights, (find_embedded(record) or weights).with_name(GOLDEN_FILE)
 
 
 def parse_golden(content: bytes, file: Path, digest: str, remedy: str) -> Tensor:

@@ -33,7 +33,9 @@ _BUNDLE_AGAIN = "make the kit again with `convmixer bundle`, and copy it as it i
 
 
 def bundle(names: Sequence[str], output: str | Path) -> list[str]:
-    """Write models into a kit; the same models give the same bytes.
+    """Write models into a kit; the same files in the same order give the same bytes.
+
+    Beside weights that were downloaded, there may be none of the other files of a model.
 
     Args:
         names: The models, as in `find_checkpoint`, which downloads what is not on this machine.
@@ -62,7 +64,8 @@ def bundle(names: Sequence[str], output: str | Path) -> list[str]:
 def unbundle(kit: str | Path, cache_dir: str | Path | None = None) -> dict[str, Path]:
     """Put the models of a kit into the Hub's cache, where `find_checkpoint` finds them.
 
-    Nothing is put there unless the kit holds models alone, each with the recorded weights.
+    Nothing is put there unless the kit holds models alone, each with the recorded weights. Nothing
+    else is checked: `config.json`, `golden.json`, the card and the pictures are what the kit says.
 
     Args:
         kit: What `bundle` wrote.

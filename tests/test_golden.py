@@ -7,7 +7,7 @@ import timm
 import torch
 from click.testing import CliRunner
 
-from convmixer_hub import CheckpointError
+from convmixer_hub import CheckpointError, find_checkpoint
 from convmixer_hub.checkpoint import RECORDS, save_model
 from convmixer_hub.cli import main
 from convmixer_hub.golden import TOLERANCES, make_golden_input, verify, write_golden
@@ -60,6 +60,12 @@ def test_a_run_computes_what_it_should(run):
 
 def test_a_model_from_the_cache_is_verified(hub, monkeypatch):
     cached_and_offline(hub, monkeypatch)
+    assert verify(NAME).holds
+
+
+def test_the_packages_own_logits_count_before_those_in_the_cache(hub, monkeypatch):
+    cached_and_offline(hub, monkeypatch)
+    find_checkpoint(NAME).with_name("golden.json").write_text("{}")
     assert verify(NAME).holds
 
 

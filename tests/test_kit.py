@@ -1,6 +1,8 @@
 """`convmixer bundle` and `convmixer unbundle`: models without a network."""
 
 import io
+import os
+import shutil
 import tarfile
 
 import pytest
@@ -72,6 +74,17 @@ def test_a_kit_of_a_kit_has_the_same_bytes(kit, cache, tmp_path):
     status, output = convmixer("bundle", NAME, "convmixer_cifar", "-o", str(tmp_path / "2.tar"))
     assert (status, output) == (0, f"{tmp_path}/2.tar: {NAME}\n")
     assert (tmp_path / "2.tar").read_bytes() == kit.read_bytes()
+
+
+def test_the_same_files_give_the_same_bytes(kit, tmp_path, monkeypatch):
+    copy = shutil.copytree(CHECKOUT / "weights" / NAME, tmp_path / "weights" / NAME)
+    for file in copy.iterdir():
+        os.utime(file, (1, 1))
+        file.chmod(0o600)
+    monkeypatch.setattr("convmixer_hub.checkpoint.__file__", f"{tmp_path}/package/checkpoint.py")
+    assert find_embedded(RECORD).parent == copy
+    bundle([NAME], tmp_path / "other.tar")
+    assert (tmp_path / "other.tar").read_bytes() == kit.read_bytes()
 
 
 def test_a_kit_heals_a_damaged_cache(kit, cache):
