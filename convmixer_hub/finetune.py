@@ -75,7 +75,7 @@ def choose_settings(
         held_out = max(1, round(validation_share * count))
     kept = max(1, count - held_out)
     few = kept < FEW_IMAGES
-    batch_size = min(50, max(2, kept // 4))
+    batch_size = min(50, max(2, 2 * (kept // 8)))  # even, as mixup and cutmix want it
     settings: dict[str, Any] = {
         "epochs": max(10, math.ceil(LEAST_STEPS * batch_size / kept)),
         "final_share": 1.0,  # the learning rate falls from the start, and images are seen whole
