@@ -8,13 +8,14 @@ The names of the modules, and so the keys of the state dict, are those of labml_
 Methods and attributes that timm expects of its models stand at the end of `ConvMixer`.
 """
 
-from __future__ import annotations
+# No `from __future__ import annotations` here: torch.fx would hand on to TorchScript, as the type
+# of an image, the string "Tensor".
 
 from collections.abc import Mapping
 from typing import Any
 
 import torch
-from timm.layers import SelectAdaptivePool2d, get_device_dtype
+from timm.layers import DropPath, SelectAdaptivePool2d, get_device_dtype
 from timm.models import checkpoint, checkpoint_seq
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
@@ -58,6 +59,7 @@ class ConvMixerLayer(nn.Module):
         d_model: Number of channels.
         kernel_size: Side of the depth-wise kernel, in patches; odd.
         act_layer: Class of the activation; the paper uses exact (erf) GELU.
+        drop_path_rate: Probability that, in training, an image skips the mixing of places.
 
     Raises:
         ModelSizeError: If a size is not positive, or the kernel size is even.
@@ -68,6 +70,7 @@ class ConvMixerLayer(nn.Module):
         d_model: int,
         kernel_size: int,
         act_layer: type[nn.Module] = nn.GELU,
+        drop_path_rate: float = 0.0,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -82,13 +85,14 @@ class ConvMixerLayer(nn.Module):
         self.depth_wise_conv = DepthWiseConv2d(d_model, kernel_size, **factory)
         self.act1 = act_layer()
         self.norm1 = nn.BatchNorm2d(d_model, **factory)
+        self.drop_path = DropPath(drop_path_rate) if drop_path_rate else nn.Identity()
         self.point_wise_conv = nn.Conv2d(d_model, d_model, kernel_size=1, **factory)
         self.act2 = act_layer()
         self.norm2 = nn.BatchNorm2d(d_model, **factory)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map `[batch, d_model, height, width]` to the same shape."""
-        x = x + self.norm1(self.act1(self.depth_wise_conv(x)))
+        x = x + self.drop_path(self.norm1(self.act1(self.depth_wise_conv(x))))
         return self.norm2(self.act2(self.point_wise_conv(x)))
 
 
@@ -205,6 +209,7 @@ class ConvMixer(nn.Module):
         in_chans: Number of channels of the images.
         global_pool: timm's name of a pooling, or `''` for none.
         drop_rate: Dropout before the head.
+        drop_path_rate: Stochastic depth: that of the last layer; it rises evenly from 0.
         act_layer: Class of the activation, or its name in `ACTIVATIONS`.
         device: Where the parameters are made; torch's default if not given.
         dtype: Type of the parameters; torch's default if not given.
@@ -223,18 +228,24 @@ class ConvMixer(nn.Module):
         in_chans: int = 3,
         global_pool: str = "avg",
         drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
         act_layer: type[nn.Module] | str = nn.GELU,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         _check_positive(n_layers=n_layers)
+        if not 0 <= drop_path_rate < 1:
+            raise ModelSizeError(
+                f"drop_path_rate is {drop_path_rate}: give at least 0, less than 1"
+            )
         act_layer = _get_activation(act_layer)
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.kernel_size = kernel_size
         self.patch_emb = PatchEmbeddings(d_model, patch_size, in_chans, act_layer, **factory)
+        rates = [drop_path_rate * i / max(n_layers - 1, 1) for i in range(n_layers)]
         self.conv_mixer_layers = nn.Sequential(
-            *[ConvMixerLayer(d_model, kernel_size, act_layer, **factory) for _ in range(n_layers)]
+            *[ConvMixerLayer(d_model, kernel_size, act_layer, rate, **factory) for rate in rates]
         )
         self.classification = ClassificationHead(
             d_model, num_classes, global_pool, drop_rate, **factory
@@ -311,16 +322,23 @@ class ConvMixer(nn.Module):
             intermediates_only: Return the collected outputs alone.
         """
         if output_fmt != "NCHW":
-            raise ModelSizeError(f"output_fmt is {output_fmt!r}: ConvMixer features are 'NCHW'")
+            raise ModelSizeError(f"output_fmt is '{output_fmt}': ConvMixer features are 'NCHW'")
         take, last = feature_take_indices(len(self.conv_mixer_layers), indices)
-        layers = self.conv_mixer_layers[: last + 1] if stop_early else self.conv_mixer_layers
+        layers = self.conv_mixer_layers
+        if stop_early and not torch.jit.is_scripting():  # TorchScript does not slice modules
+            layers = layers[: last + 1]
         intermediates = []
         x = self.patch_emb(x)
         for i, layer in enumerate(layers):
-            x = checkpoint(layer, x) if self.grad_checkpointing else layer(x)
+            if self.grad_checkpointing and not torch.jit.is_scripting():
+                x = checkpoint(layer, x)
+            else:
+                x = layer(x)
             if i in take:
                 intermediates.append(x)
-        return intermediates if intermediates_only else (x, intermediates)
+        if intermediates_only:
+            return intermediates
+        return x, intermediates
 
     def prune_intermediate_layers(
         self,

@@ -1,0 +1,172 @@
+"""The models do what timm's users expect of any model of timm's."""
+
+import pytest
+import timm
+import torch
+from timm.layers import DropPath
+from timm.optim import create_optimizer_v2
+
+from convmixer_hub import ConvMixer, ModelSizeError
+
+NAME = "convmixer_cifar.cifar10"
+ARCH = "convmixer_96_8_ks5_p1"
+
+
+@pytest.mark.parametrize(
+    "global_pool", ["avg", "max", "avgmax", "catavgmax", "fast", "fastavg", "fastcatavgmax", ""]
+)
+@pytest.mark.parametrize("num_classes", [0, 7])
+def test_every_kind_of_pooling(global_pool, num_classes, batch):
+    model = timm.create_model(ARCH, num_classes=num_classes, global_pool=global_pool).eval()
+    features = model.forward_features(batch)
+    pooled = model.forward_head(features, pre_logits=True)
+    if not global_pool:
+        assert torch.equal(pooled, features)
+        return
+    average, maximum = features.mean((2, 3)), features.amax((2, 3))
+    expected = {
+        "avg": average,
+        "": average,
+        "max": maximum,
+        "avgmax": (average + maximum) / 2,
+        "catavgmax": torch.cat([average, maximum], 1),
+    }
+    torch.testing.assert_close(pooled, expected[global_pool.removeprefix("fast")])
+    assert pooled.shape[1] == model.head_hidden_size
+    assert model(batch).shape == (2, num_classes or model.head_hidden_size)
+
+
+def test_dropout_before_the_head_is_for_training_alone(batch):
+    model = timm.create_model(ARCH, num_classes=0, drop_rate=0.5)
+    assert (model(batch) == 0).float().mean() == pytest.approx(0.5, abs=0.15)
+    assert not (model.eval()(batch) == 0).any()
+
+
+class TestStochasticDepth:
+    def test_its_rate_rises_with_depth(self):
+        model = timm.create_model(ARCH, drop_path_rate=0.7)
+        rates = [module.drop_prob for module in model.modules() if isinstance(module, DropPath)]
+        assert rates == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7])
+
+    def test_an_image_skips_the_mixing_of_places_or_has_more_of_it(self):
+        layer = ConvMixer(8, 2, 3, 1, drop_path_rate=0.75).conv_mixer_layers[1]
+        x = torch.randn(64, 8, 4, 4)
+        mixed = layer.norm1(layer.act1(layer.depth_wise_conv(x)))
+        seen = []
+        layer.point_wise_conv.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+        layer(x)
+        skipped = (seen[0] == x).all((1, 2, 3))
+        assert 32 < skipped.sum() < 64
+        torch.testing.assert_close(seen[0][~skipped], (x + 4 * mixed)[~skipped])
+
+    def test_it_is_for_training_alone_and_adds_no_tensors(self, batch):
+        plain = timm.create_model(NAME, pretrained=True).eval()
+        model = timm.create_model(NAME, pretrained=True, drop_path_rate=0.9)
+        assert model.state_dict().keys() == plain.state_dict().keys()
+        assert torch.equal(model.eval()(batch), plain(batch))
+
+    @pytest.mark.parametrize("rate", [-0.1, 1])
+    def test_an_impossible_rate_is_refused(self, rate):
+        message = f"^drop_path_rate is {rate}: give at least 0, less than 1$"
+        with pytest.raises(ModelSizeError, match=message):
+            timm.create_model(ARCH, drop_path_rate=rate)
+
+
+@pytest.mark.parametrize("features_only", [False, True])
+def test_gradient_checkpointing_keeps_the_gradients(features_only, batch):
+    model = timm.create_model(ARCH)
+    gradients = []
+    for enable in (False, True):
+        model.set_grad_checkpointing(enable)
+        model.zero_grad()
+        _, features = model.forward_intermediates(batch) if features_only else (0, [model(batch)])
+        sum(feature.square().sum() for feature in features).backward()
+        gradients.append([p.grad for p in model.parameters() if p.grad is not None])
+    torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.parametrize(
+    ("out_indices", "layers"), [((0, 3, 7), (0, 3, 7)), ((-2, -1), (6, 7)), (2, (6, 7))]
+)
+def test_features_are_those_of_the_layers_asked_for(out_indices, layers, batch):
+    model = timm.create_model(NAME, pretrained=True).eval()
+    features = timm.create_model(
+        NAME, pretrained=True, features_only=True, out_indices=out_indices
+    ).eval()
+    assert features.feature_info.channels() == [256] * len(layers)
+    assert features.feature_info.reduction() == [2] * len(layers)
+    expected = model.forward_intermediates(batch, indices=list(layers), intermediates_only=True)
+    torch.testing.assert_close(features(batch), expected, rtol=0, atol=0)
+    torch.testing.assert_close(torch.jit.script(features)(batch), expected)
+
+
+def test_another_format_of_features_is_refused(batch):
+    message = "^output_fmt is 'NLC': ConvMixer features are 'NCHW'$"
+    with pytest.raises(ModelSizeError, match=message):
+        timm.create_model(ARCH).forward_intermediates(batch, output_fmt="NLC")
+
+
+def test_learning_rates_fall_from_the_head_to_the_stem():
+    model = timm.create_model(ARCH)
+    optimizer = create_optimizer_v2(model, opt="adamw", lr=1.0, layer_decay=0.5)
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    scales = {
+        names[id(parameter)].removesuffix(".weight").removesuffix(".bias"): group["lr_scale"]
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+    }
+    assert scales["classification.linear"] == 1
+    for layer in range(8):
+        for module in ("depth_wise_conv", "norm1", "point_wise_conv", "norm2"):
+            assert scales[f"conv_mixer_layers.{layer}.{module}"] == 0.5 ** (8 - layer)
+    assert scales["patch_emb.conv"] == scales["patch_emb.norm"] == 0.5**9
+
+
+def test_bfloat16_and_channels_last_stay_what_they_are(batch):
+    model = timm.create_model(NAME, pretrained=True).eval()
+    expected = model(batch)
+    images = batch.to(memory_format=torch.channels_last)
+    last = timm.create_model(NAME, pretrained=True).to(memory_format=torch.channels_last).eval()
+    features = last.forward_features(images)
+    assert features.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(last(images), expected, atol=1e-4, rtol=1e-4)
+    half = timm.create_model(NAME, pretrained=True, dtype=torch.bfloat16).eval()
+    assert half.forward_features(batch.bfloat16()).dtype == torch.bfloat16
+    torch.testing.assert_close(half(batch.bfloat16()).float(), expected, atol=0.5, rtol=0.05)
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(model(batch).float(), expected, atol=0.5, rtol=0.05)
+
+
+def test_a_trained_model_is_exported_for_any_number_of_images(batch):
+    model = timm.create_model(NAME, pretrained=True).eval()
+    shapes = ({0: torch.export.Dim("images", min=1, max=64)},)
+    exported = torch.export.export(model, (batch,), dynamic_shapes=shapes).module()
+    images = torch.randn(5, 3, 32, 32)
+    torch.testing.assert_close(exported(images), model(images))
+
+
+@pytest.mark.slow
+def test_a_compiled_model_gives_the_same_logits_and_gradients(batch):
+    model = ConvMixer(16, 2, 5, 2, num_classes=4)
+    compiled = torch.compile(model)
+    outputs = []
+    for run in (model, compiled):
+        model.zero_grad()
+        logits = run(batch)
+        logits.square().sum().backward()
+        outputs.append([logits, *(parameter.grad for parameter in model.parameters())])
+    torch.testing.assert_close(*outputs, atol=1e-4, rtol=1e-3)
+
+
+def test_a_model_from_the_meta_device_can_be_filled(batch):
+    model = timm.create_model(NAME, device="meta")
+    trained = timm.create_model(NAME, pretrained=True).eval()
+    model.to_empty(device="cpu").load_state_dict(trained.state_dict())
+    assert torch.equal(model.eval()(batch), trained(batch))
+
+
+def test_a_trained_model_takes_four_channels(batch):
+    model = timm.create_model(NAME, pretrained=True, in_chans=4).eval()
+    assert model(torch.cat([batch, batch[:, :1]], 1)).shape == (2, 10)
+    with pytest.raises(RuntimeError, match="4 channels"):
+        model(batch)
