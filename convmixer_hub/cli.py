@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import runpy
 import statistics
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -520,3 +521,19 @@ def unbundle_command(kit: Path) -> None:
     """
     for name, file in unbundle(kit).items():
         click.echo(f"{name}: {file}")
+
+
+@main.command(
+    "run-script",
+    context_settings={"allow_interspersed_args": False, "ignore_unknown_options": True},
+)
+@click.argument("script", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED, metavar="[ARGUMENTS]...")
+def run_script_command(script: Path, arguments: tuple[str, ...]) -> None:
+    """Run a Python SCRIPT, such as timm's validate.py, that is to know the models of this package.
+
+    Like `python SCRIPT [ARGUMENTS]...`, but with the models registered.
+    """
+    sys.argv = [str(script), *arguments]
+    sys.path.insert(0, str(script.resolve().parent))  # where python looks for imports first
+    runpy.run_path(str(script), run_name="__main__")

@@ -279,3 +279,26 @@ def test_info_opens_no_pickle(convmixer, tmp_path):
     assert re.search(
         "not a whole safetensors file .*; copy it again; pickles are no", result.stderr
     )
+
+
+def test_a_script_of_anybodys_knows_the_models(run_python, tmp_path):
+    (tmp_path / "helper.py").write_text("NAMES = 'convmixer_cifar*'")
+    script = tmp_path / "list_names.py"
+    script.write_text(
+        "import sys, helper, timm\n"
+        "if __name__ == '__main__':\n"
+        "    print(timm.list_models(helper.NAMES), sys.argv)\n"
+        "    sys.exit(int('--fail' in sys.argv))\n"
+    )
+    code = "import sys; sys.argv = {}; from convmixer_hub.cli import main; main()"
+    command = ["convmixer", "run-script", str(script), "--help", "-x", "1"]
+    output = run_python(code.format(command), PYTHONPATH=str(CHECKOUT))
+    assert output == f"['convmixer_cifar'] {command[2:]}"
+    with pytest.raises(AssertionError):
+        run_python(code.format([*command, "--fail"]), PYTHONPATH=str(CHECKOUT))
+
+
+def test_a_script_that_is_not_there_is_named(convmixer, tmp_path):
+    result = convmixer("run-script", tmp_path / "none.py")
+    assert result.exit_code == 2
+    assert f"File '{tmp_path / 'none.py'}' does not exist." in result.stderr
