@@ -1,5 +1,10 @@
 """The models do what timm's users expect of any model of timm's."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import timm
 import torch
@@ -8,8 +13,28 @@ from timm.optim import create_optimizer_v2
 
 from convmixer_hub import ConvMixer, ModelSizeError
 
+from .conftest import CHECKOUT
+
 NAME = "convmixer_cifar.cifar10"
 ARCH = "convmixer_96_8_ks5_p1"
+TIMM_SOURCE = os.environ.get("TIMM_SOURCE")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not TIMM_SOURCE, reason="TIMM_SOURCE names no unpacked source of timm")
+def test_timms_own_tests_pass(tmp_path):
+    tests = Path(TIMM_SOURCE, "tests", "test_models.py")
+    options = ["-p", "timm_names", "-p", "no:cacheprovider", "-W", "ignore", "-q", "-rs"]
+    options += ["-c", str(Path(TIMM_SOURCE, "pyproject.toml"))]
+    result = subprocess.run(
+        [sys.executable, "-m", "pytest", *options, tests],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": f"{CHECKOUT}{os.pathsep}{CHECKOUT / 'tests'}"},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stdout
+    assert "skipped" not in result.stdout, result.stdout
 
 
 @pytest.mark.parametrize(
