@@ -430,8 +430,9 @@ def doctor_command(name: str | None) -> None:
 def convert_command(name: str, output: Path, layout: str, activation: str | None) -> None:
     """Write the ConvMixer IN to the safetensors file OUT, with the keys of another layout.
 
-    IN is a model's name, a folder, or a file, in any layout: safetensors, or a .pth (opened with
-    weights_only=True; of several state dicts in it, a moving average comes first).
+    IN is a model's name, a folder, a repository of the Hub as in `info`, or a file, in any layout:
+    safetensors, or a .pth (opened with weights_only=True; of several state dicts in it, a moving
+    average comes first).
     """
     written = convert(name, output, layout, activation)
     part = f" ({written.part} of it)" if written.part else ""
@@ -444,7 +445,11 @@ def convert_command(name: str, output: Path, layout: str, activation: str | None
 @main.command("info")
 @click.argument("name")
 def info_command(name: str) -> None:
-    """Say what the checkpoint NAME (a model, a folder or a safetensors file) holds and loads as."""
+    """Say what the checkpoint NAME holds, and what happens when it is loaded.
+
+    NAME is a model, a folder, a file (safetensors, or a .pth, opened with weights_only=True), or a
+    repository of the Hub: hf-hub:OWNER/NAME[@REVISION], or without the prefix.
+    """
     _print_table([list(row) for row in describe(name).items()])
 
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from .checkpoint import (
     CONFIG_FILE,
     WEIGHTS_FILE,
+    CheckpointRecord,
     check_finite,
     check_safetensors,
     find_checkpoint,
@@ -27,9 +28,30 @@ from .errors import CheckpointError, UnknownModelError, first_line
 from .files import replacing
 from .layouts import ALIASES, LAYOUTS, check_fit, convert_layout, detect_layout
 from .model import ACTIVATIONS, ConvMixer, name_activation
+from .repository import PREFIX, Repository
+from .zoo import REPOSITORIES
 
 # Where training programs keep the state dict in a file of theirs; like timm, averages first.
 WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model_state_dict", "model", "net")
+# What OWNER/NAME ends with where it is a path.
+_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".tar", ".ckpt")
+
+
+@dataclass(frozen=True)
+class Source:
+    """A file of weights, and where it is from.
+
+    Attributes:
+        file: The file.
+        name: What timm's `create_model` calls it; empty for a file alone.
+        config: The configuration that belongs to it, as in `config.json`.
+        record: What it was verified against, if it is on record.
+    """
+
+    file: Path
+    name: str = ""
+    config: dict[str, Any] = field(default_factory=dict)
+    record: CheckpointRecord | None = None
 
 
 @dataclass(frozen=True)
@@ -37,7 +59,7 @@ class Checkpoint:
     """A state dict as it stands in a file, and what is known of it.
 
     Attributes:
-        file: The file.
+        source: The file.
         tensors: The state dict, in its own layout.
         layout: A key of `LAYOUTS`.
         part: Where in the file the state dict is, such as `model_ema`; empty if it is all of it.
@@ -46,7 +68,7 @@ class Checkpoint:
         metadata: The metadata of a safetensors file.
     """
 
-    file: Path
+    source: Source
     tensors: dict[str, Tensor]
     layout: str
     part: str = ""
@@ -61,23 +83,24 @@ class Checkpoint:
         return sum(t.numel() for key, t in self.tensors.items() if not key.endswith(statistics))
 
 
-def read_checkpoint(name: str, pickles: bool = False) -> Checkpoint:
-    """Read the weights of a trained model, of a folder or of a file, in any layout.
+def read_checkpoint(name: str) -> Checkpoint:
+    """Read the weights of a trained model, a folder, a file or a repository, in any layout.
 
     Args:
-        name: A trained model's name, a folder with `config.json` and `model.safetensors`, or a
-            file.
-        pickles: Also open files of `torch.save`, with `weights_only=True`.
+        name: A trained model's name, a folder with `config.json` and `model.safetensors`, such a
+            repository of the Hub (`hf-hub:OWNER/NAME[@REVISION]`, or without the prefix), or a
+            file: safetensors, or of `torch.save`, which is opened with `weights_only=True`.
 
     Raises:
         UnknownModelError: If there is nothing of this name.
         CheckpointError: If there is no whole ConvMixer of any layout in it; the first tensor that
             is wrong is named.
     """
-    file, config = _find(name)
+    source = _find(name)
+    file, config = source.file, source.config
     content: dict[str, Any] = {}
     part, metadata = "", {}
-    if file.suffix == ".safetensors" or not pickles:
+    if file.suffix == ".safetensors":
         metadata = check_safetensors(file)
         tensors = safetensors.torch.load_file(file)
     else:
@@ -105,28 +128,62 @@ def read_checkpoint(name: str, pickles: bool = False) -> Checkpoint:
     shapes = {key: tensor.shape for key, tensor in model.state_dict().items()}
     check_fit(converted, shapes, str(file), tensors)
     check_finite(tensors, str(file))
-    return Checkpoint(file, tensors, layout, part, arch, activation, metadata)
+    return Checkpoint(source, tensors, layout, part, arch, activation, metadata)
 
 
-def _find(name: str) -> tuple[Path, dict[str, Any]]:
-    """Find the file of weights, and the configuration that belongs to it."""
+def _find(name: str) -> Source:
+    """Find a file of weights; a known name is no path, and a path that exists no repository."""
+    path, repository = Path(name), Repository.parse(name)
+    if name.startswith(PREFIX):
+        if repository is None:
+            raise UnknownModelError(f"{name}: is no repository; give {PREFIX}OWNER/NAME[@REVISION]")
+        return _find_in_repository(repository)
+    if repository and not path.exists() and path.suffix not in _SUFFIXES:
+        try:
+            return _find_in_repository(repository)
+        except CheckpointError as error:
+            raise CheckpointError(f"{name}: no file or folder, and {error}") from None
     try:
         record = get_record(name)
     except UnknownModelError as error:
-        path = Path(name)
         if not path.exists():
             raise UnknownModelError(f"no file or folder, and {error}") from None
     else:
-        return find_checkpoint(name), {"architecture": record.name.partition(".")[0]}
-    file = path / WEIGHTS_FILE if path.is_dir() else path
+        return _find_recorded(record, record.name)
+    if path.is_dir():
+        file, timm_name = path / WEIGHTS_FILE, f"local-dir:{name}"
+    else:
+        file, timm_name = path, ""
     config_file = file.with_name(CONFIG_FILE)
-    if file.name != WEIGHTS_FILE or not config_file.exists():
-        return file, {}
+    has_config = file.name == WEIGHTS_FILE and config_file.exists()
+    return Source(file, timm_name, _read_config(config_file) if has_config else {})
+
+
+def _find_recorded(record: CheckpointRecord, timm_name: str) -> Source:
+    config = {"architecture": record.name.partition(".")[0]}
+    return Source(find_checkpoint(record.name), timm_name, config, record)
+
+
+def _find_in_repository(repository: Repository) -> Source:
+    timm_name = f"{PREFIX}{repository}"
+    if known := REPOSITORIES.get(str(repository)):  # so do timm's loads by this name
+        return _find_recorded(get_record(known), timm_name)
+    file = repository.find_file(WEIGHTS_FILE)
+    if file is None:
+        raise CheckpointError(
+            f"{timm_name}: has no {WEIGHTS_FILE}; pickles are not taken from the Hub, download one "
+            "and give its path"
+        )
+    config_file = repository.find_file(CONFIG_FILE)
+    return Source(file, timm_name, _read_config(config_file)) if config_file else Source(file)
+
+
+def _read_config(file: Path) -> dict[str, Any]:
     try:
-        return file, dict(json.loads(config_file.read_text()))
+        return dict(json.loads(file.read_text()))
     except (OSError, ValueError, TypeError) as error:
         raise CheckpointError(
-            f"{config_file}: is not a model's configuration ({first_line(error)}); "
+            f"{file}: is not a model's configuration ({first_line(error)}); "
             "mend it, or move the weights elsewhere"
         ) from None
 
@@ -213,15 +270,16 @@ def choose_activation(checkpoint: Checkpoint, activation: str | None) -> str:
     Raises:
         CheckpointError: If nothing tells it, or the caller says another than the checkpoint.
     """
+    file = checkpoint.source.file
     if activation and checkpoint.activation and activation != checkpoint.activation:
         raise CheckpointError(
-            f"{checkpoint.file}: was trained with {checkpoint.activation}, not {activation}; "
+            f"{file}: was trained with {checkpoint.activation}, not {activation}; "
             "leave --activation out"
         )
     chosen = activation or checkpoint.activation
     if chosen is None:
         raise CheckpointError(
-            f"{checkpoint.file}: nothing in it tells the activation; "
+            f"{file}: nothing in it tells the activation; "
             f"give --activation {' or '.join(ACTIVATIONS)}"
         )
     return chosen
@@ -233,7 +291,7 @@ def convert(name: str, output: Path, layout: str, activation: str | None = None)
     The file's metadata says the activation, the layout and, where it is known, the architecture.
 
     Args:
-        name: As in `read_checkpoint`; pickles are opened.
+        name: As in `read_checkpoint`.
         output: The file to write, replaced whole or not at all.
         layout: A key of `LAYOUTS` or `ALIASES`.
         activation: A key of `ACTIVATIONS`; needed where nothing in the checkpoint tells it.
@@ -250,7 +308,7 @@ def convert(name: str, output: Path, layout: str, activation: str | None = None)
         raise CheckpointError(
             f"{output}: is written as safetensors; give it a name in .safetensors"
         )
-    checkpoint = read_checkpoint(name, pickles=True)
+    checkpoint = read_checkpoint(name)
     layout = ALIASES.get(layout, layout)
     metadata = {
         "format": "pt",
@@ -272,7 +330,7 @@ def convert(name: str, output: Path, layout: str, activation: str | None = None)
         ) from None
     return replace(
         checkpoint,
-        file=output,
+        source=Source(output),
         tensors=tensors,
         layout=layout,
         activation=metadata["activation"],

@@ -64,7 +64,7 @@ CLASSIFIER = "classification.linear"
 FIRST_CONV = "patch_emb.conv"
 
 # The trained model in each Hub repository, as timm may name it.
-_REPOSITORIES = {
+REPOSITORIES = {
     repository: record.name
     for record in RECORDS.values()
     for repository in (record.repo_id, f"{record.repo_id}@{record.revision}")
@@ -188,7 +188,7 @@ def _find_known(trained: PretrainedCfg, overlay: dict[str, Any]) -> str | None:
         other = overlay.get("hf_hub_filename")
     else:
         other = trained.state_dict or trained.file or trained.hf_hub_filename
-    return None if other else _REPOSITORIES.get(trained.hf_hub_id or "")
+    return None if other else REPOSITORIES.get(trained.hf_hub_id or "")
 
 
 def _choose_labels(

@@ -1,0 +1,196 @@
+"""`convmixer info` on repositories of the Hub and on files of `torch.save`."""
+
+import argparse
+import hashlib
+import shutil
+import socket
+
+import pytest
+import safetensors.torch
+import timm
+import torch
+from huggingface_hub import constants
+from timm.models.convmixer import ConvMixer as TimmConvMixer
+
+from convmixer_hub import CheckpointError, UnknownModelError, checkpoint, get_record
+from convmixer_hub.checkpoint import save_model
+from convmixer_hub.info import describe
+
+from .conftest import use_endpoint
+from .hub_server import error
+
+NAME = "convmixer_cifar.cifar10"
+ARCH = "convmixer_96_8_ks5_p1"
+MISSING = "does not exist, or is private \\(HTTP 401\\); check the name, or log in with `hf auth"
+
+
+@pytest.fixture
+def somebodys(hub, tmp_path):
+    """A repository with a model of somebody's, `somebody/small`; give its files."""
+    save_model(timm.create_model(ARCH, num_classes=7), tmp_path / "small", {})
+    files = {file.name: file.read_bytes() for file in (tmp_path / "small").iterdir()}
+    hub.repositories["somebody/small"] = {"main": files, "v2": files}
+    return files
+
+
+@pytest.mark.parametrize("prefix", ["hf-hub:", ""])
+@pytest.mark.parametrize("revision", ["", "@v2"])
+def test_a_repository_is_described_and_the_call_loads_it(prefix, revision, somebodys):
+    info = describe(f"{prefix}somebody/small{revision}")
+    digest = hashlib.sha256(somebodys["model.safetensors"]).hexdigest()
+    assert info["sha256"] == f"{digest}, not on record"
+    assert info["layout"] == "ours"
+    assert info["arch"] == ARCH
+    assert info["activation"] == "gelu"
+    assert info["tensors"] == "104 float32, 17 int64"
+    assert info["size"].endswith("7 classes")
+    assert info["on load"] == "every tensor as it is"
+    assert (
+        info["loads by"] == f"timm.create_model('hf-hub:somebody/small{revision}', pretrained=True)"
+    )
+    model = eval(info["loads by"])
+    expected = safetensors.torch.load(somebodys["model.safetensors"])
+    torch.testing.assert_close(model.state_dict(), expected, atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["hf-hub:convmixer-hub/{}", "convmixer-hub/{}@v1"])
+def test_a_repository_on_record_is_verified(name, hub):
+    info = describe(name.format(NAME))
+    assert info["sha256"] == f"{get_record(NAME).sha256}, as on record"
+    assert info["loads by"].startswith(f"timm.create_model('hf-hub:convmixer-hub/{NAME}")
+    hub.repositories[f"convmixer-hub/{NAME}"]["v1"]["model.safetensors"] = b"another"
+    shutil.rmtree(constants.HF_HUB_CACHE)
+    with pytest.raises(CheckpointError, match="not to be trusted"):
+        describe(name.format(NAME))
+
+
+def test_changes_on_load_are_told(hub, tmp_path):
+    timms = TimmConvMixer(96, 8, 5, 1, num_classes=10).bfloat16()
+    tensors = safetensors.torch.save(timms.state_dict(), {"activation": "gelu", "by": "me"})
+    save_model(timm.create_model(ARCH), tmp_path, {})
+    config = (tmp_path / "config.json").read_bytes()
+    hub.repositories["a/b"] = {"main": {"config.json": config, "model.safetensors": tensors}}
+    info = describe("hf-hub:a/b")
+    assert (
+        info["on load"] == "keys renamed from layout timm; torch.bfloat16 turned into torch.float32"
+    )
+    assert info["metadata"] == "activation=gelu, by=me"
+    assert info["tensors"] == "104 bfloat16, 17 int64"
+
+
+def test_what_a_load_would_refuse_is_refused(somebodys, hub):
+    config = somebodys["config.json"].replace(ARCH.encode(), b"convmixer_cifar")
+    hub.repositories["somebody/small"]["main"] = {**somebodys, "config.json": config}
+    with pytest.raises(CheckpointError, match="'patch_emb.conv.weight' has shape .*; use the chec"):
+        describe("hf-hub:somebody/small")
+
+
+def test_a_repository_without_a_configuration_is_a_file(somebodys, hub):
+    del somebodys["config.json"]
+    info = describe("somebody/small")
+    assert info["arch"] == "not told"
+    assert info["loads by"].startswith(f"timm.create_model('{ARCH}', num_classes=7, checkpoint_pa")
+
+
+def no_network(hub, monkeypatch):
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        use_endpoint(monkeypatch, f"http://127.0.0.1:{unused.getsockname()[1]}")
+
+
+def offline(hub, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+
+
+@pytest.mark.parametrize(
+    ("name", "arrange", "message"),
+    [
+        ("hf-hub:no/such", None, f"^http://[^ ]*/no/such {MISSING}"),
+        ("no/such", None, f"^no/such: no file or folder, and http://[^ ]*/no/such {MISSING}"),
+        ("somebody/small@v9", None, "/somebody/small has no revision 'v9'; name one that it has$"),
+        (
+            "hf-hub:somebody/small",
+            no_network,
+            "cannot be read \\(.*\\); check the network and HF_E",
+        ),
+        ("hf-hub:somebody/small", offline, "not in the Hub's cache, and HF_HUB_OFFLINE forbids"),
+        (
+            "hf-hub:somebody/small",
+            lambda hub, _: hub.repositories["somebody/small"]["main"].pop("model.safetensors"),
+            "^hf-hub:somebody/small: has no model.safetensors; pickles are not taken from the Hub",
+        ),
+        (
+            "hf-hub:somebody/small",
+            lambda hub, _: hub.order(error(403)),
+            "is closed to you \\(HTTP 403\\); ask its owner for access, or use a token that has",
+        ),
+        (
+            "hf-hub:somebody/small",
+            lambda hub, _: hub.order(error(400)),
+            "cannot be read \\(HTTP 400 Bad Request\\); try again later$",
+        ),
+    ],
+)
+def test_a_repository_that_cannot_be_read_is_one_line(
+    name, arrange, message, somebodys, hub, monkeypatch
+):
+    if arrange:
+        arrange(hub, monkeypatch)
+    with pytest.raises(CheckpointError, match=message) as refusal:
+        describe(name)
+    assert "\n" not in str(refusal.value)
+
+
+def test_a_repository_in_the_cache_needs_no_network(somebodys, monkeypatch):
+    described = describe("hf-hub:somebody/small")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert describe("hf-hub:somebody/small") == described
+
+
+@pytest.mark.parametrize("name", ["hf-hub:small", "hf-hub:a/b/c", "hf-hub:"])
+def test_what_can_be_no_repository_is_named(name):
+    with pytest.raises(UnknownModelError, match=f"^{name}: is no repository; give hf-hub:OWNER/"):
+        describe(name)
+
+
+def test_a_path_that_exists_is_no_repository(tmp_path, monkeypatch):
+    save_model(timm.create_model(ARCH), tmp_path / "runs" / "mine", {})
+    monkeypatch.chdir(tmp_path)
+    expected = "timm.create_model('local-dir:runs/mine', pretrained=True)"
+    assert describe("runs/mine")["loads by"] == expected
+    with pytest.raises(UnknownModelError, match="^no file or folder, and no trained weights are n"):
+        describe("runs/mine.pth")
+
+
+def test_a_file_of_a_training_program_is_read_with_weights_only(tmp_path):
+    model = timm.create_model(ARCH)
+    content = {
+        "arch": ARCH,
+        "state_dict": model.state_dict(),
+        "state_dict_ema": model.state_dict(),
+        "args": argparse.Namespace(lr=1),
+    }
+    file = tmp_path / "last.pth.tar"
+    torch.save(content, file)
+    info = describe(str(file))
+    assert info["file"] == f"{file} (state_dict_ema of it)"
+    assert info["loads by"] == f"convmixer convert {file} OUT.safetensors --layout ours"
+    torch.save(model.state_dict(), file)
+    assert describe(str(file))["loads by"].endswith(" --layout ours --activation gelu|relu")
+    torch.save(model, file)
+    with pytest.raises(
+        CheckpointError, match="last.pth.tar: cannot be read with weights_only=True"
+    ):
+        describe(str(file))
+
+
+def test_a_file_on_record_is_hashed_once(monkeypatch):
+    hashed = []
+    find_fault = checkpoint._find_fault
+    monkeypatch.setattr(
+        checkpoint,
+        "_find_fault",
+        lambda *arguments: hashed.append(arguments) or find_fault(*arguments),
+    )
+    describe(NAME)
+    assert len(hashed) == 1
