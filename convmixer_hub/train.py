@@ -218,7 +218,6 @@ def train(
         raise DataError(
             f"{data_dir}: has one class alone, {images.classes[0]}; there is nothing to tell apart"
         )
-    validation = _load_validation(settings, data_dir, images)
     identity = {
         "settings": asdict(settings),
         "classes": list(images.classes),
@@ -239,6 +238,7 @@ def train(
 
     with ExitStack() as open_files, join_processes() as device:
         state = ask_first_process(begin)
+        validation = _load_validation(settings, data_dir, images)
         progress = progress and get_rank() == 0
         run = _Run(settings, folder, state, images, validation, device, skip_damaged, progress)
         while state["epoch"] < settings.epochs:
