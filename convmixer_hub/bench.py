@@ -113,8 +113,11 @@ def bench_finetune(
     """
     arch = get_record(name).name.partition(".")[0]
     images = load_images(data_dir, "train")
-    if not isinstance(images, ImageFolder) or not has_split(data_dir, "test"):
+    has_test = any(has_split(data_dir, split) for split in ("test", "validation"))
+    if not isinstance(images, ImageFolder) or not has_test:
         raise DataError(f"{data_dir}: has no class folders in train/ and test/; make them")
+    if load_images(data_dir, "test").classes != images.classes:
+        raise DataError(f"{data_dir}: has other classes for testing than for training; mend that")
     for seed in range(seeds):
         with TemporaryDirectory() as scratch:
             folder = Path(scratch)

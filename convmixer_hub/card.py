@@ -21,7 +21,7 @@ from huggingface_hub import EvalResult, ModelCardData
 from torch import Tensor
 
 from .checkpoint import CONFIG_FILE, RECORDS
-from .data import make_loader
+from .data import has_split, make_loader
 from .depthwise import DepthWiseConv2d
 from .errors import CheckpointError, DataError, first_line
 from .evaluate import (
@@ -93,6 +93,13 @@ def write_card(
     output = Path(output or folder)
     _make_writable(output)
     config = json.loads((folder / CONFIG_FILE).read_text())
+    settings = config.get("training", {})
+    chosen_on_validation = settings.get("keep_best") and not settings.get("held_out")
+    if chosen_on_validation and not has_split(data_dir, "test"):
+        raise DataError(
+            f"{data_dir}: has no test images but those for validation, by which the epoch was "
+            "chosen; give data with test images"
+        )
     metrics = _read_metrics(folder / METRICS_FILE)
     notes = _read_notes(folder / NOTES_FILE)
 
@@ -210,8 +217,9 @@ def _training_section(
         facts.append(f"Machine: {config['machine']}")
     if "held_out_top1" in metrics:
         choose = max if settings.get("keep_best") else operator.itemgetter(-1)
+        images = "held-out training" if settings.get("held_out", 1) else "validation"
         facts.append(
-            f"Top-1 on held-out training images: {choose(metrics['held_out_top1']):.2f} %"
+            f"Top-1 on {images} images: {choose(metrics['held_out_top1']):.2f} %"
             + (", by which the epoch was chosen" if settings.get("keep_best") else "")
         )
     if facts:

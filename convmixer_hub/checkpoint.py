@@ -59,6 +59,9 @@ MODEL_FILES = (
     "*.png",
 )
 
+# The user's own images, which are nobody else's business.
+MISTAKES_FILE = "mistakes.png"
+
 _OWN_COPY = "reinstall the package and unset CONVMIXER_HUB_SOURCE to use its own copy"
 
 
@@ -400,7 +403,11 @@ def _find_fault(path: Path, record: CheckpointRecord) -> str | None:
 def is_model_file(path: PurePath) -> bool:
     """Tell whether a path within a model's folder is that of one of `MODEL_FILES`."""
     is_visible = len(path.parts) == 1 and not path.name.startswith(".")
-    return is_visible and any(path.match(pattern) for pattern in MODEL_FILES)
+    return (
+        is_visible
+        and path.name != MISTAKES_FILE
+        and any(path.match(pattern) for pattern in MODEL_FILES)
+    )
 
 
 def read_model_files(folder: Path) -> dict[Path, bytes]:

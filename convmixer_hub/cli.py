@@ -318,6 +318,11 @@ _skip_damaged_option = click.option(
 )
 
 
+def _as_folder(path: Path) -> str:
+    """Write a path such that it is not taken for a model's name."""
+    return str(path) if len(path.parts) > 1 else f"./{path}"
+
+
 @contextmanager
 def _stopping_at(run: Path) -> Iterator[None]:
     """Say after Ctrl-C what becomes of a run."""
@@ -357,7 +362,8 @@ def train_command(
         train(TrainingSettings(model, **settings), data, output, continue_from, skip_damaged)
     if get_rank() == 0:
         click.echo(
-            f"{output}: finished; measure it with: convmixer evaluate {output} --data {data}"
+            f"{output}: finished; measure it with: "
+            f"convmixer evaluate {_as_folder(output)} --data {data}"
         )
 
 
@@ -365,16 +371,10 @@ def train_command(
 @click.argument("name")
 @_data_option
 @_output_option
-@click.option(
-    "--validation-share",
-    default=0.2,
-    show_default=True,
-    help="Share of the training images to hold out, if the data has none for validation.",
-)
 @_settings_options(FINETUNE_OPTIONS, with_defaults=False)
 @_skip_damaged_option
 def finetune_command(
-    name: str, data: Path, output: Path, validation_share: float, skip_damaged: bool, **changes: Any
+    name: str, data: Path, output: Path, skip_damaged: bool, **changes: Any
 ) -> None:
     """Teach NAME (a model or a folder) the classes of other images; resumed by the same command.
 
@@ -383,12 +383,12 @@ def finetune_command(
     for the data.
     """
     with _stopping_at(output):
-        settings = choose_settings(name, data, validation_share, **changes)
+        settings = choose_settings(name, data, **changes)
         result = finetune(settings, data, output, skip_damaged)
     if get_rank() == 0:
         click.echo(
             f"{output}: top-1 {result.top1:.2f} % ({result.correct} of {result.count} images for "
-            f"validation right); use it with: convmixer predict IMAGE --model {output}"
+            f"validation right); use it with: convmixer predict IMAGE --model {_as_folder(output)}"
         )
 
 
@@ -530,7 +530,7 @@ def unbundle_command(kit: Path) -> None:
 
 @main.command(
     "run-script",
-    context_settings={"allow_interspersed_args": False, "ignore_unknown_options": True},
+    context_settings={"allow_interspersed_args": False},
 )
 @click.argument("script", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED, metavar="[ARGUMENTS]...")

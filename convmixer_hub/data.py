@@ -14,6 +14,7 @@ from __future__ import annotations
 import copy
 import io
 import json
+import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -29,12 +30,8 @@ from tqdm import tqdm
 
 from .errors import DataError, first_line
 
-# What each split may be called. Without test images, those for validation take their place.
-SPLITS = {
-    "train": ("train",),
-    "validation": ("validation", "val"),
-    "test": ("test", "val", "validation"),
-}
+# What each split may be called.
+SPLITS = {"train": ("train",), "validation": ("validation", "val"), "test": ("test",)}
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -152,7 +149,7 @@ class ParquetImages(LabelledImages):
     def _class_names(self, metadata: Mapping[bytes, bytes] | None) -> list[str]:
         try:
             info = json.loads((metadata or {})[b"huggingface"])
-            return list(info["info"]["features"]["label"]["names"])
+            return [str(name) for name in info["info"]["features"]["label"]["names"]]
         except (KeyError, TypeError, ValueError):
             known = [label for label in self.labels if isinstance(label, int)]
             return [str(label) for label in range(max(known, default=-1) + 1)]
@@ -176,7 +173,8 @@ def load_images(
 
     Args:
         data_dir: Folder with one of the layouts named at the top of this module.
-        split: `train`, `validation` or `test`.
+        split: `train`, `validation` or `test`; without test images, those for validation take
+            their place.
         transform: Applied to each RGB image.
 
     Raises:
@@ -186,15 +184,7 @@ def load_images(
     if not folder.is_dir():
         raise DataError(f"{folder}: no such folder; give the folder that holds the data set")
 
-    parquet_files = sorted(folder.rglob("*.parquet"))
-    names = SPLITS[split]
-    if parquet_files:
-        for name in names:
-            files = [file for file in parquet_files if file.name.startswith(name)]
-            if files:
-                return ParquetImages(files, transform)
-        raise DataError(f"{folder}: holds parquet files, but none named {split}-*.parquet")
-    if (folder / datasets.CIFAR10.base_folder).is_dir():
+    if (folder / datasets.CIFAR10.base_folder).is_dir() and split != "validation":
         try:
             return datasets.CIFAR10(str(folder), train=split == "train", transform=transform)
         except (RuntimeError, OSError, EOFError) as error:
@@ -202,29 +192,76 @@ def load_images(
                 f"{folder / datasets.CIFAR10.base_folder}: incomplete or damaged "
                 f"({first_line(error)}); download it again with torchvision.datasets.CIFAR10"
             ) from None
-    places = [folder / name for name in names]
-    if split == "train" and not any(has_split(folder, other) for other in SPLITS):
-        places += [folder] * any(file.is_dir() for file in folder.iterdir())
-    for place in places:
-        if place.is_dir():
-            try:
-                return datasets.ImageFolder(str(place), transform, loader=open_image)
-            except OSError as error:
-                raise DataError(
-                    f"{place}: {first_line(error)}; give class folders with images"
-                ) from None
-    raise DataError(
-        f"{folder}: no data set found; expected {split}-*.parquet files, torchvision's "
-        f"{datasets.CIFAR10.base_folder}, or class folders {names[0]}/<class>/*.png"
-    )
+    places = _find_split(folder, split)
+    if not places and split == "test":
+        places = _find_split(folder, "validation")
+    if not places and split == "train" and not any(_find_split(folder, name) for name in SPLITS):
+        places = _find_bare_classes(folder)
+    if not places and any(folder.rglob("*.parquet")):
+        raise DataError(f"{folder}: holds parquet files, but none named {split}-*.parquet")
+    if not places:
+        raise DataError(
+            f"{folder}: no data set found; expected {split}-*.parquet files, torchvision's "
+            f"{datasets.CIFAR10.base_folder}, or class folders {SPLITS[split][0]}/<class>/*.png"
+        )
+    if places[0].suffix == ".parquet":
+        return ParquetImages(places, transform)
+    try:
+        return _ClassFolders(str(places[0]), transform, loader=open_image)
+    except OSError as error:
+        raise DataError(
+            f"{places[0]}: {first_line(error)}; give class folders with images"
+        ) from None
 
 
 def has_split(data_dir: str | Path, split: str) -> bool:
-    """Tell whether a data set of parquet files or class folders has a split, as `load_images`."""
+    """Tell whether a data set has images of its own for a split."""
     folder = Path(data_dir)
-    return any(
-        (folder / name).is_dir() or any(folder.rglob(f"{name}*.parquet")) for name in SPLITS[split]
-    )
+    if (folder / datasets.CIFAR10.base_folder).is_dir():
+        return split != "validation"
+    return bool(_find_split(folder, split))
+
+
+def _find_split(folder: Path, split: str) -> list[Path]:
+    """Find the parquet files or else the folder of a split; nothing if there is neither."""
+    parquet_files = sorted(folder.rglob("*.parquet"))
+    for name in SPLITS[split]:
+        if parquet_files:
+            pattern = re.compile(rf"{name}([-_]?\d.*)?\.parquet")
+            places = [file for file in parquet_files if pattern.fullmatch(file.name)]
+        else:
+            places = [place for place in [folder / name] if place.is_dir()]
+        if places:
+            return places
+    return []
+
+
+def _find_bare_classes(folder: Path) -> list[Path]:
+    """Take a folder for class folders without a split, unless they look like splits themselves."""
+    classes = [place for place in sorted(folder.iterdir()) if _is_visible_folder(place)]
+    for place in classes:
+        if any(_is_visible_folder(inner) for inner in place.iterdir()):
+            raise DataError(
+                f"{place}: holds folders, so it is no class folder; name the splits of a data set "
+                "train, val and test, and the class folders in them"
+            )
+    return [folder] if classes else []
+
+
+def _is_visible_folder(place: Path) -> bool:
+    return place.is_dir() and not place.name.startswith(".")
+
+
+class _ClassFolders(datasets.ImageFolder):
+    """Class folders; hidden ones, such as those of thumbnails or notebooks, are none."""
+
+    def find_classes(self, directory: str) -> tuple[list[str], dict[str, int]]:
+        classes = [
+            place.name for place in sorted(Path(directory).iterdir()) if _is_visible_folder(place)
+        ]
+        if not classes:
+            return super().find_classes(directory)  # torchvision's own refusal
+        return classes, {name: label for label, name in enumerate(classes)}
 
 
 def hold_out(count: int, size: int, seed: int) -> tuple[list[int], list[int]]:

@@ -16,8 +16,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 from torchvision.transforms.functional import to_pil_image
 
+from .checkpoint import MISTAKES_FILE, get_record
 from .data import eval_transform, has_split, load_images, read_images
-from .errors import TrainingError
+from .errors import UnknownModelError
 from .evaluate import Evaluation, collect_probabilities, count_confusions
 from .figures import draw_confusion, draw_predictions
 from .files import write_file
@@ -28,6 +29,7 @@ from .zoo import get_label_names, load_trained
 
 # The settings that one may choose for oneself.
 FINETUNE_OPTIONS = (
+    "held_out",
     "epochs",
     "batch_size",
     "optimizer",
@@ -43,52 +45,47 @@ FINETUNE_OPTIONS = (
     "ema_decay",
     "seed",
 )
-CONFUSION_FILE = "confusion.png"
-MISTAKES_FILE = "mistakes.png"
+CONFUSION_FILE = "validation_confusion.png"
 MISTAKES_SHOWN = 20
 FEW_IMAGES = 5000
 LEAST_STEPS = 200
 
 
-def choose_settings(
-    name: str, data_dir: str | Path, validation_share: float = 0.2, **changes: Any
-) -> TrainingSettings:
+def choose_settings(name: str, data_dir: str | Path, **changes: Any) -> TrainingSettings:
     """Choose how to fine-tune, for the data at hand.
 
     Args:
         name: The trained model, as in `zoo.load_trained`.
         data_dir: Folder of the data set, see `data.load_images`.
-        validation_share: Share of the training images to hold out, if the data set has no images
-            for validation.
-        changes: Settings to be different from what would be chosen; None for no change.
+        changes: Settings to be different from what would be chosen; None for no change. By
+            default a fifth of the training images is held out, if there are none for validation.
 
     Raises:
         DataError: If the data cannot be read.
         TrainingError: If a setting cannot be.
     """
-    if not 0 < validation_share < 1:
-        raise TrainingError(
-            f"validation_share is {validation_share}: give a number between 0 and 1"
-        )
-    count, held_out = len(load_images(data_dir, "train")), 0
-    if not has_split(data_dir, "validation"):
-        held_out = max(1, round(validation_share * count))
+    try:
+        name = get_record(name).name
+    except UnknownModelError:
+        name = str(Path(name).absolute()) if Path(name).is_dir() else name
+    changes = {setting: value for setting, value in changes.items() if value is not None}
+    count = len(load_images(data_dir, "train"))
+    fifth = 0 if has_split(data_dir, "validation") else max(1, round(count / 5))
+    held_out = changes.setdefault("held_out", fifth)
     kept = max(1, count - held_out)
     few = kept < FEW_IMAGES
-    batch_size = min(50, max(2, 2 * (kept // 8)))  # even, as mixup and cutmix want it
+    # Even by default, as mixup and cutmix want it.
+    batch_size = changes.setdefault("batch_size", min(50, max(2, 2 * (kept // 8))))
     settings: dict[str, Any] = {
-        "epochs": max(10, math.ceil(LEAST_STEPS * batch_size / kept)),
+        "epochs": max(10, math.ceil(LEAST_STEPS / max(1, kept // batch_size))),
         "final_share": 1.0,  # the learning rate falls from the start, and images are seen whole
-        "batch_size": batch_size,
         "optimizer": "adamw",
         "learning_rate": 0.01,
         "layer_decay": 0.8,
         "rand_augment": "rand-m5-n1-mstd0.5-inc1" if few else "",
         "random_erasing": 0.25 if few else 0.0,
-        "held_out": held_out,
     }
-    settings |= {name: value for name, value in changes.items() if value is not None}
-    return TrainingSettings(name, **settings, pretrained=True, keep_best=True)
+    return TrainingSettings(name, **settings | changes, pretrained=True, keep_best=True)
 
 
 def finetune(
@@ -100,9 +97,9 @@ def finetune(
 ) -> Evaluation:
     """Fine-tune a trained model, or go on with that if it was interrupted.
 
-    Beside what `train` writes, the run folder gets `confusion.png`, the counts of what was taken
-    for what among the validation images, and `mistakes.png`, where the model was surest of a wrong
-    class.
+    Beside what `train` writes, the run folder gets `validation_confusion.png`, the counts of what
+    was taken for what among the validation images, and `mistakes.png`, where the model was surest
+    of a wrong class.
 
     Args:
         settings: From `choose_settings`.
@@ -121,7 +118,7 @@ def finetune(
         DataError: As `train` does, and if matplotlib is not installed.
     """
     folder = train(settings, data_dir, output, None, skip_damaged, progress)
-    model = load_trained(str(folder))
+    model = load_trained(str(folder.absolute()))  # which no model is called, unlike the folder
     config = resolve_model_data_config(model)
     images, labels, _ = read_images(
         load_validation(settings, data_dir), eval_transform(config), skip_damaged, progress

@@ -164,7 +164,8 @@ def save_results(folder: Path, model: nn.Module, state: dict[str, Any], at_peak:
     """
     config = {
         "label_names": state["classes"],
-        "training": state["settings"],
+        # Of a folder the name alone: the rest of the path is of this machine.
+        "training": {**state["settings"], "model": Path(state["settings"]["model"]).name},
         "machine": state["machine"],
     }
     with _naming_failures(folder):

@@ -25,7 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Subset, TensorDataset
 from tqdm import tqdm
 
-from .checkpoint import suggest
+from .checkpoint import CONFIG_FILE, suggest
 from .data import (
     LabelledImages,
     eval_transform,
@@ -243,6 +243,7 @@ def train(
         run = _Run(settings, folder, state, images, validation, device, skip_damaged, progress)
         while state["epoch"] < settings.epochs:
             run.train_epoch()
+        sum_over_processes(torch.zeros(1, device=device))  # until the first has written it all
     return folder
 
 
@@ -322,7 +323,9 @@ class _Run:
     def _build_model(self, classes: list[str]) -> None:
         settings = self.settings
         if settings.pretrained:
-            model = load_trained(settings.model, classes)
+            # What a run began with may be gone when it is resumed.
+            begun = "model" in self.state and (self.folder / CONFIG_FILE).exists()
+            model = load_trained(str(self.folder.absolute()) if begun else settings.model, classes)
         else:
             model = timm.create_model(settings.model, num_classes=len(classes))
         assert isinstance(model, ConvMixer)  # as every arch of this package is
@@ -388,9 +391,10 @@ class _Run:
             for line in damaged:
                 tqdm.write(f"skipped: {line}", file=sys.stderr)
         if len(self.images) < settings.batch_size:
+            remedy = "a smaller --batch-size" if len(self.images) > 1 else "more images"
             raise DataError(
                 f"{len(self.images)} training images are less than one batch of "
-                f"{settings.batch_size}; give a smaller --batch-size"
+                f"{settings.batch_size}; give {remedy}"
             )
 
     def train_epoch(self) -> None:

@@ -10,6 +10,7 @@ from pyarrow import parquet
 from convmixer_hub import DataError
 from convmixer_hub.data import (
     eval_transform,
+    has_split,
     hold_out,
     load_images,
     open_image,
@@ -208,6 +209,35 @@ def test_a_folder_without_data_is_refused(tmp_path, make, message):
     make(tmp_path / "data")
     with pytest.raises(DataError, match=message):
         load_images(tmp_path / "data", "test")
+
+
+def test_class_folders_alone_are_training_images(tmp_path):
+    for place in ("cat", "dog", ".ipynb_checkpoints"):
+        (tmp_path / place).mkdir()
+    for name in ("cat", "dog"):
+        Image.open(IMAGES / f"{name}.png").save(tmp_path / name / "1.jpg")
+    images = load_images(tmp_path, "train")
+    assert images.classes == ["cat", "dog"] and len(images) == 2
+    assert not has_split(tmp_path, "train")
+    with pytest.raises(DataError, match="no data set found"):
+        load_images(tmp_path, "test")
+
+
+def test_splits_of_other_names_are_not_taken_for_classes(tmp_path):
+    for split in ("Training", "Testing"):
+        (tmp_path / split / "cat").mkdir(parents=True)
+        Image.open(IMAGES / "cat.png").save(tmp_path / split / "cat" / "1.png")
+    with pytest.raises(DataError, match="Testing: holds folders, so it is no class folder; name"):
+        load_images(tmp_path, "train")
+
+
+def test_files_of_one_split_are_told_from_those_of_another(write_parquet):
+    image = (IMAGES / "cat.png").read_bytes()
+    folder = write_parquet("train", [image], [3])
+    write_parquet("train-validation", [image, image], [3, 3])
+    (folder / "val").mkdir()
+    assert len(load_images(folder, "train")) == 1
+    assert not has_split(folder, "validation")
 
 
 def test_a_missing_split_is_named(write_parquet):

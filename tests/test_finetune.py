@@ -1,5 +1,9 @@
+import json
+import os
 import re
 import shutil
+import subprocess
+import sys
 
 import pytest
 import safetensors.torch
@@ -11,6 +15,7 @@ from timm.optim import create_optimizer_v2
 from convmixer_hub import CheckpointError, DataError, TrainingError, UnknownModelError
 from convmixer_hub import finetune as finetune_module
 from convmixer_hub import train as train_module
+from convmixer_hub.card import write_card
 from convmixer_hub.data import open_image
 from convmixer_hub.evaluate import Evaluation, evaluate_on
 from convmixer_hub.finetune import choose_settings, finetune
@@ -71,7 +76,8 @@ def test_a_trained_model_learns_other_classes(split_photos, tmp_path, batch):
     assert get_label_names(model) == CLASSES
     [[first, _]] = predict(model, [open_image(IMAGES / "ship.png")], top_k=2)
     assert first.label == "machine"
-    assert "model.safetensors" in [upload.file.name for upload in list_uploads(str(folder))]
+    uploads = [upload.file.name for upload in list_uploads(str(folder))]
+    assert "model.safetensors" in uploads and "mistakes.png" not in uploads
     again = tmp_path / "again"  # from the run folder, of which all classes are known
     settings = choose_settings(str(folder), split_photos, **QUICK, learning_rate=1e-12)
     assert run(settings, split_photos, again) == result
@@ -82,12 +88,12 @@ def test_settings_are_chosen_for_the_data(photos, split_photos):
     assert settings.held_out == 4 and settings.batch_size == 4
     assert settings.pretrained and settings.keep_best
     assert settings.rand_augment and settings.epochs * 16 >= 4 * settings.batch_size
-    assert choose_settings("convmixer_cifar", photos, 0.5).held_out == 10
+    assert settings.model == "convmixer_cifar.cifar10"
+    assert choose_settings("convmixer_cifar", photos, held_out=10).held_out == 10
+    assert choose_settings("convmixer_cifar", photos, batch_size=8).epochs == 100
     assert choose_settings("convmixer_cifar", split_photos).held_out == 0
     changed = choose_settings("convmixer_cifar", photos, epochs=3, mixup=None, rand_augment="")
     assert (changed.epochs, changed.mixup, changed.rand_augment) == (3, 0.0, "")
-    with pytest.raises(TrainingError, match="validation_share is 1.0: give a number between 0 and"):
-        choose_settings("convmixer_cifar", photos, 1.0)
 
 
 def test_the_best_epoch_is_kept(split_photos, tmp_path, monkeypatch):
@@ -123,7 +129,7 @@ def test_pictures_show_what_is_still_wrong(split_photos, tmp_path, monkeypatch):
         assert image.size == (32, 32) and classes[0].label != title
         sureness.append(classes[0].probability)
     assert sureness == sorted(sureness, reverse=True)
-    for name in ("confusion.png", "mistakes.png"):
+    for name in ("validation_confusion.png", "mistakes.png"):
         with Image.open(tmp_path / "run" / name) as image:
             assert image.format == "PNG"
 
@@ -212,6 +218,66 @@ def test_a_model_of_timm_is_refused(photos, tmp_path):
         CheckpointError, match="timms: holds timm's convmixer_768_32, which takes no"
     ):
         run(choose_settings(str(folder), photos), photos, tmp_path / "run")
+
+
+def test_a_run_is_never_taken_for_a_model_of_the_same_name(split_photos, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    settings = choose_settings("convmixer_cifar", split_photos, **QUICK | {"epochs": 1})
+    result = run(settings, split_photos, "convmixer_cifar.cifar10")
+    assert result == evaluate_on(load_trained("./convmixer_cifar.cifar10"), split_photos)
+
+
+def test_a_run_goes_on_without_what_it_began_with(split_photos, tmp_path, monkeypatch):
+    start = tmp_path / "start"
+    quick = QUICK | {"epochs": 2}
+    run(choose_settings("convmixer_cifar", split_photos, **quick), split_photos, start)
+    monkeypatch.chdir(tmp_path)
+    settings = choose_settings("start", split_photos, **quick)
+    assert settings.model == str(start)
+    whole = run(settings, split_photos, tmp_path / "whole")
+    save_all = train_module._Run._save_all
+
+    def save_and_stop(self):
+        save_all(self)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train_module._Run, "_save_all", save_and_stop)
+    with pytest.raises(KeyboardInterrupt):
+        run(settings, split_photos, tmp_path / "parts")
+    monkeypatch.setattr(train_module._Run, "_save_all", save_all)
+    start.rename(tmp_path / "elsewhere")
+    assert run(settings, split_photos, tmp_path / "parts") == whole
+    torch.testing.assert_close(
+        weights_of(tmp_path / "parts"), weights_of(tmp_path / "whole"), atol=0, rtol=0
+    )
+    config = json.loads((tmp_path / "parts" / "config.json").read_text())
+    assert config["training"]["model"] == "start"  # without the rest of the path
+
+
+@pytest.mark.slow
+def test_processes_share_fine_tuning(split_photos, tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    command += ["-m", "convmixer_hub", "finetune", "convmixer_cifar", "--data", split_photos]
+    command += ["--output", tmp_path / "run", "--epochs", "1"]
+    result = subprocess.run(
+        list(map(str, command)),
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(CHECKOUT), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("of 20 images for validation right") == 1
+    assert (tmp_path / "run" / "validation_confusion.png").exists()
+
+
+def test_a_card_does_not_call_the_images_that_chose_the_epoch_test_images(split_photos, tmp_path):
+    settings = choose_settings("convmixer_cifar", split_photos, **QUICK | {"epochs": 1})
+    run(settings, split_photos, tmp_path / "run")
+    with pytest.raises(
+        DataError, match="split: has no test images but those for validation, by wh"
+    ):
+        write_card(tmp_path / "run", split_photos)
 
 
 @pytest.mark.slow
