@@ -77,7 +77,7 @@ def choose_settings(name: str, data_dir: str | Path, **changes: Any) -> Training
     # Even by default, as mixup and cutmix want it.
     batch_size = changes.setdefault("batch_size", min(50, max(2, 2 * (kept // 8))))
     settings: dict[str, Any] = {
-        "epochs": max(10, math.ceil(LEAST_STEPS / max(1, kept // batch_size))),
+        "epochs": max(10, math.ceil(LEAST_STEPS / max(1, kept // max(1, batch_size)))),
         "final_share": 1.0,  # the learning rate falls from the start, and images are seen whole
         "optimizer": "adamw",
         "learning_rate": 0.01,
