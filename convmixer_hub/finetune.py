@@ -121,7 +121,10 @@ def finetune(
     model = load_trained(str(folder.absolute()))  # which no model is called, unlike the folder
     config = resolve_model_data_config(model)
     images, labels, _ = read_images(
-        load_validation(settings, data_dir), eval_transform(config), skip_damaged, progress
+        load_validation(settings, data_dir, load_images(data_dir, "train")),
+        eval_transform(config),
+        skip_damaged,
+        progress,
     )
     loader = DataLoader(TensorDataset(images, labels), batch_size=64)
     probabilities, _ = collect_probabilities(model, loader)

@@ -238,7 +238,7 @@ def train(
 
     with ExitStack() as open_files, join_processes() as device:
         state = ask_first_process(begin)
-        validation = _load_validation(settings, data_dir, images)
+        validation = load_validation(settings, data_dir, images)
         progress = progress and get_rank() == 0
         run = _Run(settings, folder, state, images, validation, device, skip_damaged, progress)
         while state["epoch"] < settings.epochs:
@@ -247,12 +247,15 @@ def train(
     return folder
 
 
-def load_validation(settings: TrainingSettings, data_dir: str | Path) -> Subset:
+def load_validation(
+    settings: TrainingSettings, data_dir: str | Path, images: LabelledImages
+) -> Subset:
     """Read the images by which a run with these settings measures itself after each epoch.
 
     Args:
         settings: Those of the run.
         data_dir: Folder of its data set.
+        images: The training images of the data set.
 
     Returns:
         The images without a transform; none of them if the run does not measure itself.
@@ -261,12 +264,6 @@ def load_validation(settings: TrainingSettings, data_dir: str | Path) -> Subset:
         DataError: If they cannot be read, or have other classes than the training images.
         TrainingError: If the best epoch is to be kept and there is nothing to choose it by.
     """
-    return _load_validation(settings, data_dir, load_images(data_dir, "train"))
-
-
-def _load_validation(
-    settings: TrainingSettings, data_dir: str | Path, images: LabelledImages
-) -> Subset:
     if settings.held_out or not settings.keep_best:
         return Subset(images, hold_out(len(images), settings.held_out, SPLIT_SEED)[1])
     if not has_split(data_dir, "validation"):
