@@ -38,7 +38,8 @@ from .finetune import choose_settings
 from .fused import fuse_gelu_and_norm
 from .machine import keep_freed_memory
 from .model import ConvMixer
-from .train import TrainingSettings, train
+from .settings import TrainingSettings
+from .train import train
 from .zoo import get_config, load_trained
 
 

@@ -45,7 +45,7 @@ from .finetune import FINETUNE_OPTIONS
 from .golden import write_golden
 from .model import ConvMixer
 from .run_folder import METRICS_FILE
-from .train import TrainingSettings
+from .settings import TrainingSettings
 from .zoo import CIFAR10_CLASSES, get_config, get_label_names, load_trained
 
 CARD_FILE = "README.md"

@@ -37,7 +37,8 @@ from .model import ACTIVATIONS
 from .predict import predict
 from .publish import list_uploads, publish
 from .run_folder import STATE_FILE
-from .train import OPTIMIZERS, TrainingSettings, train
+from .settings import OPTIMIZERS, TrainingSettings
+from .train import train
 from .zoo import list_models, load_trained
 
 DEFAULT_MODEL = "convmixer_cifar"

@@ -24,7 +24,8 @@ from .figures import draw_confusion, draw_predictions
 from .files import write_file
 from .machine import get_rank
 from .predict import Prediction
-from .train import TrainingSettings, load_validation, train
+from .settings import TrainingSettings
+from .train import load_validation, train
 from .zoo import get_label_names, load_trained
 
 # The settings that one may choose for oneself.

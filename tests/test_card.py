@@ -18,7 +18,7 @@ from convmixer_hub.cli import finetune_command, train_command
 from convmixer_hub.data import eval_transform, load_images
 from convmixer_hub.finetune import FINETUNE_OPTIONS, choose_settings
 from convmixer_hub.golden import verify
-from convmixer_hub.train import TrainingSettings
+from convmixer_hub.settings import TrainingSettings
 from convmixer_hub.zoo import CIFAR10_CLASSES
 
 from .test_evaluate import calibration_error

@@ -21,6 +21,7 @@ from convmixer_hub.evaluate import Evaluation, evaluate_on
 from convmixer_hub.finetune import choose_settings, finetune
 from convmixer_hub.predict import predict
 from convmixer_hub.publish import list_uploads
+from convmixer_hub.settings import OPTIMIZERS
 from convmixer_hub.zoo import get_label_names, load_trained
 
 from .conftest import CHECKOUT, IMAGES
@@ -162,7 +163,7 @@ def test_frozen_statistics_stay(photos, tmp_path):
 
 def test_both_optimizers_take_layer_decay():
     model = timm.create_model("convmixer_96_8_ks5_p1")
-    for name in train_module.OPTIMIZERS:
+    for name in OPTIMIZERS:
         groups = create_optimizer_v2(model, opt=name, lr=1.0, layer_decay=0.5).param_groups
         assert len({group["lr_scale"] for group in groups}) > 5
 

@@ -19,7 +19,8 @@ from convmixer_hub import train as train_module
 from convmixer_hub.data import hold_out
 from convmixer_hub.evaluate import evaluate_on
 from convmixer_hub.run_folder import lock_run
-from convmixer_hub.train import TrainingSettings, train
+from convmixer_hub.settings import TrainingSettings
+from convmixer_hub.train import train
 from convmixer_hub.zoo import CIFAR10_CLASSES, load_trained
 
 from .conftest import CHECKOUT, IMAGES
@@ -148,7 +149,8 @@ def test_a_run_killed_ten_times_at_random_goes_on_as_if_nothing_had_happened(
     parts = tmp_path / "parts"
     code = (
         "from convmixer_hub import train as module\n"
-        f"from convmixer_hub.train import TrainingSettings, train\n"
+        "from convmixer_hub.settings import TrainingSettings\n"
+        "from convmixer_hub.train import train\n"
         "module.SECONDS_BETWEEN_SAVES = 0.0\n"
         f"train({settings!r}, {str(cifar_sample)!r}, {str(parts)!r}, progress=False)"
     )
