@@ -16,6 +16,7 @@ import csv
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import IO, Any
 
@@ -26,6 +27,7 @@ from torch import nn
 from .checkpoint import save_model
 from .errors import TrainingError, first_line
 from .files import replacing
+from .settings import TrainingSettings
 
 STATE_FILE = "training_state.pt"
 PEAK_STATE_FILE = "peak_state.pt"
@@ -122,7 +124,9 @@ def branch_off(run: Path, identity: dict[str, Any], peak_epochs: int) -> dict[st
 def _read_state(file: Path) -> dict[str, Any]:
     try:
         state: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
-        return {**state, "settings": dict(state["settings"])}
+        # A setting that is younger than the run has a default that does nothing.
+        known = asdict(TrainingSettings(state["settings"]["model"]))
+        return {**state, "settings": {**known, **state["settings"]}}
     except Exception as error:  # torch.load has no error of its own
         raise TrainingError(f"{file}: damaged ({first_line(error)}); name another run") from None
 
@@ -132,10 +136,10 @@ def _check_same(folder: Path, state: dict[str, Any], identity: dict[str, Any], a
         {**run["settings"], "classes": run["classes"], "images": run["images"]}
         for run in (state, identity)
     )
-    for name, value in wanted.items():
-        if found.get(name) != value:
+    for name in found:
+        if found[name] != wanted.get(name):
             raise TrainingError(
-                f"{folder}: holds a run with {name} {found.get(name)!r}, not {value!r}; "
+                f"{folder}: holds a run with {name} {found[name]!r}, not {wanted.get(name)!r}; "
                 f"{advice} another run folder"
             )
 

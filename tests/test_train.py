@@ -357,6 +357,24 @@ def test_a_run_with_other_settings_is_not_overwritten(cifar_sample, tmp_path, we
     torch.testing.assert_close(weights_after(folder), before, atol=0, rtol=0)
 
 
+def test_a_run_goes_on_under_a_version_with_more_settings(cifar_sample, tmp_path, weights_after):
+    folder = run(SETTINGS, cifar_sample, tmp_path / "run")
+    before = weights_after(folder)
+    state = torch.load(folder / "training_state.pt")
+    del state["settings"]["layer_decay"]
+    torch.save(state, folder / "training_state.pt")
+    torch.testing.assert_close(
+        weights_after(run(SETTINGS, cifar_sample, folder)), before, atol=0, rtol=0
+    )
+    with pytest.raises(TrainingError, match="holds a run with layer_decay 1.0, not 0.5; give the"):
+        run(replace(SETTINGS, layer_decay=0.5), cifar_sample, folder)
+
+    state["settings"]["not_yet_known"] = 3
+    torch.save(state, folder / "training_state.pt")
+    with pytest.raises(TrainingError, match="holds a run with not_yet_known 3, not None; give the"):
+        run(SETTINGS, cifar_sample, folder)
+
+
 def test_a_run_does_not_go_on_with_other_classes(cifar_sample, tmp_path):
     run(SETTINGS, cifar_sample, tmp_path / "run")
     for name in ("cat", "dog"):
