@@ -30,7 +30,6 @@ from torch.nn import functional as F
 from torchvision.datasets import ImageFolder
 from tqdm import tqdm
 
-from .checkpoint import get_record
 from .data import has_split, load_images
 from .errors import DataError, TrainingError, first_line
 from .evaluate import evaluate_on
@@ -38,6 +37,7 @@ from .finetune import choose_settings
 from .fused import fuse_gelu_and_norm
 from .machine import keep_freed_memory
 from .model import ConvMixer
+from .records import get_record
 from .settings import TrainingSettings
 from .train import train
 from .zoo import get_config, load_trained

@@ -20,7 +20,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCardData
 from torch import Tensor
 
-from .checkpoint import CONFIG_FILE, RECORDS
+from .checkpoint import CONFIG_FILE
 from .data import has_split, make_loader
 from .depthwise import DepthWiseConv2d
 from .errors import CheckpointError, DataError, first_line
@@ -44,6 +44,7 @@ from .files import write_file
 from .finetune import FINETUNE_OPTIONS
 from .golden import write_golden
 from .model import ConvMixer
+from .records import RECORDS
 from .run_folder import METRICS_FILE
 from .settings import TrainingSettings
 from .zoo import CIFAR10_CLASSES, get_config, get_label_names, load_trained

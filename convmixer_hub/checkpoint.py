@@ -6,42 +6,26 @@ from the Hub. Wherever it comes from, its SHA-256 has to be the recorded one.
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import os
-import re
 import tempfile
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path, PurePath
 from typing import Any
 
 import torch
-from huggingface_hub import (
-    HfFileMetadata,
-    constants,
-    get_hf_file_metadata,
-    get_token,
-    hf_hub_download,
-    hf_hub_url,
-    try_to_load_from_cache,
-)
-from huggingface_hub.errors import (
-    HfHubHTTPError,
-    HFValidationError,
-    OfflineModeIsEnabled,
-    RemoteEntryNotFoundError,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
+from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
+from huggingface_hub.errors import OfflineModeIsEnabled
 from huggingface_hub.file_download import repo_folder_name
 from safetensors import SafetensorError, safe_open
 from timm.models import save_for_hf
 from torch import Tensor, nn
 
-from .errors import CheckpointError, UnknownModelError, first_line
+from .errors import CheckpointError, first_line
 from .files import replacing
 from .model import ConvMixer, name_activation
+from .records import OWN_COPY, CheckpointRecord, get_record
+from .repository import unwrap
 
 SOURCES = ("auto", "embedded", "hub")
 WEIGHTS_FILE = "model.safetensors"
@@ -61,67 +45,6 @@ MODEL_FILES = (
 
 # The user's own images, which are nobody else's business.
 MISTAKES_FILE = "mistakes.png"
-
-_OWN_COPY = "reinstall the package and unset CONVMIXER_HUB_SOURCE to use its own copy"
-
-
-@dataclass(frozen=True)
-class CheckpointRecord:
-    """What is known of one trained model: where its file is, what it must be, how good it is.
-
-    Attributes:
-        name: `arch.tag`.
-        sha256: Digest of the safetensors file, in hexadecimal.
-        size: Length of the file, in bytes.
-        dataset: What the model was trained and measured on.
-        top1: Top-1 accuracy on the test images, in percent.
-        revision: Tag or commit of the Hub repository.
-    """
-
-    name: str
-    sha256: str
-    size: int
-    dataset: str
-    top1: float
-    revision: str = "v1"
-
-    @property
-    def repo_id(self) -> str:
-        """The Hub repository; `CONVMIXER_HUB_NAMESPACE` moves it to another owner."""
-        return f"{os.environ.get('CONVMIXER_HUB_NAMESPACE') or 'convmixer-hub'}/{self.name}"
-
-
-RECORDS: dict[str, CheckpointRecord] = {
-    record.name: record
-    for record in [
-        CheckpointRecord(
-            name="convmixer_cifar.cifar10",
-            sha256="4abed23db23710e2544b10bf464a0794f247987d7361f52ba0d3596173bcae2b",
-            size=2620544,
-            dataset="CIFAR-10",
-            top1=91.11,
-        ),
-    ]
-}
-
-
-def suggest(name: str, known: Iterable[str]) -> str:
-    """Say which known names are nearest to this one, or else name them all."""
-    known = sorted(known)
-    near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
-    return f"did you mean {' or '.join(near)}?" if near else f"known are: {', '.join(known)}"
-
-
-def get_record(name: str) -> CheckpointRecord:
-    """Look up the record of a trained model; a bare arch means its first tag.
-
-    Raises:
-        UnknownModelError: If no trained model has this name.
-    """
-    for record in RECORDS.values():
-        if name in (record.name, record.name.partition(".")[0]):
-            return record
-    raise UnknownModelError(f"no trained weights are named '{name}'; {suggest(name, RECORDS)}")
 
 
 def _choose_source(source: str | None) -> str:
@@ -218,54 +141,14 @@ def find_checkpoint(
         raise CheckpointError(f"{record.name}: {damage}{reason}") from None
 
 
-def read_token() -> str | None:
-    """Read your token for the Hub; None if there is none.
-
-    Raises:
-        CheckpointError: If there may be one, but it cannot be read.
-    """
-    try:
-        return get_token()
-    except Exception as error:  # of the disk, or of where else the client looks for it
-        raise CheckpointError(
-            f"your token cannot be read ({first_line(error)}); mend or remove "
-            f"{constants.HF_TOKEN_PATH}, or set HF_TOKEN"
-        ) from None
-
-
-def ask_hub(record: CheckpointRecord, retry: bool = False) -> HfFileMetadata:
-    """Ask the Hub about the weights of a model; nothing is downloaded, and nothing written.
-
-    Args:
-        record: The model.
-        retry: Wait and ask again if the Hub is busy or fails.
-
-    Returns:
-        Among others `commit_hash`, the 40 hexadecimal digits of a commit, and `etag`, a word.
-
-    Raises:
-        Exception: One that `explain_hub_error` explains.
-    """
-    read_token()
-    url = hf_hub_url(record.repo_id, WEIGHTS_FILE, revision=record.revision)
-    offered = get_hf_file_metadata(url, retry_on_errors=retry)
-    is_commit = re.fullmatch("[0-9a-f]{40}", offered.commit_hash or "")
-    if not is_commit or not re.fullmatch(r"[\w-]{1,128}", offered.etag or ""):
-        raise CheckpointError(
-            f"{url}: comes without a usable X-Repo-Commit or ETag, so not from a Hub; "
-            f"check HF_ENDPOINT, or {_OWN_COPY}"
-        )
-    return offered
-
-
 def _download(record: CheckpointRecord, cache: Path, damaged: Path | None) -> Path:
     """Download the weights into the Hub's cache, or into the place of a damaged file there.
 
     The client is let near an empty folder alone: in a cache it writes wherever the ETag and the
     commit that a server gives lead to, anywhere on this machine.
     """
-    commit = ask_hub(record, retry=True).commit_hash
-    assert commit is not None  # as `ask_hub` says
+    commit = record.repository.ask_for(WEIGHTS_FILE, retry=True).commit_hash
+    assert commit is not None  # as `ask_for` says
     cache.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=cache, prefix=".downloading-") as folder:
         for _ in range(2):  # something on the way may have damaged the first
@@ -288,8 +171,8 @@ def _download(record: CheckpointRecord, cache: Path, damaged: Path | None) -> Pa
             if not fault:
                 return put_in_cache([file], record, commit, cache)
     raise CheckpointError(
-        f"{constants.ENDPOINT}/{record.repo_id} gives another file, so it is not to be trusted "
-        f"({fault}); check HF_ENDPOINT and CONVMIXER_HUB_NAMESPACE, or {_OWN_COPY}"
+        f"{record.repository.address} gives another file, so it is not to be trusted "
+        f"({fault}); check HF_ENDPOINT and CONVMIXER_HUB_NAMESPACE, or {OWN_COPY}"
     )
 
 
@@ -319,60 +202,12 @@ def put_in_cache(files: Iterable[Path], record: CheckpointRecord, commit: str, c
 
 def explain_hub_error(error: Exception, record: CheckpointRecord) -> str:
     """Say in one line why the Hub did not give the weights of a model, and what to do."""
-    if isinstance(error, CheckpointError):
-        return str(error)
-    if not isinstance(error, HfHubHTTPError):
-        # The client wraps what befell its first request into advice that does not say what.
-        error = error.__cause__ if isinstance(error.__cause__, Exception) else error
-    repository = f"{constants.ENDPOINT}/{record.repo_id}"
-    namespace = "check CONVMIXER_HUB_NAMESPACE and HF_ENDPOINT"
-    if isinstance(error, HfHubHTTPError):
-        status = error.response.status_code
-        if isinstance(error, RevisionNotFoundError):
-            return f"{repository} has no revision '{record.revision}'; {namespace}, or {_OWN_COPY}"
-        if isinstance(error, RemoteEntryNotFoundError):
-            return f"{repository} has no file '{WEIGHTS_FILE}'; {namespace}, or {_OWN_COPY}"
-        if status == 403:
-            return (
-                f"{repository} is closed to you (HTTP 403); ask its owner for access, or use a "
-                f"token that has it, or {_OWN_COPY}"
-            )
-        if isinstance(error, RepositoryNotFoundError) and status == 401:
-            return (
-                f"{repository} is missing or private (HTTP 401); {namespace}, or log in with "
-                "`hf auth login` or HF_TOKEN"
-            )
-        if isinstance(error, RepositoryNotFoundError):
-            return f"{repository} does not exist; {namespace}, or {_OWN_COPY}"
-        if status == 401:
-            return (
-                f"{constants.ENDPOINT} does not accept your token (HTTP 401); renew it with "
-                "`hf auth login`, or do without (`hf auth logout`, and unset HF_TOKEN)"
-            )
-        reason = f"HTTP {status} {error.response.reason_phrase}"
-        remedy = "try again later" if is_passing(status) else namespace
-        return f"{repository} cannot be read ({reason}); {remedy}, or {_OWN_COPY}"
-    if isinstance(error, OfflineModeIsEnabled):
+    if isinstance(unwrap(error), OfflineModeIsEnabled):
         return (
             "the network may not be used (HF_HUB_OFFLINE); unset that, or copy the Hub's cache "
-            f"folder from a machine where `convmixer pull {record.name}` was run, or {_OWN_COPY}"
+            f"folder from a machine where `convmixer pull {record.name}` was run, or {OWN_COPY}"
         )
-    if isinstance(error, HFValidationError):
-        return f"no repository is named {record.repo_id!r}; check CONVMIXER_HUB_NAMESPACE"
-    if isinstance(error, OSError) and error.errno is not None:
-        return (
-            f"the Hub's cache cannot be used ({first_line(error)}); make room there, or name "
-            "another folder with HF_HOME"
-        )
-    return (
-        f"{repository} cannot be read ({first_line(error)}); check the network and HF_ENDPOINT, "
-        f"or {_OWN_COPY}"
-    )
-
-
-def is_passing(status: int) -> bool:
-    """Tell whether the same request may do better later, by the HTTP status of the answer."""
-    return status in (408, 429) or status >= 500
+    return record.repository.explain(error, WEIGHTS_FILE)
 
 
 def verify_file(path: Path, record: CheckpointRecord, remedy: str) -> None:

@@ -19,7 +19,7 @@ import torch
 from . import __version__
 from .bench import VARIANTS, bench_finetune, bench_load, bench_train
 from .card import CARD_FILE, write_card
-from .checkpoint import WEIGHTS_FILE, find_checkpoint, get_record, locate
+from .checkpoint import WEIGHTS_FILE, find_checkpoint, locate
 from .convert import convert
 from .data import open_image
 from .doctor import examine
@@ -36,6 +36,7 @@ from .machine import describe_machine, get_rank
 from .model import ACTIVATIONS
 from .predict import predict
 from .publish import list_uploads, publish
+from .records import get_record
 from .run_folder import STATE_FILE
 from .settings import OPTIMIZERS, TrainingSettings
 from .train import train

@@ -15,19 +15,12 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from .checkpoint import (
-    CONFIG_FILE,
-    WEIGHTS_FILE,
-    CheckpointRecord,
-    check_finite,
-    check_safetensors,
-    find_checkpoint,
-    get_record,
-)
+from .checkpoint import CONFIG_FILE, WEIGHTS_FILE, check_finite, check_safetensors, find_checkpoint
 from .errors import CheckpointError, UnknownModelError, first_line
 from .files import replacing
 from .layouts import ALIASES, LAYOUTS, check_fit, convert_layout, detect_layout
 from .model import ACTIVATIONS, ConvMixer, name_activation
+from .records import CheckpointRecord, get_record
 from .repository import PREFIX, Repository
 from .zoo import REPOSITORIES
 

@@ -19,19 +19,16 @@ from huggingface_hub.errors import OfflineModeIsEnabled
 
 from . import __version__
 from .checkpoint import (
-    RECORDS,
     WEIGHTS_FILE,
-    CheckpointRecord,
-    ask_hub,
     explain_hub_error,
     find_cached,
     find_checkpoint,
-    get_record,
     locate,
-    read_token,
     verify_file,
 )
 from .errors import CheckpointError, first_line
+from .records import RECORDS, CheckpointRecord, get_record
+from .repository import read_token
 
 
 @dataclass(frozen=True)
@@ -136,14 +133,14 @@ def _examine_model(record: CheckpointRecord) -> Finding:
 def _ask_for(record: CheckpointRecord) -> str:
     """Ask the Hub, without downloading the file, whether it is the recorded one."""
     try:
-        offered = ask_hub(record)
+        offered = record.repository.ask_for(WEIGHTS_FILE)
     except Exception as error:  # the client, its HTTP library and the disk each have their own
         raise CheckpointError(explain_hub_error(error, record)) from None
     # The Hub names large files by their SHA-256, small ones by git's own digest.
     digest = offered.etag if re.fullmatch("[0-9a-f]{64}", offered.etag or "") else None
     if offered.size not in (None, record.size) or digest not in (None, record.sha256):
         raise CheckpointError(
-            f"{constants.ENDPOINT}/{record.repo_id}: its {WEIGHTS_FILE} is not the recorded file; "
+            f"{record.repository.address}: its {WEIGHTS_FILE} is not the recorded file; "
             "check HF_ENDPOINT and CONVMIXER_HUB_NAMESPACE"
         )
     known = "the Hub names the recorded SHA-256" if digest else "its SHA-256 is checked then"

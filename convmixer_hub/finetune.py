@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 from torchvision.transforms.functional import to_pil_image
 
-from .checkpoint import MISTAKES_FILE, get_record
+from .checkpoint import MISTAKES_FILE
 from .data import eval_transform, has_split, load_images, read_images
 from .errors import UnknownModelError
 from .evaluate import Evaluation, collect_probabilities, count_confusions
@@ -24,6 +24,7 @@ from .figures import draw_confusion, draw_predictions
 from .files import write_file
 from .machine import get_rank
 from .predict import Prediction
+from .records import get_record
 from .settings import TrainingSettings
 from .train import load_validation, train
 from .zoo import get_label_names, load_trained

@@ -17,9 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .checkpoint import GOLDEN_FILE, WEIGHTS_FILE, find_checkpoint, find_embedded, get_record
+from .checkpoint import GOLDEN_FILE, WEIGHTS_FILE, find_checkpoint, find_embedded
 from .errors import CheckpointError, UnknownModelError, first_line
 from .files import write_file
+from .records import get_record
 from .zoo import get_config, load_trained
 
 # By how much logits may differ, as a share of the largest: several times what rounding does.

@@ -16,11 +16,8 @@ from pathlib import Path, PurePosixPath
 from huggingface_hub import constants
 
 from .checkpoint import (
-    RECORDS,
     WEIGHTS_FILE,
-    CheckpointRecord,
     find_checkpoint,
-    get_record,
     is_model_file,
     put_in_cache,
     read_model_files,
@@ -28,6 +25,7 @@ from .checkpoint import (
 )
 from .errors import CheckpointError, UnknownModelError, first_line
 from .files import write_file
+from .records import RECORDS, CheckpointRecord, get_record
 
 _BUNDLE_AGAIN = "make the kit again with `convmixer bundle`, and copy it as it is"
 

@@ -11,17 +11,11 @@ from pathlib import Path
 from huggingface_hub import CommitOperationAdd, HfApi, constants, hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled, RepositoryNotFoundError
 
-from .checkpoint import (
-    GOLDEN_FILE,
-    WEIGHTS_FILE,
-    find_checkpoint,
-    get_record,
-    is_passing,
-    read_model_files,
-    read_token,
-)
+from .checkpoint import GOLDEN_FILE, WEIGHTS_FILE, find_checkpoint, read_model_files
 from .errors import ConvMixerHubError, PublishError, UnknownModelError
 from .golden import parse_golden
+from .records import get_record
+from .repository import is_passing, read_token
 from .zoo import load_trained
 
 

@@ -1,4 +1,4 @@
-"""Model repositories of the Hub that a user names, other than those on record."""
+"""Model repositories of the Hugging Face Hub: what is in one, and why that cannot be had."""
 
 from __future__ import annotations
 
@@ -6,12 +6,21 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from huggingface_hub import constants, hf_hub_download
+from huggingface_hub import (
+    HfFileMetadata,
+    constants,
+    get_hf_file_metadata,
+    get_token,
+    hf_hub_download,
+    hf_hub_url,
+)
 from huggingface_hub.errors import (
     EntryNotFoundError,
     HfHubHTTPError,
+    HFValidationError,
     LocalEntryNotFoundError,
     OfflineModeIsEnabled,
+    RemoteEntryNotFoundError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
@@ -24,21 +33,30 @@ _ID = re.compile(r"(\w[\w.-]*/\w[\w.-]*)(?:@(\S+))?")
 
 @dataclass(frozen=True)
 class Repository:
-    """A model repository of the Hub.
+    """A model repository of the Hub, and what its user can do where it cannot be read.
 
     Attributes:
         repo_id: `OWNER/NAME`.
         revision: A branch, tag or commit; the main branch if None.
+        naming: How to name another one.
+        otherwise: How to do without it, as the end of a sentence.
     """
 
     repo_id: str
     revision: str | None = None
+    naming: str = "check the name and HF_ENDPOINT"
+    otherwise: str = ""
 
     @classmethod
     def parse(cls, name: str) -> Repository | None:
         """Read `hf-hub:OWNER/NAME[@REVISION]`, the prefix being optional; None if it is no such."""
         match = _ID.fullmatch(name.removeprefix(PREFIX))
         return cls(*match.groups()) if match else None
+
+    @property
+    def address(self) -> str:
+        """Where it is."""
+        return f"{constants.ENDPOINT}/{self.repo_id}"
 
     def __str__(self) -> str:
         return f"{self.repo_id}@{self.revision}" if self.revision else self.repo_id
@@ -51,30 +69,116 @@ class Repository:
         """
         try:
             return Path(hf_hub_download(self.repo_id, name, revision=self.revision))
-        except LocalEntryNotFoundError as error:  # a kind of the next, but says nothing of the Hub
-            reason = self._explain(error.__cause__ or error)
-        except EntryNotFoundError:
-            return None
         except Exception as error:  # the client, its HTTP library and the disk each have their own
-            reason = self._explain(error)
-        raise CheckpointError(f"{constants.ENDPOINT}/{self.repo_id} {reason}") from None
+            # The first is a kind of the second, but says nothing of the Hub.
+            is_local = isinstance(error, LocalEntryNotFoundError)
+            if isinstance(error, EntryNotFoundError) and not is_local:
+                return None
+            raise CheckpointError(self.explain(error, name)) from None
 
-    def _explain(self, error: BaseException) -> str:
+    def ask_for(self, name: str, retry: bool = False) -> HfFileMetadata:
+        """Ask the Hub about a file; nothing is downloaded, and nothing written.
+
+        Args:
+            name: Of the file.
+            retry: Wait and ask again if the Hub is busy or fails.
+
+        Returns:
+            Among others `commit_hash`, the 40 hexadecimal digits of a commit, and `etag`, a word.
+
+        Raises:
+            Exception: One that `explain` explains.
+        """
+        read_token()
+        url = hf_hub_url(self.repo_id, name, revision=self.revision)
+        offered = get_hf_file_metadata(url, retry_on_errors=retry)
+        is_commit = re.fullmatch("[0-9a-f]{40}", offered.commit_hash or "")
+        if not is_commit or not re.fullmatch(r"[\w-]{1,128}", offered.etag or ""):
+            raise CheckpointError(
+                f"{url}: comes without a usable X-Repo-Commit or ETag, so not from a Hub; "
+                f"check HF_ENDPOINT{self.otherwise}"
+            )
+        return offered
+
+    def explain(self, error: Exception, name: str) -> str:
+        """Say in one line why the Hub did not give a file, and what to do."""
+        if isinstance(error, CheckpointError):
+            return str(error)
+        error = unwrap(error)
+        if isinstance(error, HfHubHTTPError):
+            return self._explain_answer(error, name)
         if isinstance(error, OfflineModeIsEnabled):
-            return "is not in the Hub's cache, and HF_HUB_OFFLINE forbids the network; unset that"
-        if not isinstance(error, HfHubHTTPError):
-            return f"cannot be read ({first_line(error)}); check the network and HF_ENDPOINT"
+            return (
+                f"{self.address} is not in the Hub's cache, and the network may not be used "
+                f"(HF_HUB_OFFLINE); unset that{self.otherwise}"
+            )
+        if isinstance(error, HFValidationError):
+            return f"no repository is named {self.repo_id!r}; {self.naming}"
+        if isinstance(error, OSError) and error.errno is not None:
+            return (
+                f"the Hub's cache cannot be used ({first_line(error)}); make room there, or name "
+                "another folder with HF_HOME"
+            )
+        return (
+            f"{self.address} cannot be read ({first_line(error)}); check the network and "
+            f"HF_ENDPOINT{self.otherwise}"
+        )
+
+    def _explain_answer(self, error: HfHubHTTPError, name: str) -> str:
         status = error.response.status_code
         if isinstance(error, RevisionNotFoundError):
-            return f"has no revision '{self.revision or 'main'}'; name one that it has"
-        if isinstance(error, RepositoryNotFoundError):
+            revision = self.revision or "main"
+            return f"{self.address} has no revision '{revision}'; {self.naming}{self.otherwise}"
+        if isinstance(error, RemoteEntryNotFoundError):
+            return f"{self.address} has no file '{name}'; {self.naming}{self.otherwise}"
+        if status == 403:
             return (
-                f"does not exist, or is private (HTTP {status}); check the name, or log in with "
+                f"{self.address} is closed to you (HTTP 403); ask its owner for access, or use a "
+                f"token that has it{self.otherwise}"
+            )
+        if isinstance(error, RepositoryNotFoundError) and status == 401:
+            return (
+                f"{self.address} is missing or private (HTTP 401); {self.naming}, or log in with "
                 "`hf auth login` or HF_TOKEN"
             )
-        if status in (401, 403):
+        if isinstance(error, RepositoryNotFoundError):
+            return f"{self.address} does not exist; {self.naming}{self.otherwise}"
+        if status == 401:
             return (
-                f"is closed to you (HTTP {status}); ask its owner for access, or use a token that "
-                "has it"
+                f"{constants.ENDPOINT} does not accept your token (HTTP 401); renew it with "
+                "`hf auth login`, or do without (`hf auth logout`, and unset HF_TOKEN)"
             )
-        return f"cannot be read (HTTP {status} {error.response.reason_phrase}); try again later"
+        reason = f"HTTP {status} {error.response.reason_phrase}"
+        remedy = "try again later" if is_passing(status) else self.naming
+        return f"{self.address} cannot be read ({reason}); {remedy}{self.otherwise}"
+
+
+def unwrap(error: Exception) -> Exception:
+    """Take an error out of the advice, which does not say what befell, that the client wraps it in.
+
+    It does that to whatever befell its first request.
+    """
+    wrapped = error.__cause__
+    if isinstance(error, HfHubHTTPError) or not isinstance(wrapped, Exception):
+        return error
+    return wrapped
+
+
+def is_passing(status: int) -> bool:
+    """Tell whether the same request may do better later, by the HTTP status of the answer."""
+    return status in (408, 429) or status >= 500
+
+
+def read_token() -> str | None:
+    """Read your token for the Hub; None if there is none.
+
+    Raises:
+        CheckpointError: If there may be one, but it cannot be read.
+    """
+    try:
+        return get_token()
+    except Exception as error:  # of the disk, or of where else the client looks for it
+        raise CheckpointError(
+            f"your token cannot be read ({first_line(error)}); mend or remove "
+            f"{constants.HF_TOKEN_PATH}, or set HF_TOKEN"
+        ) from None

@@ -25,7 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Subset, TensorDataset
 from tqdm import tqdm
 
-from .checkpoint import CONFIG_FILE, suggest
+from .checkpoint import CONFIG_FILE
 from .data import (
     LabelledImages,
     eval_transform,
@@ -47,6 +47,7 @@ from .machine import (
     sum_over_processes,
 )
 from .model import ConvMixer
+from .records import suggest
 from .run_folder import branch_off, lock_run, open_run, save_results, save_state
 from .settings import OPTIMIZERS, TrainingSettings
 from .training_images import TrainingImages, derive_seed

@@ -25,17 +25,7 @@ from timm.models import (
 )
 from torch import Tensor, nn
 
-from .checkpoint import (
-    CONFIG_FILE,
-    RECORDS,
-    WEIGHTS_FILE,
-    CheckpointRecord,
-    check_finite,
-    check_safetensors,
-    find_checkpoint,
-    get_record,
-    suggest,
-)
+from .checkpoint import CONFIG_FILE, WEIGHTS_FILE, check_finite, check_safetensors, find_checkpoint
 from .errors import (
     CheckpointError,
     ConvMixerHubError,
@@ -45,6 +35,7 @@ from .errors import (
 )
 from .layouts import OURS, check_fit, convert_layout, detect_layout
 from .model import ConvMixer, name_activation
+from .records import RECORDS, CheckpointRecord, get_record, suggest
 
 _logger = logging.getLogger(__package__)
 

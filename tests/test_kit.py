@@ -12,10 +12,11 @@ from click.testing import CliRunner
 from huggingface_hub import constants, scan_cache_dir
 
 from convmixer_hub import CheckpointError, ConvMixerHubError, UnknownModelError, find_checkpoint
-from convmixer_hub.checkpoint import RECORDS, find_embedded, locate
+from convmixer_hub.checkpoint import find_embedded, locate
 from convmixer_hub.cli import main
 from convmixer_hub.golden import verify
 from convmixer_hub.kit import bundle, unbundle
+from convmixer_hub.records import RECORDS
 
 from .conftest import CHECKOUT, as_ordinary_user
 from .test_doctor import PULL

@@ -13,7 +13,7 @@ import torch
 from hypothesis import Phase, assume, given, settings
 from hypothesis import strategies as st
 
-from convmixer_hub import CheckpointError, CheckpointRecord, checkpoint, find_checkpoint
+from convmixer_hub import CheckpointError, CheckpointRecord, checkpoint, find_checkpoint, records
 from convmixer_hub.checkpoint import save_model
 from convmixer_hub.zoo import load_trained
 
@@ -28,7 +28,7 @@ def record(tmp_path, monkeypatch):
     save_model(timm.create_model(ARCH), folder, {})
     content = (folder / "model.safetensors").read_bytes()
     record = CheckpointRecord(NAME, hashlib.sha256(content).hexdigest(), len(content), "none", 0.0)
-    monkeypatch.setitem(checkpoint.RECORDS, NAME, record)
+    monkeypatch.setitem(records.RECORDS, NAME, record)
     monkeypatch.setattr(checkpoint, "__file__", str(folder.parent.parent / "checkpoint.py"))
     monkeypatch.setenv("CONVMIXER_HUB_SOURCE", "embedded")
     return record

@@ -13,10 +13,11 @@ from click.testing import CliRunner
 from huggingface_hub import constants
 
 from convmixer_hub import CheckpointError, PublishError, UnknownModelError, find_checkpoint
-from convmixer_hub.checkpoint import RECORDS, find_embedded, read_model_files, save_model
+from convmixer_hub.checkpoint import find_embedded, read_model_files, save_model
 from convmixer_hub.cli import main
 from convmixer_hub.golden import write_golden
 from convmixer_hub.publish import list_uploads, publish
+from convmixer_hub.records import RECORDS
 from convmixer_hub.zoo import load_trained
 
 from .conftest import as_ordinary_user, use_endpoint

@@ -8,7 +8,8 @@ import timm
 import torch
 
 from convmixer_hub import CheckpointError, UnknownModelError, checkpoint
-from convmixer_hub.checkpoint import RECORDS, find_checkpoint, save_model
+from convmixer_hub.checkpoint import find_checkpoint, save_model
+from convmixer_hub.records import RECORDS
 from convmixer_hub.zoo import CIFAR10_CLASSES, list_models, load_trained
 
 from .conftest import CHECKOUT

@@ -1,0 +1,82 @@
+"""What is known of each trained model: where its file is, what it must be, how good it is."""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from .errors import UnknownModelError
+from .repository import Repository
+
+OWN_COPY = "reinstall the package and unset CONVMIXER_HUB_SOURCE to use its own copy"
+
+
+@dataclass(frozen=True)
+class CheckpointRecord:
+    """What is known of one trained model: where its file is, what it must be, how good it is.
+
+    Attributes:
+        name: `arch.tag`.
+        sha256: Digest of the safetensors file, in hexadecimal.
+        size: Length of the file, in bytes.
+        dataset: What the model was trained and measured on.
+        top1: Top-1 accuracy on the test images, in percent.
+        revision: Tag or commit of the Hub repository.
+    """
+
+    name: str
+    sha256: str
+    size: int
+    dataset: str
+    top1: float
+    revision: str = "v1"
+
+    @property
+    def repo_id(self) -> str:
+        """The Hub repository; `CONVMIXER_HUB_NAMESPACE` moves it to another owner."""
+        return f"{os.environ.get('CONVMIXER_HUB_NAMESPACE') or 'convmixer-hub'}/{self.name}"
+
+    @property
+    def repository(self) -> Repository:
+        """The same, for asking the Hub."""
+        return Repository(
+            self.repo_id,
+            self.revision,
+            naming="check CONVMIXER_HUB_NAMESPACE and HF_ENDPOINT",
+            otherwise=f", or {OWN_COPY}",
+        )
+
+
+RECORDS: dict[str, CheckpointRecord] = {
+    record.name: record
+    for record in [
+        CheckpointRecord(
+            name="convmixer_cifar.cifar10",
+            sha256="4abed23db23710e2544b10bf464a0794f247987d7361f52ba0d3596173bcae2b",
+            size=2620544,
+            dataset="CIFAR-10",
+            top1=91.11,
+        ),
+    ]
+}
+
+
+def suggest(name: str, known: Iterable[str]) -> str:
+    """Say which known names are nearest to this one, or else name them all."""
+    known = sorted(known)
+    near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+    return f"did you mean {' or '.join(near)}?" if near else f"known are: {', '.join(known)}"
+
+
+def get_record(name: str) -> CheckpointRecord:
+    """Look up the record of a trained model; a bare arch means its first tag.
+
+    Raises:
+        UnknownModelError: If no trained model has this name.
+    """
+    for record in RECORDS.values():
+        if name in (record.name, record.name.partition(".")[0]):
+            return record
+    raise UnknownModelError(f"no trained weights are named '{name}'; {suggest(name, RECORDS)}")
