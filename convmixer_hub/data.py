@@ -114,8 +114,8 @@ class ParquetImages(LabelledImages):
                 f"{files[0]}: reading parquet needs pyarrow: pip install 'convmixer-hub[train]'"
             ) from None
         try:
-            table = pyarrow.concat_tables(parquet.read_table(file) for file in files)
-            table = table.combine_chunks()
+            tables = [parquet.read_table(file) for file in files]
+            table = pyarrow.concat_tables(tables).combine_chunks()
         except (pyarrow.ArrowException, OSError) as error:
             raise DataError(
                 f"{files[0]}: cannot be read as parquet ({first_line(error)}); download it again"
@@ -138,21 +138,21 @@ class ParquetImages(LabelledImages):
         self.source = files[0].parent
         self.images = table[image_column]
         self.labels = table["label"].to_pylist()
-        self.classes = self._class_names(table.schema.metadata)
+        names, *others = (_read_class_names(table.schema.metadata) for table in tables)
+        for file, other in zip(files[1:], others):
+            if other != names:
+                raise DataError(
+                    f"{file}: its labels mean {_list_names(other)}, those of {files[0].name} "
+                    f"{_list_names(names)}; read them as two data sets"
+                )
+        known = [label for label in self.labels if isinstance(label, int)]
+        self.classes = names or [str(label) for label in range(max(known, default=-1) + 1)]
         for row, label in enumerate(self.labels):
             if not isinstance(label, int) or not 0 <= label < len(self.classes):
                 raise DataError(
                     f"{files[0]}: row {row} has the label {label!r}, but there are "
                     f"{len(self.classes)} classes; labels run from 0 to {len(self.classes) - 1}"
                 )
-
-    def _class_names(self, metadata: Mapping[bytes, bytes] | None) -> list[str]:
-        try:
-            info = json.loads((metadata or {})[b"huggingface"])
-            return [str(name) for name in info["info"]["features"]["label"]["names"]]
-        except (KeyError, TypeError, ValueError):
-            known = [label for label in self.labels if isinstance(label, int)]
-            return [str(label) for label in range(max(known, default=-1) + 1)]
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -164,6 +164,19 @@ class ParquetImages(LabelledImages):
             raise DataError(f"{name}: holds no image; remove the row")
         image = open_image(content, name)
         return (self.transform(image) if self.transform else image), self.labels[index]
+
+
+def _read_class_names(metadata: Mapping[bytes, bytes] | None) -> list[str]:
+    """Read what the datasets library writes into a parquet file; nothing if it did not write it."""
+    try:
+        info = json.loads((metadata or {})[b"huggingface"])
+        return [str(name) for name in info["info"]["features"]["label"]["names"]]
+    except (KeyError, TypeError, ValueError):
+        return []
+
+
+def _list_names(classes: Sequence[str]) -> str:
+    return ", ".join(classes) or "numbers alone"
 
 
 def load_images(

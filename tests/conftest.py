@@ -8,7 +8,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeVar
@@ -62,15 +62,22 @@ def batch() -> torch.Tensor:
 def write_parquet(tmp_path):
     """Write images and labels as the Hub keeps CIFAR-10; give the folder."""
 
-    def write(split: str, images: list[bytes], labels: list, column: str = "img") -> Path:
+    def write(
+        split: str,
+        images: list[bytes],
+        labels: list,
+        column: str = "img",
+        classes: Sequence[str] | None = CIFAR10_CLASSES,
+    ) -> Path:
         folder = tmp_path / "data" / "plain_text"
         folder.mkdir(parents=True, exist_ok=True)
         table = pyarrow.table(
             {column: [{"bytes": image, "path": None} for image in images], "label": labels}
         )
-        label = {"names": list(CIFAR10_CLASSES), "_type": "ClassLabel"}
-        info = {"info": {"features": {"label": label}}}
-        table = table.replace_schema_metadata({"huggingface": json.dumps(info)})
+        if classes:
+            label = {"names": list(classes), "_type": "ClassLabel"}
+            info = {"info": {"features": {"label": label}}}
+            table = table.replace_schema_metadata({"huggingface": json.dumps(info)})
         parquet.write_table(table, folder / f"{split}-00000-of-00001.parquet")
         return tmp_path / "data"
 

@@ -240,6 +240,25 @@ def test_files_of_one_split_are_told_from_those_of_another(write_parquet):
     assert not has_split(folder, "validation")
 
 
+@pytest.mark.parametrize(
+    ("classes", "meaning"),
+    [(["cat", "dog", "frog", "bird"], "cat, dog, frog, bird"), (None, "numbers alone")],
+)
+def test_files_whose_labels_mean_other_classes_are_not_mixed(write_parquet, classes, meaning):
+    image = (IMAGES / "cat.png").read_bytes()
+    folder = write_parquet("train", [image], [3])
+    write_parquet("train-1", [image], [3], classes=classes)
+    message = rf"train-1\S*parquet: its labels mean {meaning}, those of train-0\S*parquet airplane,"
+    with pytest.raises(DataError, match=message):
+        load_images(folder, "train")
+
+
+def test_labels_without_names_are_numbers(write_parquet):
+    image = (IMAGES / "cat.png").read_bytes()
+    folder = write_parquet("train", [image] * 2, [0, 2], classes=None)
+    assert load_images(folder, "train").classes == ["0", "1", "2"]
+
+
 def test_a_missing_split_is_named(write_parquet):
     folder = write_parquet("train", [(IMAGES / "cat.png").read_bytes()], [3])
     with pytest.raises(DataError, match="holds parquet files, but none named test-"):
