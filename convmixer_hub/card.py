@@ -6,7 +6,6 @@ in `NOTES.md` beside the weights and is appended as it is.
 
 from __future__ import annotations
 
-import csv
 import json
 import operator
 import os
@@ -45,7 +44,7 @@ from .finetune import FINETUNE_OPTIONS
 from .golden import write_golden
 from .model import ConvMixer
 from .records import RECORDS
-from .run_folder import METRICS_FILE
+from .run_folder import METRICS_FILE, read_metrics
 from .settings import TrainingSettings
 from .zoo import CIFAR10_CLASSES, get_config, get_label_names, load_trained
 
@@ -101,7 +100,7 @@ def write_card(
             f"{data_dir}: has no test images but those for validation, by which the epoch was "
             "chosen; give data with test images"
         )
-    metrics = _read_metrics(folder / METRICS_FILE)
+    metrics = read_metrics(folder / METRICS_FILE)
     notes = _read_notes(folder / NOTES_FILE)
 
     # What needs no images comes first: its errors show before the minutes that a test takes.
@@ -305,26 +304,6 @@ def _make_writable(output: Path) -> None:
         ) from None
     if not os.access(output, os.W_OK):
         raise DataError(f"{output}: may not be written to; name another --output")
-
-
-def _read_metrics(file: Path) -> dict[str, list[float]]:
-    """Read the columns of `metrics.csv` that a card shows; none if there is no such file."""
-    if not file.exists():
-        return {}
-    names = ["epoch", "train_loss", "train_top1", "seconds"]
-    try:
-        with file.open(newline="") as lines:
-            rows = list(csv.DictReader(lines))
-        if not rows:
-            raise ValueError("no epochs")
-        if "held_out_top1" in rows[0]:
-            names.append("held_out_top1")
-        return {name: [float(row[name]) for row in rows] for name in names}
-    except (OSError, ValueError, LookupError, TypeError, csv.Error) as error:
-        raise CheckpointError(
-            f"{file}: not the metrics of a run ({type(error).__name__}: {first_line(error)}); "
-            "copy it from the run folder again, or remove it for a card without a curve"
-        ) from None
 
 
 def _read_notes(file: Path) -> str:

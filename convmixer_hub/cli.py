@@ -36,6 +36,7 @@ from .machine import describe_machine, get_rank
 from .model import ACTIVATIONS
 from .predict import predict
 from .publish import list_uploads, publish
+from .recipe import CHANGES, compare_changes
 from .records import get_record
 from .run_folder import STATE_FILE
 from .settings import OPTIMIZERS, TrainingSettings
@@ -183,7 +184,7 @@ def card_command(name: str, data: Path, output: Path | None) -> None:
 
 @main.group("bench")
 def bench_group() -> None:
-    """Measure speed and memory on this machine."""
+    """Measure on this machine what is claimed: speed, memory, and what choices are worth."""
 
 
 @bench_group.command("train")
@@ -235,6 +236,50 @@ def bench_load_command(name: str, rounds: int) -> None:
         f"them, × {with_weights / without:.2f} (medians of {rounds}), from "
         f"{locate(get_record(name))}, {describe_machine()}"
     )
+
+
+@bench_group.command("recipe")
+@click.argument("model", default=DEFAULT_MODEL)
+@_data_option
+@click.option(
+    "--output", required=True, type=click.Path(path_type=Path), help="Folder for the run folders."
+)
+@click.option("--epochs", default=4, show_default=True, type=_POSITIVE)
+@click.option("--final-share", default=0.5, show_default=True, type=float)
+@click.option("--held-out", default=5000, show_default=True, type=_POSITIVE)
+@click.option(
+    "--change",
+    "changes",
+    multiple=True,
+    type=click.Choice(list(CHANGES)),
+    help="Only this one; may be repeated.",
+)
+def bench_recipe_command(
+    model: str, data: Path, output: Path, changes: tuple[str, ...], **common: Any
+) -> None:
+    """Train MODEL with the recipe of `convmixer train` and with single changes to it.
+
+    The same command goes on with an interrupted run, and prints the table again when all are done.
+    """
+    outcomes = list(compare_changes(model, data, output, changes or tuple(CHANGES), **common))
+    rows = [["run", "what differs", "held-out top-1", "against the first", "minutes"]]
+    for outcome in outcomes:
+        differs = ", ".join(f"{name} {value}" for name, value in CHANGES[outcome.change].items())
+        rows.append(
+            [
+                outcome.change,
+                differs or "nothing",
+                f"{outcome.top1:.2f} %",
+                f"{outcome.top1 - outcomes[0].top1:+.2f}",
+                f"{outcome.seconds / 60:.1f}",
+            ]
+        )
+    shared = ", ".join(f"{name} {value}" for name, value in sorted(common.items()))
+    click.echo(
+        f"{model}, {shared}, seed 0, "
+        f"{describe_machine()}, torch {torch.__version__}, timm {timm.__version__}"
+    )
+    _print_table(rows)
 
 
 @bench_group.command("finetune")

@@ -25,7 +25,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from .checkpoint import save_model
-from .errors import TrainingError, first_line
+from .errors import CheckpointError, TrainingError, first_line
 from .files import replacing
 from .settings import TrainingSettings
 
@@ -181,6 +181,30 @@ def save_results(folder: Path, model: nn.Module, state: dict[str, Any], at_peak:
             writer = csv.DictWriter(file, fieldnames=list(state["metrics"][0]))
             writer.writeheader()
             writer.writerows(state["metrics"])
+
+
+def read_metrics(file: Path) -> dict[str, list[float]]:
+    """Read the columns of a `metrics.csv`, one number an epoch; none if there is no such file.
+
+    Raises:
+        CheckpointError: If it cannot be read, or is no such file.
+    """
+    if not file.exists():
+        return {}
+    names = ["epoch", "train_loss", "train_top1", "seconds"]
+    try:
+        with file.open(newline="") as lines:
+            rows = list(csv.DictReader(lines))
+        if not rows:
+            raise ValueError("no epochs")
+        if "held_out_top1" in rows[0]:
+            names.append("held_out_top1")
+        return {name: [float(row[name]) for row in rows] for name in names}
+    except (OSError, ValueError, LookupError, TypeError, csv.Error) as error:
+        raise CheckpointError(
+            f"{file}: not the metrics of a run ({type(error).__name__}: {first_line(error)}); "
+            "copy it from the run folder again, or remove it for a card without a curve"
+        ) from None
 
 
 @contextmanager

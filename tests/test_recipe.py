@@ -1,0 +1,44 @@
+from dataclasses import fields
+
+import pytest
+from click.testing import CliRunner
+
+from convmixer_hub import TrainingError
+from convmixer_hub.cli import main
+from convmixer_hub.recipe import CHANGES, UNCHANGED, compare_changes
+from convmixer_hub.settings import TrainingSettings
+
+ARCH = "convmixer_96_8_ks5_p1"
+QUICK = {"epochs": 1, "held_out": 8}
+
+
+def test_every_change_differs_from_the_recipe_and_fits():
+    recipe = TrainingSettings("convmixer_cifar")
+    for name, change in CHANGES.items():
+        settings = TrainingSettings("convmixer_cifar", **change)
+        differs = {f.name for f in fields(settings)} - {
+            f.name for f in fields(settings) if getattr(settings, f.name) == getattr(recipe, f.name)
+        }
+        assert differs == set(change)
+        assert (name == UNCHANGED) == (not differs)
+
+
+def test_runs_are_compared_and_gone_on_with(cifar_sample, tmp_path, monkeypatch):
+    monkeypatch.setitem(CHANGES, UNCHANGED, {"batch_size": 16})
+    monkeypatch.setitem(CHANGES, "ema", {"batch_size": 16, "ema_decay": 0.5})
+    options = f"bench recipe {ARCH} --data {cifar_sample} --output {tmp_path / 'runs'} --epochs 1"
+    options = f"{options} --held-out 8 --change recipe --change ema"
+    first = CliRunner().invoke(main, options.split())
+    assert first.exit_code == 0, first.output
+    title, header, *rows = first.stdout.splitlines()[-4:]
+    assert title.startswith(f"{ARCH}, epochs 1, final_share 0.5, held_out 8, seed 0, ")
+    assert header.split()[0] == "run"
+    assert [row.split()[0] for row in rows] == ["recipe", "ema"]
+    assert "batch_size 16, ema_decay 0.5" in rows[1] and "+0.00" in rows[0]
+    again = CliRunner().invoke(main, options.split())
+    assert again.stdout.splitlines()[-4:] == first.stdout.splitlines()[-4:]
+
+
+def test_runs_without_held_out_images_cannot_be_compared(cifar_sample, tmp_path):
+    with pytest.raises(TrainingError, match="held_out is 0: give at least 1, for the runs to be"):
+        next(compare_changes(ARCH, cifar_sample, tmp_path, epochs=1))
