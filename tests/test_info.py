@@ -4,6 +4,7 @@ import argparse
 import hashlib
 import shutil
 import socket
+import time
 
 import pytest
 import safetensors.torch
@@ -93,6 +94,7 @@ def test_a_repository_without_a_configuration_is_a_file(somebodys, hub):
 
 
 def no_network(hub, monkeypatch):
+    monkeypatch.setattr(time, "sleep", lambda _: None)  # between the attempts of the client
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
         use_endpoint(monkeypatch, f"http://127.0.0.1:{unused.getsockname()[1]}")

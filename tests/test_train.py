@@ -1,5 +1,6 @@
 import csv
 import json
+import multiprocessing
 import os
 import random
 import resource
@@ -140,6 +141,11 @@ def test_a_run_stopped_at_every_save_goes_on_as_if_nothing_had_happened(
     assert read_metrics(parts) == read_metrics(whole)
 
 
+def save_at_every_step(settings, data, output):
+    train_module.SECONDS_BETWEEN_SAVES = 0.0
+    run(settings, data, output)
+
+
 @pytest.mark.slow
 def test_a_run_killed_ten_times_at_random_goes_on_as_if_nothing_had_happened(
     cifar_sample, tmp_path, weights_after
@@ -147,26 +153,21 @@ def test_a_run_killed_ten_times_at_random_goes_on_as_if_nothing_had_happened(
     settings = replace(SETTINGS, epochs=20)
     whole = run(settings, cifar_sample, tmp_path / "whole")
     parts = tmp_path / "parts"
-    code = (
-        "from convmixer_hub import train as module\n"
-        "from convmixer_hub.settings import TrainingSettings\n"
-        "from convmixer_hub.train import train\n"
-        "module.SECONDS_BETWEEN_SAVES = 0.0\n"
-        f"train({settings!r}, {str(cifar_sample)!r}, {str(parts)!r}, progress=False)"
-    )
     state = parts / "training_state.pt"
+    processes = multiprocessing.get_context("forkserver")  # which imports torch once for all
+    processes.set_forkserver_preload([__name__])
     moments = random.Random(0)
     kills = 0
     for _ in range(10):
         saved = state.stat().st_mtime_ns if state.exists() else 0
-        process = subprocess.Popen(
-            [sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": str(CHECKOUT)}
-        )
-        while process.poll() is None and (not state.exists() or state.stat().st_mtime_ns == saved):
+        process = processes.Process(target=save_at_every_step, args=(settings, cifar_sample, parts))
+        process.start()
+        while process.is_alive() and (not state.exists() or state.stat().st_mtime_ns == saved):
             time.sleep(0.01)
         time.sleep(moments.uniform(0, 0.2))
         process.kill()
-        kills += process.wait() == -signal.SIGKILL
+        process.join()
+        kills += process.exitcode == -signal.SIGKILL
     assert kills >= 3  # the later ones may find the run finished
     run(settings, cifar_sample, parts)
     torch.testing.assert_close(weights_after(parts), weights_after(whole), atol=0, rtol=0)
