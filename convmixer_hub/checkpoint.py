@@ -202,7 +202,7 @@ def put_in_cache(files: Iterable[Path], record: CheckpointRecord, commit: str, c
 
 def explain_hub_error(error: Exception, record: CheckpointRecord) -> str:
     """Say in one line why the Hub did not give the weights of a model, and what to do."""
-    if isinstance(unwrap(error), OfflineModeIsEnabled):
+    if isinstance(unwrap(error), OfflineModeIsEnabled):  # what fills the cache differs
         return (
             "the network may not be used (HF_HUB_OFFLINE); unset that, or copy the Hub's cache "
             f"folder from a machine where `convmixer pull {record.name}` was run, or {OWN_COPY}"

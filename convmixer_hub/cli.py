@@ -6,7 +6,7 @@ import json
 import runpy
 import statistics
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -36,7 +36,7 @@ from .machine import describe_machine, get_rank
 from .model import ACTIVATIONS
 from .predict import predict
 from .publish import list_uploads, publish
-from .recipe import CHANGES, compare_changes
+from .recipe import CHANGES, Outcome, compare_changes
 from .records import get_record
 from .run_folder import STATE_FILE
 from .settings import OPTIMIZERS, TrainingSettings
@@ -252,17 +252,27 @@ def bench_load_command(name: str, rounds: int) -> None:
     "changes",
     multiple=True,
     type=click.Choice(list(CHANGES)),
-    help="Only this one; may be repeated.",
+    help="Only this one; may be repeated. The others are compared with the first.",
 )
 def bench_recipe_command(
     model: str, data: Path, output: Path, changes: tuple[str, ...], **common: Any
 ) -> None:
     """Train MODEL with the recipe of `convmixer train` and with single changes to it.
 
-    The same command goes on with an interrupted run, and prints the table again when all are done.
+    The same command goes on where it was interrupted; the table has the runs that are finished.
     """
-    outcomes = list(compare_changes(model, data, output, changes or tuple(CHANGES), **common))
-    rows = [["run", "what differs", "held-out top-1", "against the first", "minutes"]]
+    outcomes: list[Outcome] = []
+    try:
+        for outcome in compare_changes(model, data, output, changes or tuple(CHANGES), **common):
+            outcomes.append(outcome)
+    finally:
+        if outcomes:
+            _print_outcomes(model, outcomes, common)
+
+
+def _print_outcomes(model: str, outcomes: Sequence[Outcome], common: Mapping[str, Any]) -> None:
+    first = outcomes[0]
+    rows = [["run", "what differs", "held-out top-1", f"against {first.change}", "minutes"]]
     for outcome in outcomes:
         differs = ", ".join(f"{name} {value}" for name, value in CHANGES[outcome.change].items())
         rows.append(
@@ -270,13 +280,13 @@ def bench_recipe_command(
                 outcome.change,
                 differs or "nothing",
                 f"{outcome.top1:.2f} %",
-                f"{outcome.top1 - outcomes[0].top1:+.2f}",
+                f"{outcome.top1 - first.top1:+.2f}",
                 f"{outcome.seconds / 60:.1f}",
             ]
         )
     shared = ", ".join(f"{name} {value}" for name, value in sorted(common.items()))
     click.echo(
-        f"{model}, {shared}, seed 0, "
+        f"{model}, {shared}, seed {_SETTINGS.seed}, "
         f"{describe_machine()}, torch {torch.__version__}, timm {timm.__version__}"
     )
     _print_table(rows)

@@ -102,7 +102,8 @@ class ParquetImages(LabelledImages):
         transform: Applied to each RGB image.
 
     Raises:
-        DataError: If a file is no parquet file, or lacks the columns, or a label is out of range.
+        DataError: If a file is no parquet file, or lacks the columns, or means other classes by
+            its labels than the first does, or a label is out of range.
     """
 
     def __init__(self, files: Sequence[Path], transform: Callable | None = None) -> None:
@@ -142,7 +143,7 @@ class ParquetImages(LabelledImages):
         for file, other in zip(files[1:], others):
             if other != names:
                 raise DataError(
-                    f"{file}: its labels mean {_list_names(other)}, those of {files[0].name} "
+                    f"{file}: its labels mean {_list_names(other)}, those of {files[0]} "
                     f"{_list_names(names)}; read them as two data sets"
                 )
         known = [label for label in self.labels if isinstance(label, int)]

@@ -1,4 +1,4 @@
-"""What the choices in the recipe of `train` are worth: short runs that differ in one of them.
+"""What the choices in the recipe of `train` are worth: short runs that differ in one choice.
 
 All are measured on the same held-out training images, so that no test image is spent on a choice.
 """
@@ -27,7 +27,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "batch-size-256": {"batch_size": 256},
     "no-label-smoothing": {"label_smoothing": 0.0},
     "whole-images": {"small_crop_size": 32},
-    "falling-throughout": {"final_share": 1.0},
+    "final-share-1": {"final_share": 1.0},  # so that all images are seen whole, too
     "ema": {"ema_decay": 0.998},
     "cutmix": {"cutmix": 0.5},
     "mixup": {"mixup": 0.5},
@@ -69,10 +69,14 @@ def compare_changes(
         progress: Show progress bars, if there is a terminal, and a line an epoch.
         common: Settings of all the runs, such as `epochs`; `held_out` is at least 1.
 
+    Yields:
+        What each run gave, when it is finished.
+
     Raises:
         UnknownModelError: If no arch of this package has this name.
         TrainingError: As `train` does, and if nothing is held out.
         DataError: As `train` does.
+        CheckpointError: If the `metrics.csv` of a run was damaged.
     """
     if not common.get("held_out"):
         raise TrainingError("held_out is 0: give at least 1, for the runs to be compared on")

@@ -38,13 +38,13 @@ class Repository:
     Attributes:
         repo_id: `OWNER/NAME`.
         revision: A branch, tag or commit; the main branch if None.
-        naming: How to name another one.
+        naming: What to check where another one may be meant, as a clause.
         otherwise: How to do without it, as the end of a sentence.
     """
 
     repo_id: str
     revision: str | None = None
-    naming: str = "check the name and HF_ENDPOINT"
+    naming: str = "check its name, @REVISION and HF_ENDPOINT"
     otherwise: str = ""
 
     @classmethod
@@ -68,6 +68,7 @@ class Repository:
             CheckpointError: If nobody can say, in one line with the remedy.
         """
         try:
+            read_token()
             return Path(hf_hub_download(self.repo_id, name, revision=self.revision))
         except Exception as error:  # the client, its HTTP library and the disk each have their own
             # The first is a kind of the second, but says nothing of the Hub.
@@ -110,7 +111,7 @@ class Repository:
         if isinstance(error, OfflineModeIsEnabled):
             return (
                 f"{self.address} is not in the Hub's cache, and the network may not be used "
-                f"(HF_HUB_OFFLINE); unset that{self.otherwise}"
+                "(HF_HUB_OFFLINE); unset that"
             )
         if isinstance(error, HFValidationError):
             return f"no repository is named {self.repo_id!r}; {self.naming}"
@@ -142,7 +143,10 @@ class Repository:
                 "`hf auth login` or HF_TOKEN"
             )
         if isinstance(error, RepositoryNotFoundError):
-            return f"{self.address} does not exist; {self.naming}{self.otherwise}"
+            return (
+                f"{self.address} does not exist, or is closed to your token (HTTP {status}); "
+                f"{self.naming}{self.otherwise}"
+            )
         if status == 401:
             return (
                 f"{constants.ENDPOINT} does not accept your token (HTTP 401); renew it with "

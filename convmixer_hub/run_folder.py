@@ -124,7 +124,7 @@ def branch_off(run: Path, identity: dict[str, Any], peak_epochs: int) -> dict[st
 def _read_state(file: Path) -> dict[str, Any]:
     try:
         state: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
-        # A setting that is younger than the run has a default that does nothing.
+        # What is missing is younger than the run, see `TrainingSettings`.
         known = asdict(TrainingSettings(state["settings"]["model"]))
         return {**state, "settings": {**known, **state["settings"]}}
     except Exception as error:  # torch.load has no error of its own
@@ -137,9 +137,14 @@ def _check_same(folder: Path, state: dict[str, Any], identity: dict[str, Any], a
         for run in (state, identity)
     )
     for name in found:
-        if found[name] != wanted.get(name):
+        if name not in wanted:
             raise TrainingError(
-                f"{folder}: holds a run with {name} {found[name]!r}, not {wanted.get(name)!r}; "
+                f"{folder}: holds a run of a version with the setting {name}, which this one "
+                "lacks; upgrade convmixer-hub, or name another run folder"
+            )
+        if found[name] != wanted[name]:
+            raise TrainingError(
+                f"{folder}: holds a run with {name} {found[name]!r}, not {wanted[name]!r}; "
                 f"{advice} another run folder"
             )
 
@@ -184,7 +189,7 @@ def save_results(folder: Path, model: nn.Module, state: dict[str, Any], at_peak:
 
 
 def read_metrics(file: Path) -> dict[str, list[float]]:
-    """Read the columns of a `metrics.csv`, one number an epoch; none if there is no such file.
+    """Read what a run measured, one number an epoch each; nothing if there is no such file.
 
     Raises:
         CheckpointError: If it cannot be read, or is no such file.
@@ -203,7 +208,7 @@ def read_metrics(file: Path) -> dict[str, list[float]]:
     except (OSError, ValueError, LookupError, TypeError, csv.Error) as error:
         raise CheckpointError(
             f"{file}: not the metrics of a run ({type(error).__name__}: {first_line(error)}); "
-            "copy it from the run folder again, or remove it for a card without a curve"
+            "copy it from its run folder again, or remove it"
         ) from None
 
 

@@ -20,7 +20,8 @@ class TrainingSettings:
     """What a run computes, given the data and the kind of device.
 
     The learning rate rises for a while, stays at its peak, and falls to 0 over the last epochs.
-    Until it falls, nothing depends on the number of epochs.
+    Until it falls, nothing depends on the number of epochs. A setting that is new in a version
+    has a default that changes nothing, so that older runs can be gone on with.
 
     Attributes:
         model: Name of an arch of this package.

@@ -248,7 +248,7 @@ def test_files_whose_labels_mean_other_classes_are_not_mixed(write_parquet, clas
     image = (IMAGES / "cat.png").read_bytes()
     folder = write_parquet("train", [image], [3])
     write_parquet("train-1", [image], [3], classes=classes)
-    message = rf"train-1\S*parquet: its labels mean {meaning}, those of train-0\S*parquet airplane,"
+    message = rf"train-1\S*parquet: its labels mean {meaning}, those of \S*train-0\S*parquet airp"
     with pytest.raises(DataError, match=message):
         load_images(folder, "train")
 

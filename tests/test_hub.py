@@ -124,7 +124,8 @@ FAULTS = {
     ),
     "missing repository": (
         with_token("hf_right", lambda hub, monkeypatch: hub.repositories.clear()),
-        rf"/{REPOSITORY} does not exist; check CONVMIXER_HUB_NAMESPACE and HF_ENDPOINT, or ",
+        rf"/{REPOSITORY} does not exist, or is closed to your token \(HTTP 404\); check "
+        "CONVMIXER_HUB_NAMESPACE and HF_ENDPOINT, or ",
     ),
     "missing revision": (
         lambda hub, monkeypatch: hub.repositories[REPOSITORY].pop("v1"),

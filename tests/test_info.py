@@ -5,6 +5,7 @@ import hashlib
 import shutil
 import socket
 import time
+from pathlib import Path
 
 import pytest
 import safetensors.torch
@@ -22,7 +23,7 @@ from .hub_server import error
 
 NAME = "convmixer_cifar.cifar10"
 ARCH = "convmixer_96_8_ks5_p1"
-MISSING = "is missing or private \\(HTTP 401\\); check the name and HF_ENDPOINT, or log in with `hf"
+MISSING = "is missing or private \\(HTTP 401\\); check its name, @REVISION and HF_ENDPOINT, or l"
 
 
 @pytest.fixture
@@ -100,6 +101,16 @@ def no_network(hub, monkeypatch):
         use_endpoint(monkeypatch, f"http://127.0.0.1:{unused.getsockname()[1]}")
 
 
+def with_a_token_of_others(hub, monkeypatch):
+    hub.tokens.add("hf_others")
+    hub.repositories.clear()  # to others, a private repository is not there
+    monkeypatch.setenv("HF_TOKEN", "hf_others")
+
+
+def with_a_folder_for_a_token(hub, monkeypatch):
+    Path(constants.HF_TOKEN_PATH).mkdir()
+
+
 def offline(hub, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
 
@@ -109,11 +120,21 @@ def offline(hub, monkeypatch):
     [
         ("hf-hub:no/such", None, f"^http://[^ ]*/no/such {MISSING}"),
         ("no/such", None, f"^no/such: no file or folder, and http://[^ ]*/no/such {MISSING}"),
-        ("somebody/small@v9", None, "/somebody/small has no revision 'v9'; check the name and HF"),
+        ("somebody/small@v9", None, "/somebody/small has no revision 'v9'; check its name, @REV"),
         (
             "hf-hub:somebody/small",
             no_network,
             "cannot be read \\(.*\\); check the network and HF_E",
+        ),
+        (
+            "hf-hub:somebody/small",
+            with_a_token_of_others,
+            "does not exist, or is closed to your token \\(HTTP 404\\); check its name, @REVISION",
+        ),
+        (
+            "hf-hub:somebody/small",
+            with_a_folder_for_a_token,
+            "^your token cannot be read \\(.*Is a directory.*\\); mend or remove ",
         ),
         ("hf-hub:somebody/small", offline, "not in the Hub's cache, and the network may"),
         (
@@ -129,7 +150,7 @@ def offline(hub, monkeypatch):
         (
             "hf-hub:somebody/small",
             lambda hub, _: hub.order(error(400)),
-            "cannot be read \\(HTTP 400 Bad Request\\); check the name and HF_ENDPOINT$",
+            "cannot be read \\(HTTP 400 Bad Request\\); check its name, @REVISION and HF_ENDPOINT$",
         ),
     ],
 )

@@ -4,12 +4,12 @@ import pytest
 from click.testing import CliRunner
 
 from convmixer_hub import TrainingError
+from convmixer_hub import train as train_module
 from convmixer_hub.cli import main
 from convmixer_hub.recipe import CHANGES, UNCHANGED, compare_changes
 from convmixer_hub.settings import TrainingSettings
 
 ARCH = "convmixer_96_8_ks5_p1"
-QUICK = {"epochs": 1, "held_out": 8}
 
 
 def test_every_change_differs_from_the_recipe_and_fits():
@@ -35,8 +35,24 @@ def test_runs_are_compared_and_gone_on_with(cifar_sample, tmp_path, monkeypatch)
     assert header.split()[0] == "run"
     assert [row.split()[0] for row in rows] == ["recipe", "ema"]
     assert "batch_size 16, ema_decay 0.5" in rows[1] and "+0.00" in rows[0]
+
+    def fail(*_):
+        raise AssertionError("an epoch was done again")
+
+    monkeypatch.setattr(train_module._Run, "train_epoch", fail)
     again = CliRunner().invoke(main, options.split())
     assert again.stdout.splitlines()[-4:] == first.stdout.splitlines()[-4:]
+
+
+def test_what_is_finished_is_shown_when_a_run_fails(cifar_sample, tmp_path, monkeypatch):
+    monkeypatch.setitem(CHANGES, UNCHANGED, {"batch_size": 16})
+    monkeypatch.setitem(CHANGES, "ema", {"batch_size": 1000})
+    options = f"bench recipe {ARCH} --data {cifar_sample} --output {tmp_path / 'runs'} --epochs 1"
+    options = f"{options} --held-out 8 --change recipe --change ema"
+    result = CliRunner().invoke(main, options.split())
+    assert result.exit_code == 1
+    assert result.stdout.splitlines()[-1].startswith("recipe  batch_size 16")
+    assert "32 training images are less than one batch of 1000" in result.stderr
 
 
 def test_runs_without_held_out_images_cannot_be_compared(cifar_sample, tmp_path):

@@ -360,19 +360,26 @@ def test_a_run_with_other_settings_is_not_overwritten(cifar_sample, tmp_path, we
 
 def test_a_run_goes_on_under_a_version_with_more_settings(cifar_sample, tmp_path, weights_after):
     folder = run(SETTINGS, cifar_sample, tmp_path / "run")
-    before = weights_after(folder)
-    state = torch.load(folder / "training_state.pt")
-    del state["settings"]["layer_decay"]
-    torch.save(state, folder / "training_state.pt")
-    torch.testing.assert_close(
-        weights_after(run(SETTINGS, cifar_sample, folder)), before, atol=0, rtol=0
-    )
+    for name in ("training_state.pt", "peak_state.pt"):
+        state = torch.load(folder / name)
+        del state["settings"]["layer_decay"]
+        torch.save(state, folder / name)
     with pytest.raises(TrainingError, match="holds a run with layer_decay 1.0, not 0.5; give the"):
         run(replace(SETTINGS, layer_decay=0.5), cifar_sample, folder)
+    before = weights_after(folder)
+    after = weights_after(run(SETTINGS, cifar_sample, folder))
+    torch.testing.assert_close(after, before, atol=0, rtol=0)
+    again = run(SETTINGS, cifar_sample, tmp_path / "again", continue_from=folder)
+    torch.testing.assert_close(weights_after(again), before, atol=0, rtol=0)
 
+
+def test_a_run_of_a_version_with_more_settings_is_not_gone_on_with(cifar_sample, tmp_path):
+    folder = run(SETTINGS, cifar_sample, tmp_path / "run")
+    state = torch.load(folder / "training_state.pt")
     state["settings"]["not_yet_known"] = 3
     torch.save(state, folder / "training_state.pt")
-    with pytest.raises(TrainingError, match="holds a run with not_yet_known 3, not None; give the"):
+    message = "a version with the setting not_yet_known, which this one lacks; upgrade convmixer"
+    with pytest.raises(TrainingError, match=message):
         run(SETTINGS, cifar_sample, folder)
 
 
