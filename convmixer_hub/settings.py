@@ -53,8 +53,8 @@ class TrainingSettings:
     """
 
     model: str
-    epochs: int = 11
-    final_share: float = 0.45
+    epochs: int = 25
+    final_share: float = 0.28
     warmup_epochs: float = 1.0
     small_crop_size: int = 24
     batch_size: int = 128
