@@ -42,6 +42,8 @@ from .settings import TrainingSettings
 from .train import train
 from .zoo import get_config, load_trained
 
+SECONDS_TO_END = 10.0
+
 
 @dataclass(frozen=True)
 class Speed:
@@ -280,7 +282,10 @@ def bench_train(
             for name, connection, _ in workers
         ]
     finally:
+        for _, connection, _ in workers:
+            connection.close()  # upon which the process ends, and what it started
         for _, _, process in workers:
+            process.join(SECONDS_TO_END)
             process.kill()
 
 
