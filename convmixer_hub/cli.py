@@ -41,6 +41,7 @@ from .records import get_record
 from .run_folder import STATE_FILE
 from .settings import OPTIMIZERS, TrainingSettings
 from .train import train
+from .training_images import FLIPS
 from .zoo import list_models, load_trained
 
 DEFAULT_MODEL = "convmixer_cifar"
@@ -244,8 +245,8 @@ def bench_load_command(name: str, rounds: int) -> None:
 @click.option(
     "--output", required=True, type=click.Path(path_type=Path), help="Folder for the run folders."
 )
-@click.option("--epochs", default=4, show_default=True, type=_POSITIVE)
-@click.option("--final-share", default=0.5, show_default=True, type=float)
+@click.option("--epochs", default=3, show_default=True, type=_POSITIVE)
+@click.option("--train-images", default=20000, show_default=True, type=_NOT_NEGATIVE)
 @click.option("--held-out", default=5000, show_default=True, type=_POSITIVE)
 @click.option(
     "--change",
@@ -333,11 +334,15 @@ _SETTINGS_HELP = {
     "cutmix": "Its alpha.",
     "ema_decay": "If above 0, the run gives the moving average of the weights.",
     "held_out": "Training images kept back to measure accuracy after each epoch.",
+    "train_images": "Train on so many of the others; 0 for all.",
+    "flip": "Mirror images every other epoch, or by chance.",
+    "covariance_init": "Draw the depth-wise kernels smoother and wider the deeper the layer.",
     "layer_decay": "Factor of the learning rate from one layer to the one before it.",
     "freeze_batch_norm": "Keep BatchNorm's means and variances as they are.",
     "seed": "",
 }
 
+_CHOICES = {"optimizer": list(OPTIMIZERS), "flip": list(FLIPS)}
 
 TRAIN_OPTIONS = tuple(
     name for name in _SETTINGS_HELP if name not in ("layer_decay", "freeze_batch_norm")
@@ -357,8 +362,8 @@ def _settings_options(
                 options["is_flag"] = True
             else:
                 options["type"] = type(default)
-            if name == "optimizer":
-                options["type"] = click.Choice(list(OPTIMIZERS))
+            if name in _CHOICES:
+                options["type"] = click.Choice(_CHOICES[name])
             flag = "lr" if name == "learning_rate" else name.replace("_", "-")
             options["default"] = default if with_defaults else None
             command = click.option(f"--{flag}", name, **options)(command)

@@ -20,19 +20,22 @@ UNCHANGED = "recipe"
 # Settings other than those of the recipe, by a name that is also that of the run's folder.
 CHANGES: dict[str, dict[str, Any]] = {
     UNCHANGED: {},
+    "another-seed": {"seed": 1},  # what no change at all may differ by
+    "covariance-init": {"covariance_init": True},
+    "random-flip": {"flip": "random"},
+    "whole-images": {"small_crop_size": 32},
     "adamw": {"optimizer": "adamw", "learning_rate": 0.01},
-    "lr-halved": {"learning_rate": 0.01},
+    "cutmix": {"cutmix": 0.5},
+    "rand-augment": {"rand_augment": "rand-m9-n2-mstd0.5-inc1"},
+    "random-erasing": {"random_erasing": 0.25},
+    "ema": {"ema_decay": 0.998},
     "lr-doubled": {"learning_rate": 0.04},
-    "weight-decay-0.01": {"weight_decay": 0.01},
+    "lr-halved": {"learning_rate": 0.01},
     "batch-size-256": {"batch_size": 256},
     "no-label-smoothing": {"label_smoothing": 0.0},
-    "whole-images": {"small_crop_size": 32},
-    "final-share-1": {"final_share": 1.0},  # so that all images are seen whole, too
-    "ema": {"ema_decay": 0.998},
-    "cutmix": {"cutmix": 0.5},
+    "weight-decay-0.01": {"weight_decay": 0.01},
     "mixup": {"mixup": 0.5},
-    "random-erasing": {"random_erasing": 0.25},
-    "rand-augment": {"rand_augment": "rand-m9-n2-mstd0.5-inc1"},
+    "falling-rate": {"final_share": 1.0},  # from the start, so that all images are whole, too
 }
 
 

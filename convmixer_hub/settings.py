@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .errors import TrainingError
-from .training_images import is_rand_augment
+from .training_images import FLIPS, is_rand_augment
 
 OPTIMIZERS: dict[str, dict[str, Any]] = {
     "muon": {"fallback_lr_scale": 0.5},
@@ -43,6 +43,9 @@ class TrainingSettings:
         cutmix: Alpha of cutmix; 0 for none. With both, a batch gets one of them.
         ema_decay: If above 0, the run gives the exponential moving average of the weights.
         held_out: Training images kept back to measure accuracy after each epoch.
+        train_images: Train on so many of the images that are not held out; 0 for all.
+        flip: `alternating` mirrors an image every other epoch, `random` by chance.
+        covariance_init: Draw the depth-wise kernels as `kernels.draw_kernels_by_depth` does.
         pretrained: Start from the trained weights of `model`, which may then be a folder as well,
             with a new head where the classes differ.
         layer_decay: Factor of the learning rate from one layer to the one before it.
@@ -69,6 +72,9 @@ class TrainingSettings:
     cutmix: float = 0.0
     ema_decay: float = 0.0
     held_out: int = 0
+    train_images: int = 0
+    flip: str = "alternating"
+    covariance_init: bool = False
     pretrained: bool = False
     layer_decay: float = 1.0
     freeze_batch_norm: bool = False
@@ -98,6 +104,8 @@ class TrainingSettings:
             ("cutmix", 0 <= self.cutmix < math.inf, "at least 0"),
             ("ema_decay", 0 <= self.ema_decay < 1, "at least 0 and below 1"),
             ("held_out", self.held_out >= 0, "at least 0"),
+            ("train_images", self.train_images >= 0, "at least 0"),
+            ("flip", self.flip in FLIPS, " or ".join(FLIPS)),
             ("layer_decay", 0 < self.layer_decay <= 1, "above 0 and at most 1"),
             ("seed", 0 <= self.seed < 2**31, "0 to 2147483647"),
         ]:

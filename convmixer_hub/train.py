@@ -37,6 +37,7 @@ from .data import (
 from .errors import DataError, TrainingError, UnknownModelError
 from .evaluate import evaluate
 from .fused import fuse_gelu_and_norm
+from .kernels import draw_kernels_by_depth
 from .machine import (
     ask_first_process,
     describe_machine,
@@ -214,6 +215,8 @@ class _Run:
         else:
             model = timm.create_model(settings.model, num_classes=len(classes))
         assert isinstance(model, ConvMixer)  # as every arch of this package is
+        if settings.covariance_init and not settings.pretrained:
+            draw_kernels_by_depth(model)
         self.patch_size = model.patch_emb.patch_size
         model.to(self.device)
         if self.device.type == "cpu":
@@ -252,11 +255,20 @@ class _Run:
                 f"{image_size} pixels in patches of {self.patch_size}; give a number between them"
             )
         kept, _ = hold_out(len(images), settings.held_out, SPLIT_SEED)
+        if settings.train_images > len(kept):
+            raise TrainingError(
+                f"train_images is {settings.train_images}: only {len(kept)} are there beside those "
+                "held out; give at most that"
+            )
+        if settings.train_images:
+            some, _ = hold_out(len(kept), len(kept) - settings.train_images, SPLIT_SEED)
+            kept = [kept[i] for i in some]
         self.images = TrainingImages(
             Subset(images, kept),
             data_config,
             settings.seed,
             settings.rand_augment,
+            settings.flip,
             skip_damaged,
             self.device,
             self.progress,

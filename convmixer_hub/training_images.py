@@ -15,6 +15,8 @@ from torchvision import transforms
 
 from .data import read_images, to_channels
 
+FLIPS = ("alternating", "random")
+
 
 def is_rand_augment(description: str) -> bool:
     """Tell whether timm can make a RandAugment of this; it makes none of an empty description."""
@@ -30,9 +32,10 @@ def is_rand_augment(description: str) -> bool:
 class TrainingImages:
     """A training set in memory, served in shuffled and augmented batches.
 
-    The usual augmentation of CIFAR: reflected borders, random squares, and mirror images. An
-    image is mirrored every other epoch, starting with a random half of them, so that two epochs
-    show all images both ways ("alternating flip", Jordan 2024, arXiv:2404.00498).
+    The usual augmentation of CIFAR: reflected borders, random squares, and mirror images. Unless
+    they are mirrored at random, an image is mirrored every other epoch, starting with a random
+    half of them, so that two epochs show all images both ways ("alternating flip", Jordan 2024,
+    arXiv:2404.00498).
 
     Args:
         images: Some of a `LabelledImages`.
@@ -40,6 +43,7 @@ class TrainingImages:
             scaled and cropped to its `input_size`.
         seed: The same seed gives the same batches everywhere.
         rand_augment: timm's description of a RandAugment, such as `rand-m9-n2-mstd0.5-inc1`.
+        flip: One of `FLIPS`.
         skip_damaged: Leave out images that cannot be read.
         device: Where the images are kept and augmented.
         progress: Show a progress bar, if there is a terminal.
@@ -57,12 +61,14 @@ class TrainingImages:
         data_config: Mapping[str, Any],
         seed: int = 0,
         rand_augment: str = "",
+        flip: str = "alternating",
         skip_damaged: bool = False,
         device: torch.device | str = "cpu",
         progress: bool = True,
     ) -> None:
         self.image_size = data_config["input_size"][-1]
         self.seed = seed
+        self.flip = flip
         self.rand_augment = (
             rand_augment_transform(rand_augment, {"translate_const": self.image_size // 3})
             if rand_augment
@@ -106,12 +112,15 @@ class TrainingImages:
         """
         order = torch.randperm(len(self), generator=_generator(self.seed, epoch))
         batch = order[step * batch_size : (step + 1) * batch_size]
-        mirrored_first = torch.rand(len(self), generator=_generator(self.seed)) < 0.5
-        mirrored = mirrored_first[batch] ^ bool(epoch % 2)
         border = crop_size // 8
         places = self.image_size + 2 * border - crop_size + 1
         generator = _generator(self.seed, epoch, step)
         corners = torch.randint(places, (2, batch_size, 1), generator=generator)
+        if self.flip == "random":
+            mirrored = torch.rand(batch_size, generator=generator) < 0.5
+        else:
+            mirrored_first = torch.rand(len(self), generator=_generator(self.seed)) < 0.5
+            mirrored = mirrored_first[batch] ^ bool(epoch % 2)
 
         batch = batch[share]
         images = self.images[batch.to(self.images.device)]

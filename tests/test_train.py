@@ -458,6 +458,8 @@ def test_what_is_derived_from_the_state_is_restored(cifar_sample, tmp_path, weig
         ({"clip_grad": 0.0}, "clip_grad is 0.0: give above 0"),
         ({"warmup_epochs": -1.0}, "warmup_epochs is -1.0: give at least 0"),
         ({"held_out": -1}, "held_out is -1: give at least 0"),
+        ({"train_images": -1}, "train_images is -1: give at least 0"),
+        ({"flip": "never"}, "flip is never: give alternating or random"),
         ({"seed": -1}, "seed is -1: give 0 to 2147483647"),
     ],
 )
@@ -479,6 +481,10 @@ def test_settings_that_cannot_be_are_refused(change, message):
             "small_crop_size is 1: convmixer_cifar takes images of 32 pixels in patches of 2; giv",
         ),
         (
+            {"train_images": 33},
+            "train_images is 33: only 32 are there beside those held out; give at most that",
+        ),
+        (
             {"cutmix": 0.5, "batch_size": 9},
             "batch_size is 9: give a multiple of 2 for 1 processes",
         ),
@@ -489,10 +495,20 @@ def test_settings_that_do_not_fit_the_model_are_refused(cifar_sample, tmp_path, 
         run(replace(SETTINGS, **change), cifar_sample, tmp_path / "run")
 
 
-def test_fewer_images_than_a_batch_are_refused(cifar_sample, tmp_path):
-    settings = replace(SETTINGS, batch_size=64)
-    with pytest.raises(DataError, match="32 training images are less than one batch of 64; give a"):
-        run(settings, cifar_sample, tmp_path / "run")
+@pytest.mark.parametrize(
+    ("change", "count"), [({"batch_size": 33}, 32), ({"batch_size": 21, "train_images": 20}, 20)]
+)
+def test_fewer_images_than_a_batch_are_refused(cifar_sample, tmp_path, change, count):
+    with pytest.raises(DataError, match=f"{count} training images are less than one batch of"):
+        run(replace(SETTINGS, **change), cifar_sample, tmp_path / "run")
+
+
+def test_first_kernels_that_are_drawn_by_depth_are_narrow(cifar_sample, tmp_path, weights_after):
+    settings = replace(SETTINGS, covariance_init=True, learning_rate=1e-9, held_out=0, epochs=1)
+    weights = weights_after(run(settings, cifar_sample, tmp_path / "run"))
+    first, last = (weights[f"conv_mixer_layers.{i}.depth_wise_conv.weight"] for i in (0, 7))
+    assert first[:, :, 0, 0].abs().max() < 1e-4 < first[:, :, 2, 2].abs().mean()
+    assert last[:, :, 0, 0].abs().mean() > 1e-2
 
 
 @pytest.mark.parametrize("name", ["convmixer_cifr", "convmixer_cifar.cifar10", "resnet18"])

@@ -46,6 +46,17 @@ def test_training_crops_are_parts_of_the_image_or_its_mirror(training_images):
     assert mirrored in ([True, False] * 10, [False, True] * 10)
 
 
+def test_mirror_images_by_chance(training_images):
+    images = training_images([3] * 40, flip="random")
+    images.images[:, :, :, :16] = 0  # so that the left half tells
+    mirrored = []
+    for epoch in range(2):
+        crops = to_bytes(images.read_batch(epoch, 0, 40, 32)[0])
+        mirrored.append(crops[..., :12].sum((1, 2, 3)) > crops[..., 20:].sum((1, 2, 3)))
+        assert 8 < mirrored[-1].sum() < 32
+    assert 8 < (mirrored[0] ^ mirrored[1]).sum() < 32
+
+
 def test_an_epoch_shows_each_image_once_in_random_order(training_images):
     images = training_images(range(10))
     for epoch in range(2):
