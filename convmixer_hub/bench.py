@@ -1,8 +1,4 @@
-"""What this package gains: in speed, and by its trained weights.
-
-Speed and memory of a training step are measured beside those of other ConvMixers of the same size,
-the time of building a model with and without its weights, and the accuracy of fine-tuning beside
-that of training from scratch.
+"""How fast a model trains and loads, beside others of the same size.
 
 Each variant of a step lives in a process of its own, so that neither its memory nor its settings
 touch the others, and the variants take their steps in turns, so that a busy machine slows them all
@@ -12,35 +8,25 @@ alike.
 from __future__ import annotations
 
 import multiprocessing
-import os
-import random
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from multiprocessing.connection import Connection
-from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import timm
 import torch
 from timm.models.convmixer import ConvMixer as TimmConvMixer
 from torch import nn
 from torch.nn import functional as F
-from torchvision.datasets import ImageFolder
 from tqdm import tqdm
 
-from .data import has_split, load_images
-from .errors import DataError, TrainingError, first_line
-from .evaluate import evaluate_on
-from .finetune import choose_settings
+from .errors import TrainingError, first_line
 from .fused import fuse_gelu_and_norm
 from .machine import keep_freed_memory
 from .model import ConvMixer
 from .records import get_record
-from .settings import TrainingSettings
-from .train import train
-from .zoo import get_config, load_trained
+from .zoo import get_config
 
 SECONDS_TO_END = 10.0
 
@@ -83,76 +69,6 @@ def bench_load(name: str, rounds: int = 30) -> tuple[float, float]:
             seconds[pretrained].append(time.perf_counter() - start)
     without, with_weights = (statistics.median(each[1:]) for each in seconds)
     return without, with_weights
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """Top-1 on the test images, in percent, after as many steps on the same images."""
-
-    seed: int
-    finetuned: float
-    from_scratch: float
-
-
-def bench_finetune(
-    name: str, data_dir: str | Path, images_a_class: int = 50, seeds: int = 3, progress: bool = True
-) -> Iterator[Comparison]:
-    """Fine-tune a trained model on a few images of each class, and train one from scratch on them.
-
-    Both take the same images, chosen by the seed, with the same augmentation and in batches of the
-    same size, for as many epochs, of which both keep the one that does best on a fifth of these
-    images. Training from scratch takes the optimizer and the learning rate of `convmixer train`.
-
-    Args:
-        name: The trained model, as in `finetune.choose_settings`.
-        data_dir: Folder with `train` and `test` (or `val`) class folders.
-        images_a_class: How many images of each class to train on, those held out included.
-        seeds: How many times to do it.
-        progress: Show progress bars, if there is a terminal, and a line an epoch.
-
-    Raises:
-        UnknownModelError: If no trained model has this name.
-        DataError: If these folders are not there, or have too few images.
-    """
-    arch = get_record(name).name.partition(".")[0]
-    images = load_images(data_dir, "train")
-    has_test = any(has_split(data_dir, split) for split in ("test", "validation"))
-    if not isinstance(images, ImageFolder) or not has_test:
-        raise DataError(f"{data_dir}: has no class folders in train/ and test/; make them")
-    if load_images(data_dir, "test").classes != images.classes:
-        raise DataError(f"{data_dir}: has other classes for testing than for training; mend that")
-    for seed in range(seeds):
-        with TemporaryDirectory() as scratch:
-            folder = Path(scratch)
-            _link_some(images, images_a_class, seed, folder / "data" / "train")
-            tuned = choose_settings(name, folder / "data", seed=seed)
-            untrained = TrainingSettings(arch)
-            fresh = replace(
-                tuned,
-                model=arch,
-                pretrained=False,
-                layer_decay=1.0,
-                optimizer=untrained.optimizer,
-                learning_rate=untrained.learning_rate,
-            )
-            top1: list[float] = []
-            for settings in (tuned, fresh):
-                run = train(settings, folder / "data", folder / f"{len(top1)}", progress=progress)
-                top1.append(evaluate_on(load_trained(str(run)), data_dir).top1)
-        yield Comparison(seed, *top1)
-
-
-def _link_some(images: ImageFolder, count: int, seed: int, folder: Path) -> None:
-    """Make class folders with links to some images of each class, chosen by the seed."""
-    choice = random.Random(seed)
-    for label, name in enumerate(images.classes):
-        files = sorted(path for path, label_of in images.samples if label_of == label)
-        if len(files) < count:
-            raise DataError(f"{images.root}/{name}: has {len(files)} images; {count} are needed")
-        (folder / name).mkdir(parents=True)
-        for file in choice.sample(files, count):
-            link = folder / name / os.path.relpath(file, images.root).replace(os.sep, " ")
-            link.symlink_to(Path(file).resolve())
 
 
 def _make_ours(model: ConvMixer) -> nn.Module:

@@ -17,7 +17,7 @@ import timm
 import torch
 
 from . import __version__
-from .bench import VARIANTS, bench_finetune, bench_load, bench_train
+from .bench import VARIANTS, bench_load, bench_train
 from .card import CARD_FILE, write_card
 from .checkpoint import WEIGHTS_FILE, find_checkpoint, locate
 from .convert import convert
@@ -42,6 +42,7 @@ from .run_folder import STATE_FILE
 from .settings import OPTIMIZERS, TrainingSettings
 from .train import train
 from .training_images import FLIPS
+from .transfer import bench_finetune
 from .zoo import list_models, load_trained
 
 DEFAULT_MODEL = "convmixer_cifar"

@@ -1,22 +1,15 @@
-from functools import partial
-
 import pytest
 import timm
 import torch
 
-from convmixer_hub import DataError, TrainingError
-from convmixer_hub import bench as bench_module
+from convmixer_hub import TrainingError
 from convmixer_hub.bench import (
     _make_sequential,
     _make_timms,
-    bench_finetune,
     bench_load,
     bench_train,
 )
-from convmixer_hub.finetune import choose_settings
 from convmixer_hub.fused import fuse_gelu_and_norm
-
-from .test_finetune import ANIMALS, MACHINES, write_class
 
 ARCH = "convmixer_96_8_ks5_p1"
 
@@ -60,39 +53,3 @@ def test_a_variant_that_fails_is_named():
 def test_building_with_and_without_weights_is_timed():
     without, with_weights = bench_load("convmixer_cifar", rounds=2)
     assert without > 0 and with_weights > 0
-
-
-def write_classes(folder):
-    for split in ("train", "test"):
-        write_class(folder / split / "animal", ANIMALS)
-        write_class(folder / split / "machine", MACHINES)
-    return folder
-
-
-def test_fine_tuning_is_compared_on_the_same_images_and_steps(tmp_path, monkeypatch):
-    folder = write_classes(tmp_path / "photos")
-    runs = []
-    train = bench_module.train
-
-    def train_and_look(settings, data_dir, output, **options):
-        files = sorted(path.name for path in data_dir.rglob("*.jpg"))
-        runs.append((settings, files))
-        return train(settings, data_dir, output, **options)
-
-    monkeypatch.setattr(bench_module, "train", train_and_look)
-    monkeypatch.setattr(bench_module, "choose_settings", partial(choose_settings, epochs=1))
-    [result] = bench_finetune("convmixer_cifar", folder, 5, seeds=1, progress=False)
-    assert 0 <= result.from_scratch <= 100 and 0 <= result.finetuned <= 100
-    (tuned, files), (fresh, same_files) = runs
-    assert len(files) == 10 and files == same_files
-    assert tuned.pretrained and not fresh.pretrained
-    for name in ("epochs", "batch_size", "held_out", "seed", "rand_augment", "keep_best"):
-        assert getattr(tuned, name) == getattr(fresh, name)
-
-
-def test_too_few_images_to_compare_on_are_named(tmp_path, cifar_sample):
-    with pytest.raises(DataError, match="has no class folders in train/ and test/; make them"):
-        next(bench_finetune("convmixer_cifar", cifar_sample))
-    folder = write_classes(tmp_path / "few")
-    with pytest.raises(DataError, match="train/machine: has 8 images; 12 are needed"):
-        next(bench_finetune("convmixer_cifar", folder, 12))
