@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
-from huggingface_hub.errors import OfflineModeIsEnabled
 from huggingface_hub.file_download import repo_folder_name
 from safetensors import SafetensorError, safe_open
 from timm.models import save_for_hf
@@ -25,7 +24,6 @@ from .errors import CheckpointError, first_line
 from .files import replacing
 from .model import ConvMixer, name_activation
 from .records import OWN_COPY, CheckpointRecord, get_record
-from .repository import unwrap
 
 SOURCES = ("auto", "embedded", "hub")
 WEIGHTS_FILE = "model.safetensors"
@@ -81,7 +79,9 @@ def find_cached(record: CheckpointRecord, cache_dir: str | Path | None = None) -
             record.repo_id, WEIGHTS_FILE, cache_dir=cache_dir, revision=record.revision
         )
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{record.name}: {explain_hub_error(error, record)}") from None
+        raise CheckpointError(
+            f"{record.name}: {record.repository.explain(error, WEIGHTS_FILE)}"
+        ) from None
     return Path(cached) if isinstance(cached, str) else None
 
 
@@ -137,7 +137,7 @@ def find_checkpoint(
     try:
         return _download(record, Path(cache_dir or constants.HF_HUB_CACHE), file)
     except Exception as error:  # the client, its HTTP library and the disk each have their own
-        reason = explain_hub_error(error, record)
+        reason = record.repository.explain(error, WEIGHTS_FILE)
         raise CheckpointError(f"{record.name}: {damage}{reason}") from None
 
 
@@ -198,16 +198,6 @@ def put_in_cache(files: Iterable[Path], record: CheckpointRecord, commit: str, c
     with replacing(reference) as temporary:
         temporary.write_text(commit)
     return snapshot / WEIGHTS_FILE
-
-
-def explain_hub_error(error: Exception, record: CheckpointRecord) -> str:
-    """Say in one line why the Hub did not give the weights of a model, and what to do."""
-    if isinstance(unwrap(error), OfflineModeIsEnabled):  # what fills the cache differs
-        return (
-            "the network may not be used (HF_HUB_OFFLINE); unset that, or copy the Hub's cache "
-            f"folder from a machine where `convmixer pull {record.name}` was run, or {OWN_COPY}"
-        )
-    return record.repository.explain(error, WEIGHTS_FILE)
 
 
 def verify_file(path: Path, record: CheckpointRecord, remedy: str) -> None:

@@ -20,7 +20,6 @@ from huggingface_hub.errors import OfflineModeIsEnabled
 from . import __version__
 from .checkpoint import (
     WEIGHTS_FILE,
-    explain_hub_error,
     find_cached,
     find_checkpoint,
     locate,
@@ -135,7 +134,7 @@ def _ask_for(record: CheckpointRecord) -> str:
     try:
         offered = record.repository.ask_for(WEIGHTS_FILE)
     except Exception as error:  # the client, its HTTP library and the disk each have their own
-        raise CheckpointError(explain_hub_error(error, record)) from None
+        raise CheckpointError(record.repository.explain(error, WEIGHTS_FILE)) from None
     # The Hub names large files by their SHA-256, small ones by git's own digest.
     digest = offered.etag if re.fullmatch("[0-9a-f]{64}", offered.etag or "") else None
     if offered.size not in (None, record.size) or digest not in (None, record.sha256):

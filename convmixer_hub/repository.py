@@ -40,12 +40,14 @@ class Repository:
         revision: A branch, tag or commit; the main branch if None.
         naming: What to check where another one may be meant, as a clause.
         otherwise: How to do without it, as the end of a sentence.
+        offline: How to do without the network, likewise.
     """
 
     repo_id: str
     revision: str | None = None
     naming: str = "check its name, @REVISION and HF_ENDPOINT"
     otherwise: str = ""
+    offline: str = ""
 
     @classmethod
     def parse(cls, name: str) -> Repository | None:
@@ -110,8 +112,7 @@ class Repository:
             return self._explain_answer(error, name)
         if isinstance(error, OfflineModeIsEnabled):
             return (
-                f"{self.address} is not in the Hub's cache, and the network may not be used "
-                "(HF_HUB_OFFLINE); unset that"
+                f"{self.address} may not be asked (HF_HUB_OFFLINE is set); unset that{self.offline}"
             )
         if isinstance(error, HFValidationError):
             return f"no repository is named {self.repo_id!r}; {self.naming}"

@@ -55,7 +55,7 @@ def convmixer(*arguments: str) -> tuple[int, str]:
 
 
 def test_a_kit_serves_timm_and_torch_hub_without_a_network(kit, cache, batch):
-    with pytest.raises(CheckpointError, match="the network may not be used"):
+    with pytest.raises(CheckpointError, match="may not be asked"):
         find_checkpoint(NAME)
     status, output = convmixer("unbundle", str(kit))
     assert (status, output) == (0, f"{NAME}: {find_checkpoint(NAME)}\n")
