@@ -268,7 +268,7 @@ def bench_recipe_command(
         for outcome in compare_changes(model, data, output, changes or tuple(CHANGES), **common):
             outcomes.append(outcome)
     finally:
-        if outcomes:
+        if outcomes and get_rank() == 0:
             _print_outcomes(model, outcomes, common)
 
 
