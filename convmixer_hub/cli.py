@@ -247,7 +247,13 @@ def bench_load_command(name: str, rounds: int) -> None:
     "--output", required=True, type=click.Path(path_type=Path), help="Folder for the run folders."
 )
 @click.option("--epochs", default=3, show_default=True, type=_POSITIVE)
-@click.option("--train-images", default=20000, show_default=True, type=_NOT_NEGATIVE)
+@click.option(
+    "--train-images",
+    default=20000,
+    show_default=True,
+    type=_NOT_NEGATIVE,
+    help="Train on so many of those that are not held out; 0 for all.",
+)
 @click.option("--held-out", default=5000, show_default=True, type=_POSITIVE)
 @click.option(
     "--change",
@@ -335,7 +341,7 @@ _SETTINGS_HELP = {
     "cutmix": "Its alpha.",
     "ema_decay": "If above 0, the run gives the moving average of the weights.",
     "held_out": "Training images kept back to measure accuracy after each epoch.",
-    "train_images": "Train on so many of the others; 0 for all.",
+    "train_images": "Train on so many of those that are not held out; 0 for all.",
     "flip": "Mirror images every other epoch, or by chance.",
     "covariance_init": "Draw the depth-wise kernels smoother and wider the deeper the layer.",
     "layer_decay": "Factor of the learning rate from one layer to the one before it.",

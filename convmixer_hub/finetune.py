@@ -74,7 +74,7 @@ def choose_settings(name: str, data_dir: str | Path, **changes: Any) -> Training
     count = len(load_images(data_dir, "train"))
     fifth = 0 if has_split(data_dir, "validation") else max(1, round(count / 5))
     held_out = changes.setdefault("held_out", fifth)
-    kept = max(1, count - held_out)
+    kept = changes.get("train_images") or max(1, count - held_out)
     few = kept < FEW_IMAGES
     # Even by default, as mixup and cutmix want it.
     batch_size = changes.setdefault("batch_size", min(50, max(2, 2 * (kept // 8))))

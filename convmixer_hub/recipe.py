@@ -62,7 +62,7 @@ def compare_changes(
     progress: bool = True,
     **common: Any,
 ) -> Iterator[Outcome]:
-    """Train with the recipe and with one change to it at a time, always from the same seed.
+    """Train with the recipe and with one change to it at a time, from the same seed if not that.
 
     Args:
         model: Name of an arch of this package.
@@ -70,7 +70,8 @@ def compare_changes(
         output: Folder for the run folders; runs that are in it are gone on with.
         changes: Keys of `CHANGES`.
         progress: Show progress bars, if there is a terminal, and a line an epoch.
-        common: Settings of all the runs, such as `epochs`; `held_out` is at least 1.
+        common: Settings of all the runs, such as `epochs`, other than those of `changes`;
+            `held_out` is at least 1.
 
     Yields:
         What each run gave, when it is finished.

@@ -47,7 +47,7 @@ class CheckpointRecord:
             naming="check CONVMIXER_HUB_NAMESPACE and HF_ENDPOINT",
             otherwise=f", or {OWN_COPY}",
             offline=", or copy the Hub's cache folder from a machine where "
-            f"`convmixer pull {self.name}` was run, or {OWN_COPY}",
+            f"`convmixer pull {self.name}` was run",
         )
 
 

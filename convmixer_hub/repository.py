@@ -107,12 +107,13 @@ class Repository:
         """Say in one line why the Hub did not give a file, and what to do."""
         if isinstance(error, CheckpointError):
             return str(error)
-        error = unwrap(error)
+        error = _unwrap(error)
         if isinstance(error, HfHubHTTPError):
             return self._explain_answer(error, name)
         if isinstance(error, OfflineModeIsEnabled):
             return (
-                f"{self.address} may not be asked (HF_HUB_OFFLINE is set); unset that{self.offline}"
+                f"{self.address} may not be asked for what the Hub's cache lacks "
+                f"(HF_HUB_OFFLINE); unset that{self.offline}{self.otherwise}"
             )
         if isinstance(error, HFValidationError):
             return f"no repository is named {self.repo_id!r}; {self.naming}"
@@ -158,7 +159,7 @@ class Repository:
         return f"{self.address} cannot be read ({reason}); {remedy}{self.otherwise}"
 
 
-def unwrap(error: Exception) -> Exception:
+def _unwrap(error: Exception) -> Exception:
     """Take an error out of the advice, which does not say what befell, that the client wraps it in.
 
     It does that to whatever befell its first request.

@@ -43,7 +43,8 @@ class TrainingSettings:
         cutmix: Alpha of cutmix; 0 for none. With both, a batch gets one of them.
         ema_decay: If above 0, the run gives the exponential moving average of the weights.
         held_out: Training images kept back to measure accuracy after each epoch.
-        train_images: Train on so many of the images that are not held out; 0 for all.
+        train_images: Train on so many of the images that are not held out; 0 for all. Damaged
+            ones that are skipped count.
         flip: `alternating` mirrors an image every other epoch, `random` by chance.
         covariance_init: Draw the depth-wise kernels as `kernels.draw_kernels_by_depth` does.
         pretrained: Start from the trained weights of `model`, which may then be a folder as well,
@@ -106,6 +107,11 @@ class TrainingSettings:
             ("held_out", self.held_out >= 0, "at least 0"),
             ("train_images", self.train_images >= 0, "at least 0"),
             ("flip", self.flip in FLIPS, " or ".join(FLIPS)),
+            (
+                "covariance_init",
+                not (self.covariance_init and self.pretrained),
+                "False for pretrained weights",
+            ),
             ("layer_decay", 0 < self.layer_decay <= 1, "above 0 and at most 1"),
             ("seed", 0 <= self.seed < 2**31, "0 to 2147483647"),
         ]:

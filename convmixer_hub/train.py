@@ -86,8 +86,8 @@ def train(
 
     Raises:
         UnknownModelError: If no arch of this package has this name.
-        TrainingError: If a setting does not fit the model or the processes, if the folder holds
-            another run or cannot be written, or if the loss is no longer a number.
+        TrainingError: If a setting does not fit the model, the data or the processes, if the
+            folder holds another run or cannot be written, or if the loss is no longer a number.
         DataError: If the data cannot be read, or is less than one batch.
     """
     folder = Path(output)
@@ -215,7 +215,7 @@ class _Run:
         else:
             model = timm.create_model(settings.model, num_classes=len(classes))
         assert isinstance(model, ConvMixer)  # as every arch of this package is
-        if settings.covariance_init and not settings.pretrained:
+        if settings.covariance_init:
             draw_kernels_by_depth(model)
         self.patch_size = model.patch_emb.patch_size
         model.to(self.device)
@@ -257,8 +257,8 @@ class _Run:
         kept, _ = hold_out(len(images), settings.held_out, SPLIT_SEED)
         if settings.train_images > len(kept):
             raise TrainingError(
-                f"train_images is {settings.train_images}: only {len(kept)} are there beside those "
-                "held out; give at most that"
+                f"train_images is {settings.train_images}: {len(kept)} are there that are not held "
+                "out; give at most that"
             )
         if settings.train_images:
             some, _ = hold_out(len(kept), len(kept) - settings.train_images, SPLIT_SEED)
@@ -288,7 +288,7 @@ class _Run:
             for line in damaged:
                 tqdm.write(f"skipped: {line}", file=sys.stderr)
         if len(self.images) < settings.batch_size:
-            remedy = "a smaller --batch-size" if len(self.images) > 1 else "more images"
+            remedy = "a smaller --batch-size" if len(self.images) > 1 else "more of them"
             raise DataError(
                 f"{len(self.images)} training images are less than one batch of "
                 f"{settings.batch_size}; give {remedy}"

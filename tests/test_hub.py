@@ -101,8 +101,9 @@ FAULTS = {
     ),
     "offline": (
         lambda hub, monkeypatch: monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True),
-        rf"{REPOSITORY} may not be asked \(HF_HUB_OFFLINE is set\); unset that, or copy the Hub's "
-        f"cache folder from a machine where `convmixer pull {NAME}` was run, or {OWN_COPY}",
+        rf"{REPOSITORY} may not be asked for what the Hub's cache lacks \(HF_HUB_OFFLINE\); unset "
+        "that, or copy the Hub's cache folder from a machine where "
+        f"`convmixer pull {NAME}` was run, or {OWN_COPY}",
     ),
     "wrong token": (
         with_token("hf_wrong"),
@@ -360,7 +361,7 @@ def test_a_damaged_file_in_the_cache_is_named_where_no_other_can_be_had(damaged,
     with pytest.raises(
         CheckpointError,
         match=rf"^{NAME}: the copy in the Hub's cache is damaged \({damaged}\), and http\S+ may "
-        r"not be asked \(HF_HUB_OFFLINE is set\); unset that, or copy the Hub's cache folder ",
+        r"not be asked for what the Hub's cache lacks \(HF_HUB_OFFLINE\); unset that, or copy ",
     ):
         find_checkpoint(NAME)
 

@@ -139,7 +139,7 @@ def offline(hub, monkeypatch):
         (
             "hf-hub:somebody/small",
             offline,
-            "may not be asked \\(HF_HUB_OFFLINE is set\\); unset that$",
+            "may not be asked for what the Hub's cache lacks \\(HF_HUB_OFFLINE\\); unset that$",
         ),
         (
             "hf-hub:somebody/small",

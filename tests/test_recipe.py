@@ -4,6 +4,7 @@ import pytest
 from click.testing import CliRunner
 
 from convmixer_hub import TrainingError
+from convmixer_hub import cli as cli_module
 from convmixer_hub import train as train_module
 from convmixer_hub.cli import main
 from convmixer_hub.recipe import CHANGES, UNCHANGED, compare_changes
@@ -27,14 +28,19 @@ def test_runs_are_compared_and_gone_on_with(cifar_sample, tmp_path, monkeypatch)
     monkeypatch.setitem(CHANGES, UNCHANGED, {"batch_size": 16})
     monkeypatch.setitem(CHANGES, "ema", {"batch_size": 16, "ema_decay": 0.5})
     options = f"bench recipe {ARCH} --data {cifar_sample} --output {tmp_path / 'runs'} --epochs 1"
-    options = f"{options} --train-images 0 --held-out 8 --change recipe --change ema"
+    options = f"{options} --train-images 20 --held-out 8 --change recipe --change ema"
     first = CliRunner().invoke(main, options.split())
     assert first.exit_code == 0, first.output
     title, header, *rows = first.stdout.splitlines()[-4:]
-    assert title.startswith(f"{ARCH}, epochs 1, held_out 8, train_images 0, seed 0, ")
+    assert title.startswith(f"{ARCH}, epochs 1, held_out 8, train_images 20, seed 0, ")
     assert header.split()[0] == "run"
     assert [row.split()[0] for row in rows] == ["recipe", "ema"]
     assert "batch_size 16, ema_decay 0.5" in rows[1] and "+0.00" in rows[0]
+
+    with monkeypatch.context() as second_process:
+        second_process.setattr(cli_module, "get_rank", lambda: 1)
+        silent = CliRunner().invoke(main, options.split())
+    assert silent.exit_code == 0 and not silent.stdout
 
     def fail(*_):
         raise AssertionError("an epoch was done again")
@@ -48,11 +54,11 @@ def test_what_is_finished_is_shown_when_a_run_fails(cifar_sample, tmp_path, monk
     monkeypatch.setitem(CHANGES, UNCHANGED, {"batch_size": 16})
     monkeypatch.setitem(CHANGES, "ema", {"batch_size": 1000})
     options = f"bench recipe {ARCH} --data {cifar_sample} --output {tmp_path / 'runs'} --epochs 1"
-    options = f"{options} --train-images 0 --held-out 8 --change recipe --change ema"
+    options = f"{options} --train-images 20 --held-out 8 --change recipe --change ema"
     result = CliRunner().invoke(main, options.split())
     assert result.exit_code == 1
     assert result.stdout.splitlines()[-1].startswith("recipe  batch_size 16")
-    assert "32 training images are less than one batch of 1000" in result.stderr
+    assert "20 training images are less than one batch of 1000" in result.stderr
 
 
 def test_runs_without_held_out_images_cannot_be_compared(cifar_sample, tmp_path):

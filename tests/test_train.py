@@ -119,8 +119,9 @@ def read_metrics(folder):
         {"ema_decay": 0.9, "optimizer": "adamw"},
         {"mixup": 0.5, "cutmix": 0.5, "random_erasing": 0.5, "rand_augment": "rand-m9-n2"},
         {"keep_best": True, "layer_decay": 0.5, "freeze_batch_norm": True},
+        {"flip": "random", "train_images": 30, "covariance_init": True},
     ],
-    ids=["defaults", "ema and adamw", "all augmentations", "as in fine-tuning"],
+    ids=["defaults", "ema and adamw", "all augmentations", "as in fine-tuning", "alternatives"],
 )
 def test_a_run_stopped_at_every_save_goes_on_as_if_nothing_had_happened(
     cifar_sample, tmp_path, weights_after, monkeypatch, stop_after, change
@@ -459,6 +460,10 @@ def test_what_is_derived_from_the_state_is_restored(cifar_sample, tmp_path, weig
         ({"warmup_epochs": -1.0}, "warmup_epochs is -1.0: give at least 0"),
         ({"held_out": -1}, "held_out is -1: give at least 0"),
         ({"train_images": -1}, "train_images is -1: give at least 0"),
+        (
+            {"covariance_init": True, "pretrained": True},
+            "covariance_init is True: give False for pretrained weights",
+        ),
         ({"flip": "never"}, "flip is never: give alternating or random"),
         ({"seed": -1}, "seed is -1: give 0 to 2147483647"),
     ],
@@ -482,7 +487,7 @@ def test_settings_that_cannot_be_are_refused(change, message):
         ),
         (
             {"train_images": 33},
-            "train_images is 33: only 32 are there beside those held out; give at most that",
+            "train_images is 33: 32 are there that are not held out; give at most that",
         ),
         (
             {"cutmix": 0.5, "batch_size": 9},
