@@ -325,8 +325,8 @@ def bench_finetune_command(name: str, data: Path, images_a_class: int, seeds: in
 
 _SETTINGS_HELP = {
     "epochs": "",
-    "final_share": "Share of the epochs, at the end, with whole images and a falling learning "
-    "rate.",
+    "final_share": "Share of the epochs, at the end, with a falling learning rate.",
+    "whole_share": "Share of those, at the end, with whole images.",
     "small_crop_size": "Side of the crops before that, in pixels.",
     "batch_size": "",
     "optimizer": "",
@@ -339,6 +339,7 @@ _SETTINGS_HELP = {
     "random_erasing": "Probability that a rectangle is filled with noise.",
     "mixup": "Its alpha.",
     "cutmix": "Its alpha.",
+    "late_augmentation": "The last four wait until the learning rate falls.",
     "ema_decay": "If above 0, the run gives the moving average of the weights.",
     "held_out": "Training images kept back to measure accuracy after each epoch.",
     "train_images": "Train on so many of those that are not held out; 0 for all.",

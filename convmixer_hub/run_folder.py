@@ -27,7 +27,7 @@ from torch import nn
 from .checkpoint import save_model
 from .errors import CheckpointError, TrainingError, first_line
 from .files import replacing
-from .settings import TrainingSettings
+from .settings import TrainingSettings, keep_peak_settings
 
 STATE_FILE = "training_state.pt"
 PEAK_STATE_FILE = "peak_state.pt"
@@ -109,10 +109,10 @@ def branch_off(run: Path, identity: dict[str, Any], peak_epochs: int) -> dict[st
             "fall; name another run"
         )
     state = _read_state(file)
-    shortened = {**identity["settings"]}
-    for name in ("epochs", "final_share"):  # which the run does not depend on so far
-        shortened[name] = state["settings"][name]
-    _check_same(run, state, {**identity, "settings": shortened}, "give the same, or name")
+    found, wanted = (
+        {**whole, "settings": keep_peak_settings(whole["settings"])} for whole in (state, identity)
+    )
+    _check_same(run, found, wanted, "give the same, or name")
     if state["epoch"] > peak_epochs:
         raise TrainingError(
             f"{run}: its learning rate began to fall after {state['epoch']} epochs, that of the "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,14 +21,17 @@ class TrainingSettings:
     """What a run computes, given the data and the kind of device.
 
     The learning rate rises for a while, stays at its peak, and falls to 0 over the last epochs.
-    Until it falls, nothing depends on the number of epochs. A setting that is new in a version
-    has a default that changes nothing, so that older runs can be gone on with.
+    Until it falls, nothing depends on the number of epochs, see `keep_peak_settings`. A setting
+    that is new in a version has a default that changes nothing, so that older runs can be gone on
+    with.
 
     Attributes:
         model: Name of an arch of this package.
         epochs: Passes over the training images.
         final_share: Share of the epochs (rounded, at least one epoch) at the end in which the
-            learning rate falls and images are seen whole; before that, smaller crops save time.
+            learning rate falls.
+        whole_share: Share of those epochs (rounded) at the end in which images are seen whole;
+            before that, smaller crops save time.
         warmup_epochs: In the first so many, the learning rate rises from 0.
         small_crop_size: Side of the smaller crops, in pixels.
         batch_size: Images a step, over all processes.
@@ -41,6 +45,8 @@ class TrainingSettings:
         random_erasing: Probability that a rectangle of an image is filled with noise.
         mixup: Alpha of mixup; 0 for none.
         cutmix: Alpha of cutmix; 0 for none. With both, a batch gets one of them.
+        late_augmentation: RandAugment, erasing, mixup and cutmix wait until the learning rate
+            falls; until then, nothing depends on them.
         ema_decay: If above 0, the run gives the exponential moving average of the weights.
         held_out: Training images kept back to measure accuracy after each epoch.
         train_images: Train on so many of the images that are not held out; 0 for all. Damaged
@@ -59,6 +65,7 @@ class TrainingSettings:
     model: str
     epochs: int = 25
     final_share: float = 0.28
+    whole_share: float = 1.0
     warmup_epochs: float = 1.0
     small_crop_size: int = 24
     batch_size: int = 128
@@ -71,6 +78,7 @@ class TrainingSettings:
     random_erasing: float = 0.0
     mixup: float = 0.0
     cutmix: float = 0.0
+    late_augmentation: bool = False
     ema_decay: float = 0.0
     held_out: int = 0
     train_images: int = 0
@@ -91,6 +99,7 @@ class TrainingSettings:
         for name, fits, range_ in [
             ("epochs", self.epochs >= 1, "at least 1"),
             ("final_share", 0 <= self.final_share <= 1, "0 to 1"),
+            ("whole_share", 0 <= self.whole_share <= 1, "0 to 1"),
             ("warmup_epochs", 0 <= self.warmup_epochs < math.inf, "at least 0"),
             ("small_crop_size", self.small_crop_size >= 1, "at least 1"),
             ("batch_size", self.batch_size >= 2, "at least 2"),
@@ -133,8 +142,29 @@ class TrainingSettings:
         """Number of epochs before the learning rate falls."""
         return self.epochs - self.final_epochs
 
+    @property
+    def whole_epochs(self) -> int:
+        """Number of epochs in which images are seen whole."""
+        return round(self.whole_share * self.final_epochs)
+
+    def shows_whole_images(self, epoch: int) -> bool:
+        """Tell whether images are seen whole in an epoch, counted from 0."""
+        return epoch >= self.epochs - self.whole_epochs
+
+    def augments(self, epoch: int) -> bool:
+        """Tell whether RandAugment, erasing, mixup and cutmix are applied in an epoch, from 0."""
+        return epoch >= self.peak_epochs or not self.late_augmentation
+
     def learning_rate_factor(self, epochs_done: float) -> float:
         """Give the learning rate as a share of its peak."""
         rise = epochs_done / self.warmup_epochs if self.warmup_epochs else 1.0
         fall = (self.epochs - epochs_done) / self.final_epochs
         return min(rise, 1.0, fall)
+
+
+def keep_peak_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Give a run's settings with the defaults of those that matter once its learning rate falls."""
+    later = ["epochs", "final_share", "whole_share", "late_augmentation"]
+    if settings["late_augmentation"]:
+        later += ["rand_augment", "random_erasing", "mixup", "cutmix"]
+    return {**settings, **{name: getattr(TrainingSettings, name) for name in later}}

@@ -300,8 +300,8 @@ class _Run:
         epoch, first_step = state["epoch"], state["step"]
         # Sums over the epoch so far; they begin anew with it.
         sums = state["sums"] if first_step else {"loss": 0.0, "correct": 0.0, "seconds": 0.0}
-        is_final = epoch >= settings.peak_epochs
-        crop_size = self.images.image_size if is_final else settings.small_crop_size
+        is_whole = settings.shows_whole_images(epoch)
+        crop_size = self.images.image_size if is_whole else settings.small_crop_size
         steps = len(self.images) // settings.batch_size
         start, saved = time.monotonic() - sums["seconds"], time.monotonic()
         self.network.train()
@@ -363,17 +363,21 @@ class _Run:
         settings = self.settings
         # So that a run that is resumed at any step goes on as if nothing had happened.
         random_seed(derive_seed(settings.seed, epoch, step) % 2**31, get_rank())
+        augments = settings.augments(epoch)
         share = settings.batch_size // get_world_size()
         images, labels = self.images.read_batch(
             epoch,
             step,
             settings.batch_size,
             crop_size,
+            augments,
             slice(get_rank() * share, (get_rank() + 1) * share),
         )
-        images, labels = self.erase(images.to(self.device)), labels.to(self.device)
+        images, labels = images.to(self.device), labels.to(self.device)
+        if augments:
+            images = self.erase(images)
         targets, smoothing = labels, settings.label_smoothing
-        if settings.mixes:
+        if augments and settings.mixes:
             images, targets = self.mix(images, labels)  # which smooths the labels, too
             smoothing = 0.0
 

@@ -96,6 +96,7 @@ class TrainingImages:
         step: int,
         batch_size: int,
         crop_size: int,
+        augment: bool = True,
         share: slice = slice(None),
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Give one batch; an epoch has `len(self) // batch_size` of them.
@@ -105,6 +106,7 @@ class TrainingImages:
             step: Number of the batch in it, from 0.
             batch_size: Images a batch.
             crop_size: Side of the squares, in pixels; an eighth of it is padded on each side.
+            augment: Apply the RandAugment.
             share: Part of the batch to give, for one process of several.
 
         Returns:
@@ -124,7 +126,7 @@ class TrainingImages:
 
         batch = batch[share]
         images = self.images[batch.to(self.images.device)]
-        if self.rand_augment is not None:
+        if augment and self.rand_augment is not None:
             pictures = [transforms.functional.to_pil_image(image) for image in images]
             images = torch.stack(
                 [transforms.functional.pil_to_tensor(self.rand_augment(p)) for p in pictures]

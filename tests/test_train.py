@@ -193,7 +193,17 @@ def test_the_moving_average_is_what_a_run_gives(cifar_sample, tmp_path, weights_
     torch.testing.assert_close(weights_after(folder)[key], average)
 
 
-@pytest.mark.parametrize("change", [{"epochs": 4}, {"epochs": 3, "final_share": 0.67}])
+LATE = {"late_augmentation": True, "cutmix": 0.5, "rand_augment": "rand-m9-n2"}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"epochs": 4},
+        {"epochs": 3, "final_share": 0.67},
+        {"epochs": 3, "final_share": 0.67, "whole_share": 0.5, **LATE},
+    ],
+)
 def test_a_longer_run_begins_where_the_learning_rate_of_a_shorter_one_fell(
     cifar_sample, tmp_path, weights_after, change
 ):
@@ -210,6 +220,7 @@ def test_a_longer_run_begins_where_the_learning_rate_of_a_shorter_one_fell(
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        ({"cutmix": 0.5}, "holds a run with cutmix 0.0, not 0.5; give the same, or name another"),
         ({"seed": 1}, "holds a run with seed 0, not 1; give the same, or name another run folder"),
         ({"epochs": 1}, "began to fall after 1 epochs, that of the new run would after 0; give mo"),
     ],
@@ -220,6 +231,17 @@ def test_a_run_does_not_continue_from_another(cifar_sample, tmp_path, change, me
         run(replace(SETTINGS, **change), cifar_sample, tmp_path / "new", continue_from=short)
     with pytest.raises(TrainingError, match=r"nothing: has no peak_state.pt, which a run gets wh"):
         run(SETTINGS, cifar_sample, tmp_path / "new", continue_from=tmp_path / "nothing")
+
+
+def test_augmentation_and_whole_images_come_late(cifar_sample, tmp_path, weights_after):
+    settings = replace(SETTINGS, epochs=4, whole_share=0.5)
+    plain, late = (
+        run(replace(settings, **change), cifar_sample, tmp_path / name)
+        for name, change in [("plain", {}), ("late", {"random_erasing": 1.0, **LATE})]
+    )
+    assert [row["crop_size"] for row in read_metrics(late)] == ["16", "16", "16", "32"]
+    for epoch, (row, plain_row) in enumerate(zip(read_metrics(late), read_metrics(plain))):
+        assert (row == plain_row) == (epoch < 2)
 
 
 def test_a_run_that_began_by_itself_does_not_branch_off(cifar_sample, tmp_path):
@@ -448,6 +470,7 @@ def test_what_is_derived_from_the_state_is_restored(cifar_sample, tmp_path, weig
     [
         ({"epochs": 0}, "epochs is 0: give at least 1"),
         ({"final_share": 1.5}, "final_share is 1.5: give 0 to 1"),
+        ({"whole_share": 1.5}, "whole_share is 1.5: give 0 to 1"),
         ({"optimizer": "sgd"}, "optimizer is sgd: give adamw or muon"),
         ({"rand_augment": "m9"}, "rand_augment is m9: give one such as rand-m9-n2-inc1"),
         ({"random_erasing": 2.0}, "random_erasing is 2.0: give 0 to 1"),

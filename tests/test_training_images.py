@@ -75,7 +75,7 @@ def test_the_same_seed_gives_the_same_batches(training_images):
 def test_processes_share_a_batch(training_images):
     images = training_images()
     whole, labels = images.read_batch(0, 3, 8, 24)
-    shares = [images.read_batch(0, 3, 8, 24, share) for share in (slice(0, 4), slice(4, 8))]
+    shares = [images.read_batch(0, 3, 8, 24, share=share) for share in (slice(0, 4), slice(4, 8))]
     torch.testing.assert_close(torch.cat([share[0] for share in shares]), whole, atol=0, rtol=0)
     assert torch.equal(torch.cat([share[1] for share in shares]), labels)
 
