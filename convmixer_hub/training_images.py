@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
-from timm.data.auto_augment import rand_augment_transform
+from timm.data.auto_augment import RandAugment, rand_augment_transform
 from torch.nn import functional as F
 from torch.utils.data import Subset
 from torchvision import transforms
@@ -23,10 +24,23 @@ def is_rand_augment(description: str) -> bool:
     if not description:
         return True
     try:
-        rand_augment_transform(description, {})(Image.new("RGB", (32, 32)))
+        _make_rand_augment(description)(Image.new("RGB", (32, 32)))
     except (AssertionError, ValueError, KeyError, TypeError):
         return False
     return True
+
+
+def _make_rand_augment(description: str, image_size: int = 32) -> RandAugment:
+    transform = rand_augment_transform(description, {"translate_const": image_size // 3})
+    for operation in transform.ops:
+        if operation.name.startswith("Posterize"):
+            operation.level_fn = partial(_keep_one_bit, operation.level_fn)
+    return transform
+
+
+def _keep_one_bit(choose_bits: Callable, level: float, hparams: Mapping[str, Any]) -> tuple[int]:
+    # At its highest level timm leaves no bit of a colour, which Pillow 13 refuses.
+    return (max(1, choose_bits(level, hparams)[0]),)
 
 
 class TrainingImages:
@@ -70,9 +84,7 @@ class TrainingImages:
         self.seed = seed
         self.flip = flip
         self.rand_augment = (
-            rand_augment_transform(rand_augment, {"translate_const": self.image_size // 3})
-            if rand_augment
-            else None
+            _make_rand_augment(rand_augment, self.image_size) if rand_augment else None
         )
         resize = transforms.Compose(
             [

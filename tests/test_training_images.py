@@ -58,6 +58,14 @@ def test_mirror_images_by_chance(training_images):
     assert mirrored[::2] != [mirrored[0]] * 10
 
 
+def test_rand_augment_of_the_highest_level(training_images):
+    random_seed(0)
+    images = training_images(rand_augment="rand-m10-n8-inc1")
+    batch, _ = images.read_batch(0, 0, 40, 32)
+    assert torch.isfinite(batch).all()
+    assert not torch.equal(batch, images.read_batch(0, 0, 40, 32, augment=False)[0])
+
+
 def test_an_epoch_shows_each_image_once_in_random_order(training_images):
     images = training_images(range(10))
     for epoch in range(2):
