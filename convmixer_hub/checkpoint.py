@@ -37,6 +37,7 @@ MODEL_FILES = (
     GOLDEN_FILE,
     "README.md",
     "NOTES.md",
+    "RECIPE.md",
     "metrics.csv",
     "*.png",
 )

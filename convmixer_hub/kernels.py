@@ -1,4 +1,4 @@
-"""Depth-wise kernels drawn with the covariance that those of trained ConvMixers have."""
+"""Depth-wise kernels drawn with a covariance like that of trained ConvMixers."""
 
 from __future__ import annotations
 
