@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from dataclasses import asdict, replace
+from functools import partial
 
 import pytest
 import safetensors.torch
@@ -346,6 +347,8 @@ def test_ctrl_c_keeps_the_last_epoch(cifar_sample, tmp_path):
             [sys.executable, "-m", "convmixer_hub", "train", SETTINGS.model, *options],
             stderr=stderr,
             env={**os.environ, "PYTHONPATH": str(CHECKOUT)},
+            # A shell lets what it starts in the background ignore Ctrl-C.
+            preexec_fn=partial(signal.signal, signal.SIGINT, signal.default_int_handler),
         )
     try:
         deadline = time.monotonic() + 300
