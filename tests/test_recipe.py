@@ -3,8 +3,7 @@ from dataclasses import fields
 import pytest
 from click.testing import CliRunner
 
-from convmixer_hub import TrainingError
-from convmixer_hub import cli as cli_module
+from convmixer_hub import TrainingError, bench_commands
 from convmixer_hub import train as train_module
 from convmixer_hub.cli import main
 from convmixer_hub.recipe import CHANGES, UNCHANGED, compare_changes
@@ -38,7 +37,7 @@ def test_runs_are_compared_and_gone_on_with(cifar_sample, tmp_path, monkeypatch)
     assert "batch_size 16, ema_decay 0.5" in rows[1] and "+0.00" in rows[0]
 
     with monkeypatch.context() as second_process:
-        second_process.setattr(cli_module, "get_rank", lambda: 1)
+        second_process.setattr(bench_commands, "get_rank", lambda: 1)
         silent = CliRunner().invoke(main, options.split())
     assert silent.exit_code == 0 and not silent.stdout
 
