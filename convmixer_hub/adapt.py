@@ -68,7 +68,8 @@ def adapt_checkpoint(
     expected = {key: tuple(tensor.shape) for key, tensor in own.items()}
     stem, weight, bias = f"{FIRST_CONV}.weight", f"{CLASSIFIER}.weight", f"{CLASSIFIER}.bias"
     d_model, _, *patch = expected[stem]
-    expected[stem] = (d_model, trained.input_size[0], *patch)
+    if stem in state_dict and tuple(state_dict[stem].shape) != expected[stem]:
+        expected[stem] = (d_model, trained.input_size[0], *patch)
     if label_names:
         expected[weight] = (trained.num_classes, *expected[weight][1:])
         expected[bias] = (trained.num_classes,)
@@ -86,7 +87,7 @@ def adapt_checkpoint(
     }
     if dtypes:
         changes.append(f"{', '.join(sorted(dtypes))} turned into {own[stem].dtype}")
-    if model.in_chans != trained.input_size[0]:
+    if tuple(own[stem].shape) != expected[stem]:
         changes.append(f"{stem} adapted from {trained.input_size[0]} to {model.in_chans} channels")
     if features_only:
         pass  # timm leaves the head out
@@ -97,9 +98,15 @@ def adapt_checkpoint(
             f"{len(label_names) - kept} newly initialised"
         )
     elif ignored and model.num_classes:
+        classes = len(state_dict[weight]) if weight in state_dict else 0
+        if classes == model.num_classes:
+            raise CheckpointError(
+                f"{source}: has a head for {classes} classes, but its configuration says "
+                f"{trained.num_classes}; put num_classes={classes} into pretrained_cfg_overlay, too"
+            )
         changes.append(
             f"{CLASSIFIER} newly initialised for {model.num_classes} classes, "
-            f"not the {trained.num_classes} of the checkpoint"
+            f"not the {classes} of the checkpoint"
         )
     elif ignored:
         changes.append(f"{CLASSIFIER} left out")

@@ -104,7 +104,7 @@ def find_checkpoint(
 ) -> Path:
     """Find the weights of a trained model on this machine, downloading them if they are not.
 
-    A damaged file in the Hub's cache is downloaded again, once.
+    A damaged file in the Hub's cache is downloaded again; a damaged download is tried once more.
 
     Args:
         name: `arch.tag`, or an arch alone for its first tag.

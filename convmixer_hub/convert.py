@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -127,11 +128,12 @@ def read_checkpoint(name: str) -> Checkpoint:
 def _find(name: str) -> Source:
     """Find a file of weights; a known name is no path, and a path that exists no repository."""
     path, repository = Path(name), Repository.parse(name)
+    exists = os.path.exists(path)  # no error where one may not look, unlike Path.exists
     if name.startswith(PREFIX):
         if repository is None:
             raise UnknownModelError(f"{name}: is no repository; give {PREFIX}OWNER/NAME[@REVISION]")
         return _find_in_repository(repository)
-    if repository and not path.exists() and path.suffix not in _SUFFIXES:
+    if repository and not exists and path.suffix not in _SUFFIXES:
         try:
             return _find_in_repository(repository)
         except CheckpointError as error:
@@ -139,7 +141,7 @@ def _find(name: str) -> Source:
     try:
         record = get_record(name)
     except UnknownModelError as error:
-        if not path.exists():
+        if not exists:
             raise UnknownModelError(f"no file or folder, and {error}") from None
     else:
         return _find_recorded(record, record.name)

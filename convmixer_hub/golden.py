@@ -79,9 +79,8 @@ def write_golden(folder: str | Path, output: str | Path | None = None) -> Path:
         CheckpointError: If the model cannot be loaded.
         DataError: If the file cannot be written.
     """
-    # The path is made absolute because a bare known name would not be taken for a folder.
-    folder = Path(folder).resolve()
-    logits = _compute_logits(load_trained(str(folder)), torch.float64)
+    folder = Path(folder)
+    logits = _compute_logits(load_trained(folder), torch.float64)
     golden = {"sha256": _hash(folder / WEIGHTS_FILE), "input": _INPUT, "logits": logits.tolist()}
     file = Path(output or folder) / GOLDEN_FILE
     write_file(file, f"{json.dumps(golden, indent=1)}\n".encode())

@@ -62,7 +62,7 @@ def _find_load(name: str, checkpoint: Checkpoint, like: ConvMixer) -> tuple[str,
         )
         return f"timm.create_model({source.name!r}, pretrained=True)", model
     if source.name:
-        model = load_trained(str(source.file.parent.absolute()))
+        model = load_trained(source.file.parent)
         return f"timm.create_model({source.name!r}, pretrained=True)", model
     if source.file.suffix != ".safetensors":
         activation = "" if checkpoint.activation else f" --activation {'|'.join(ACTIVATIONS)}"

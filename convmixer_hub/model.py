@@ -47,7 +47,7 @@ def name_activation(model: nn.Module) -> str | None:
     """Tell which of `ACTIVATIONS` a ConvMixer, ours or timm's, has; None if it is another."""
     for module in model.modules():
         for name, act_layer in ACTIVATIONS.items():
-            if isinstance(module, act_layer):
+            if type(module) is act_layer and getattr(module, "approximate", "none") == "none":
                 return name
     return None
 
@@ -271,17 +271,20 @@ class ConvMixer(nn.Module):
         Args:
             state_dict: Tensors by key; prefixes of DDP, torch.compile and averages may stand
                 before the keys. It does not tell the activation: that stays the model's.
-            strict: Whether every key and shape has to fit.
+            strict: Whether every key has to be there; shapes have to fit in any case.
             assign: Keep the given tensors instead of copying from them.
 
         Raises:
-            CheckpointError: If strict, naming the first key that does not fit.
+            CheckpointError: If strict, naming the first key that does not fit; for a mixture of
+                layouts in any case.
         """
-        if not isinstance(state_dict, Mapping):
-            return super().load_state_dict(state_dict, strict, assign)  # torch's own refusal
+        own = self.state_dict()
+        quantised = not all(isinstance(value, Tensor) for value in own.values())
+        if quantised or not isinstance(state_dict, Mapping):
+            return super().load_state_dict(state_dict, strict, assign)  # or torch's own refusal
         converted = convert_layout(state_dict)
         if strict:
-            shapes = {key: tensor.shape for key, tensor in self.state_dict().items()}
+            shapes = {key: tensor.shape for key, tensor in own.items()}
             check_fit(converted, shapes, "the state dict", state_dict)
         return super().load_state_dict(converted, strict, assign)
 

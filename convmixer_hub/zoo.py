@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -207,27 +208,30 @@ def get_label_names(model: nn.Module) -> list[str] | None:
     return list(names) if names and len(names) == model.num_classes else None
 
 
-def load_trained(name: str, label_names: Sequence[str] | None = None) -> nn.Module:
+def load_trained(name: str | Path, label_names: Sequence[str] | None = None) -> nn.Module:
     """Build a trained model from its name, or from a folder with `config.json` and weights.
 
     A known name is never taken for a folder; write `./name` for a folder that is called like one.
 
     Args:
         name: `arch.tag`, an arch alone for its first tag, or the path of a folder, such as a run
-            of `train`.
+            of `train`; a `Path` is always a folder.
         label_names: Classes that the model is to tell apart instead of those it was trained on, if
             it is one of this package.
 
     Raises:
         UnknownModelError: If it is neither a trained model's name nor a folder.
         CheckpointError: If the weights cannot be had, are damaged or do not fit.
+        ModelSizeError: If a name stands twice in `label_names`.
     """
+    if isinstance(name, Path):
+        name = str(name.absolute())  # which no model is called
     folder = Path(name)
     options: dict[str, Any] = {"label_names": label_names} if label_names else {}
     try:
         known = get_record(name)
     except UnknownModelError:
-        if not folder.is_dir():
+        if not os.path.isdir(folder):  # no error where one may not look, unlike Path.is_dir
             raise
     else:
         return timm.create_model(known.name, pretrained=True, **options)

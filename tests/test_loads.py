@@ -105,6 +105,27 @@ def test_one_line_says_what_was_converted(saved, said, batch):
     torch.testing.assert_close(model(images), expected, atol=1e-5, rtol=0)
 
 
+def test_a_stem_that_fits_is_not_adapted(saved, said, batch):
+    original = timm.create_model(ARCH, in_chans=1).eval()
+    overlay = saved(original)
+    options = {"pretrained": True, "pretrained_cfg_overlay": overlay, "in_chans": 1}
+    model = timm.create_model(ARCH, **options).eval()
+    torch.testing.assert_close(model(batch[:, :1]), original(batch[:, :1]), atol=0, rtol=0)
+    assert said() == []
+
+
+def test_a_head_that_fits_is_not_thrown_away(saved, said):
+    overlay = saved(timm.create_model(ARCH, num_classes=7))
+    options = {"pretrained": True, "pretrained_cfg_overlay": overlay}
+    message = "has a head for 7 classes, but its configuration says 10; put num_classes=7 into pre"
+    with pytest.raises(CheckpointError, match=message):
+        timm.create_model(ARCH, num_classes=7, **options)
+    timm.create_model(ARCH, num_classes=37, **options)
+    assert said()[0][1].endswith("for 37 classes, not the 7 of the checkpoint")
+    overlay["num_classes"] = 7
+    timm.create_model(ARCH, num_classes=7, **options)
+
+
 def test_an_adapted_stem_gives_what_equal_channels_gave(batch):
     model = timm.create_model(NAME, pretrained=True, in_chans=4).eval()
     whole = timm.create_model(NAME, pretrained=True).eval()

@@ -1,3 +1,5 @@
+from functools import partial
+
 import pytest
 import torch
 from timm.models.convmixer import ConvMixer as TimmConvMixer
@@ -10,6 +12,7 @@ from convmixer_hub import (
     ModelSizeError,
     PatchEmbeddings,
 )
+from convmixer_hub.model import name_activation
 
 
 def randomise_norms(model: nn.Module) -> None:
@@ -118,6 +121,18 @@ def test_scripted_and_traced_models_give_the_same_logits(act_layer, batch):
         torch.export.export(model, (batch,)).module(),
     ):
         torch.testing.assert_close(copy(batch), expected)
+
+
+@pytest.mark.filterwarnings("ignore:torch.ao.quantization:DeprecationWarning")
+def test_a_quantised_model_loads_its_own_state():
+    model = torch.ao.quantization.quantize_dynamic(ConvMixer(48, 2, 3, 2), {nn.Linear})
+    model.load_state_dict(model.state_dict())
+
+
+def test_only_exact_gelu_is_called_gelu():
+    assert name_activation(ConvMixer(48, 2, 3, 2)) == "gelu"
+    tanh = partial(nn.GELU, approximate="tanh")
+    assert name_activation(ConvMixer(48, 2, 3, 2, act_layer=tanh)) is None
 
 
 def test_a_model_on_the_meta_device_holds_no_memory():
