@@ -11,6 +11,7 @@ from timm.data import resolve_model_data_config
 from torch import nn
 
 from .data import eval_transform
+from .errors import CheckpointError
 from .zoo import get_label_names
 
 
@@ -32,13 +33,20 @@ def predict(
         model: From `timm.create_model`; left in evaluation mode.
         images: RGB images.
         top_k: How many classes to give for each image, the likeliest first; all if there are fewer.
+
+    Raises:
+        CheckpointError: If the model tells no classes apart.
     """
+    if getattr(model, "num_classes", None) == 0:
+        raise CheckpointError("the model has no head (num_classes is 0); give one with classes")
     transform = eval_transform(resolve_model_data_config(model))
+    parameter = next(model.parameters())
     names = get_label_names(model)
     model.eval()
     predictions = []
     for image in images:
-        probabilities = model(transform(image).unsqueeze(0)).softmax(dim=1)[0]
+        batch = transform(image).unsqueeze(0).to(parameter.device, parameter.dtype)
+        probabilities = model(batch).float().softmax(dim=1)[0]
         values, indices = probabilities.topk(min(top_k, len(probabilities)))
         predictions.append(
             [

@@ -1,13 +1,16 @@
+import re
+
 import pytest
 import timm
 import torch
 from PIL import Image
 
+from convmixer_hub import CheckpointError
 from convmixer_hub.data import eval_transform, open_image
 from convmixer_hub.predict import predict
 from convmixer_hub.zoo import CIFAR10_CLASSES, load_trained
 
-from .conftest import IMAGES
+from .conftest import CHECKOUT, IMAGES
 
 
 def test_probabilities_are_the_softmax_of_the_logits():
@@ -28,11 +31,31 @@ def test_eight_of_ten_unseen_images_are_right():
     assert sum(p.label == name for [p], name in zip(predictions, CIFAR10_CLASSES)) >= 8
 
 
+def test_the_example_of_the_readme_knows_a_cat(monkeypatch, capsys):
+    readme = (CHECKOUT / "README.md").read_text()
+    [example] = re.findall(r"```python\n([^`]*cat\.png.*?)```", readme, re.S)
+    monkeypatch.chdir(CHECKOUT)
+    exec(example, {})
+    assert re.match(r"cat \d+\.\d%\n", capsys.readouterr().out)
+
+
 @pytest.mark.parametrize("size", [(1, 1), (20, 300), (640, 480)])
 def test_images_of_any_size_are_answered(size):
     model = timm.create_model("convmixer_96_8_ks5_p1")
     [found] = predict(model, [Image.new("RGB", size)], top_k=2)
     assert len(found) == 2
+
+
+def test_a_model_without_a_head_answers_nothing():
+    model = timm.create_model("convmixer_96_8_ks5_p1", num_classes=0)
+    with pytest.raises(CheckpointError, match=r"the model has no head \(num_classes is 0\)"):
+        predict(model, [Image.new("RGB", (32, 32))])
+
+
+def test_images_take_the_type_of_the_model():
+    model = timm.create_model("convmixer_96_8_ks5_p1", dtype=torch.bfloat16)
+    [found] = predict(model, [Image.new("RGB", (32, 32))], top_k=10)
+    assert sum(p.probability for p in found) == pytest.approx(1, abs=1e-5)
 
 
 @pytest.mark.parametrize("num_classes", [3, 37])
