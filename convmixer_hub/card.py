@@ -11,11 +11,12 @@ import operator
 import os
 import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
+from dataclasses import asdict, fields
 from datetime import date
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub import EvalResult, ModelCardData
 from torch import Tensor
 
@@ -42,6 +43,7 @@ from .figures import (
 from .files import write_file
 from .finetune import FINETUNE_OPTIONS
 from .golden import write_golden
+from .machine import describe_machine
 from .model import ConvMixer
 from .records import RECORDS
 from .run_folder import METRICS_FILE, read_metrics
@@ -50,6 +52,10 @@ from .zoo import CIFAR10_CLASSES, get_config, get_label_names, load_trained
 
 CARD_FILE = "README.md"
 NOTES_FILE = "NOTES.md"
+PREDICTIONS_CAPTION = (
+    "Images by their file names, above the three likeliest classes for each: "
+    "`convmixer predict IMAGES --figure predictions.png`"
+)
 
 
 def write_card(
@@ -85,7 +91,7 @@ def write_card(
     """
     folder = Path(folder).resolve()
     name = folder.name
-    model = load_trained(str(folder))
+    model = load_trained(folder)
     if not isinstance(model, ConvMixer):
         raise CheckpointError(
             f"{folder}: holds a {type(model).__name__}; name a ConvMixer of this package"
@@ -126,13 +132,14 @@ def write_card(
     sections = [
         _front_matter(name, model, dataset, dataset_id, result),
         _introduction(name, model, result),
-        _picture("predictions.png", "What the model sees in some images.")
+        _picture("predictions.png", PREDICTIONS_CAPTION)
         if (output / "predictions.png").is_file()
         else "",
         _training_section(config, metrics, result),
         _test_section(confusion, calibration, classes),
         f"Measured with `convmixer card {name} --data DIR` on {today or date.today()}, on the "
-        f"{result.count:,} test images of {dataset}.",
+        f"{result.count:,} test images of {dataset} ({describe_machine()}, "
+        f"torch {torch.__version__}).",
         _weights_section(),
         notes,
     ]
@@ -202,8 +209,10 @@ def _training_section(
     parts = []
     defaults = {field.name: field.default for field in fields(TrainingSettings)}
     # Settings that are younger than the run are off by default, so it need not have them.
+    plan = None
     if settings and settings.keys() <= defaults.keys():
-        parts.append(f"```sh\n{_write_command({**defaults, **settings}, defaults)}\n```")
+        plan = TrainingSettings(**{**defaults, **settings})
+        parts.append(f"```sh\n{_write_command(asdict(plan), defaults)}\n```")
     elif settings:
         parts.append("Another version of `convmixer train` made it, with the settings below.")
     facts = []
@@ -230,9 +239,20 @@ def _training_section(
         rows = [(f"`{name}`", str(value) or "–") for name, value in settings.items()]
         parts.append(_table(("setting", "value"), rows))
     if metrics:
-        caption = "Loss and top-1 by epoch; those on training images are of augmented ones."
-        parts.append(_picture("curve.png", caption))
+        parts.append(_picture("curve.png", _describe_curve(plan)))
     return "\n\n".join(["## How it was trained", *parts]) if parts else ""
+
+
+def _describe_curve(plan: TrainingSettings | None) -> str:
+    """Say what the curve shows, and why it jumps where it does."""
+    caption = "Loss and top-1 by epoch; those on training images are of augmented ones."
+    if plan is None:
+        return caption
+    changes = ["the learning rate falls"]
+    if plan.late_augmentation:
+        changes.append("images are augmented more")
+    caption += f" From epoch {plan.peak_epochs + 1} on {' and '.join(changes)}"
+    return f"{caption}; the last {plan.whole_epochs} epochs see whole images, not crops."
 
 
 def _write_command(settings: Mapping[str, Any], defaults: Mapping[str, Any]) -> str:
@@ -258,11 +278,12 @@ def _test_section(confusion: Tensor, calibration: Calibration, classes: Sequence
     ):
         top1 = f"{Evaluation(correct, count).top1:.2f} %" if count else "–"
         rows.append((name, f"{correct:,}", f"{count:,}", top1))
+    caption = "Test images by label and first choice; the colour is the root of the share."
     return f"""## Test images, class by class
 
 {_table(("class", "right", "images", "top-1"), rows)}
 
-{_picture("confusion.png", "Number of test images by label and first choice.")}
+{_picture("confusion.png", caption)}
 
 ## Calibration
 

@@ -112,7 +112,7 @@ class ParquetImages(LabelledImages):
             from pyarrow import parquet
         except ImportError:
             raise DataError(
-                f"{files[0]}: reading parquet needs pyarrow: pip install 'convmixer-hub[train]'"
+                f"{files[0]}: reading parquet needs pyarrow: pip install pyarrow"
             ) from None
         try:
             tables = [parquet.read_table(file) for file in files]

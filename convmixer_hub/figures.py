@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -25,6 +26,12 @@ if TYPE_CHECKING:
 FILTERS_A_ROW = 32
 KERNELS_A_LAYER = 24
 BLUE, ORANGE = "#3f72a6", "#d9772b"
+
+
+def check_matplotlib() -> None:
+    """Refuse before the work that is to be drawn, rather than after it."""
+    if find_spec("matplotlib") is None:
+        raise DataError("drawing needs matplotlib: pip install matplotlib")
 
 
 def draw_predictions(
@@ -164,10 +171,9 @@ def _draw_tiles(tiles: Tensor, columns: int, pixels: int, row_names: Sequence[st
 
 def _new_figure(width: float, height: float, layout: Any = "constrained") -> Figure:
     """Make a figure of so many inches, 100 pixels each."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise DataError("drawing needs matplotlib: pip install 'convmixer-hub[figures]'") from None
+    check_matplotlib()
+    from matplotlib.figure import Figure
+
     return Figure(figsize=(width, height), dpi=100, layout=layout)
 
 

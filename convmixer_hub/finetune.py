@@ -20,9 +20,9 @@ from .checkpoint import MISTAKES_FILE
 from .data import eval_transform, has_split, load_images, read_images
 from .errors import UnknownModelError
 from .evaluate import Evaluation, collect_probabilities, count_confusions
-from .figures import draw_confusion, draw_predictions
+from .figures import check_matplotlib, draw_confusion, draw_predictions
 from .files import write_file
-from .machine import get_rank
+from .machine import get_rank, get_world_size
 from .predict import Prediction
 from .records import get_record
 from .settings import TrainingSettings
@@ -76,8 +76,8 @@ def choose_settings(name: str, data_dir: str | Path, **changes: Any) -> Training
     held_out = changes.setdefault("held_out", fifth)
     kept = changes.get("train_images") or max(1, count - held_out)
     few = kept < FEW_IMAGES
-    # Even by default, as mixup and cutmix want it.
-    batch_size = changes.setdefault("batch_size", min(50, max(2, 2 * (kept // 8))))
+    unit = 2 * get_world_size()  # each process takes a share, and mixup and cutmix pairs
+    batch_size = changes.setdefault("batch_size", max(unit, min(50, kept // 4) // unit * unit))
     settings: dict[str, Any] = {
         "epochs": max(10, math.ceil(LEAST_STEPS / max(1, kept // max(1, batch_size)))),
         "final_share": 1.0,  # the learning rate falls from the start, and images are seen whole
@@ -119,8 +119,9 @@ def finetune(
         TrainingError: As `train` does.
         DataError: As `train` does, and if matplotlib is not installed.
     """
+    check_matplotlib()
     folder = train(settings, data_dir, output, None, skip_damaged, progress)
-    model = load_trained(str(folder.absolute()))  # which no model is called, unlike the folder
+    model = load_trained(folder)
     config = resolve_model_data_config(model)
     images, labels, _ = read_images(
         load_validation(settings, data_dir, load_images(data_dir, "train")),

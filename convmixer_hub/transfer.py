@@ -12,9 +12,10 @@ from tempfile import TemporaryDirectory
 from torchvision.datasets import ImageFolder
 
 from .data import has_split, load_images
-from .errors import DataError
+from .errors import DataError, TrainingError
 from .evaluate import evaluate_on
 from .finetune import choose_settings
+from .machine import get_world_size
 from .records import get_record
 from .settings import TrainingSettings
 from .train import train
@@ -40,7 +41,7 @@ def bench_finetune(
     images. Training from scratch takes the optimizer and the learning rate of `convmixer train`.
 
     Args:
-        name: The trained model, as in `finetune.choose_settings`.
+        name: The trained model, `arch.tag`, or an arch alone for its first tag.
         data_dir: Folder with `train` and `test` (or `val`) class folders.
         images_a_class: How many images of each class to train on, those held out included.
         seeds: How many times to do it.
@@ -49,7 +50,10 @@ def bench_finetune(
     Raises:
         UnknownModelError: If no trained model has this name.
         DataError: If these folders are not there, or have too few images.
+        TrainingError: Under torchrun.
     """
+    if get_world_size() > 1:
+        raise TrainingError("bench finetune works in one process; start it without torchrun")
     arch = get_record(name).name.partition(".")[0]
     images = load_images(data_dir, "train")
     has_test = any(has_split(data_dir, split) for split in ("test", "validation"))
@@ -74,7 +78,7 @@ def bench_finetune(
             top1: list[float] = []
             for settings in (tuned, fresh):
                 run = train(settings, folder / "data", folder / f"{len(top1)}", progress=progress)
-                top1.append(evaluate_on(load_trained(str(run)), data_dir).top1)
+                top1.append(evaluate_on(load_trained(run), data_dir).top1)
         yield Comparison(seed, *top1)
 
 

@@ -97,6 +97,20 @@ def test_settings_are_chosen_for_the_data(photos, split_photos):
     assert (changed.epochs, changed.mixup, changed.rand_augment) == (3, 0.0, "")
 
 
+def test_the_batches_chosen_can_be_shared_by_all_processes(photos, monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "a launch")
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    assert choose_settings("convmixer_cifar", photos).batch_size == 6
+
+
+def test_without_matplotlib_nothing_is_trained_in_vain(split_photos, tmp_path, monkeypatch):
+    settings = choose_settings("convmixer_cifar", split_photos, **QUICK)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(DataError, match="drawing needs matplotlib: pip install matplotlib"):
+        run(settings, split_photos, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 def test_the_best_epoch_is_kept(split_photos, tmp_path, monkeypatch):
     seen = []
 
@@ -293,4 +307,4 @@ def test_the_example_of_the_readme_runs_as_it_stands(tmp_path, run_python):
     printed = run_python(example.replace("num_epochs=20", "num_epochs=1"), PYTHONPATH=str(CHECKOUT))
     assert re.fullmatch(r"epoch 1: \d+ of 20 images right", printed)
     model = timm.create_model(f"local-dir:{tmp_path / 'my-model'}", pretrained=True)
-    assert model.num_classes == 10
+    assert get_label_names(model) == CLASSES
