@@ -27,7 +27,7 @@ def replacing(file: Path) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".saving-") as folder:
         temporary = Path(folder, target.name)
         yield temporary
-        with temporary.open("rb") as written:
+        with temporary.open("r+b") as written:  # Windows flushes only what it may write
             os.fsync(written.fileno())  # or a power cut may leave the name without the content
         os.replace(temporary, target)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import itertools
 import os
 import platform
 from collections.abc import Callable, Iterator
@@ -15,6 +16,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .errors import ConvMixerHubError, TrainingError
+
+_MEETINGS = itertools.count()
 
 
 def describe_machine() -> str:
@@ -81,7 +84,11 @@ def join_processes() -> Iterator[torch.device]:
                 "give a smaller --nproc-per-node"
             )
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    store, rank, world_size = next(dist.rendezvous("env://"))
+    # The store outlives the group: without a name of its own, a second one reads from the first.
+    store = dist.PrefixStore(f"meeting {next(_MEETINGS)}", store)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size)
     yield device
     dist.destroy_process_group()  # not after an error, of which the other processes know nothing
 

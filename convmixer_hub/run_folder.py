@@ -51,13 +51,13 @@ def lock_run(folder: Path) -> IO[str]:
         import fcntl  # not on Windows
 
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except ImportError:
-        pass
-    except OSError:
+    except BlockingIOError:
         file.close()
         raise TrainingError(
             f"{folder}: another process trains in it; wait for that, or name another --output"
         ) from None
+    except (ImportError, OSError):
+        pass  # some file systems of clusters know no locks
     return file
 
 

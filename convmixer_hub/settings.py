@@ -36,8 +36,9 @@ class TrainingSettings:
         small_crop_size: Side of the smaller crops, in pixels.
         batch_size: Images a step, over all processes.
         optimizer: `muon` or `adamw`, as timm has them.
-        learning_rate: The peak. Muon takes it for matrices (1x1 convolutions, head, and the stem
-            where patches are larger than a pixel), its AdamW for the rest takes half of it.
+        learning_rate: The peak. Muon takes it for matrices of at least 4x4 (1x1 convolutions, the
+            head, and the stem where patches are larger than a pixel), its AdamW for the rest takes
+            half of it.
         weight_decay: On the weights of convolutions and linear maps alone.
         label_smoothing: Share of the target spread over all classes.
         clip_grad: Largest norm of the gradient.

@@ -25,7 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Subset, TensorDataset
 from tqdm import tqdm
 
-from .checkpoint import CONFIG_FILE
+from .checkpoint import CONFIG_FILE, WEIGHTS_FILE
 from .data import (
     LabelledImages,
     eval_transform,
@@ -71,6 +71,9 @@ def train(
     Under torchrun, all processes share each batch; with the same batch size their number changes
     the result by rounding alone (unless images are mixed, erased or RandAugmented, which each
     process does for itself).
+
+    On a CPU, this changes two things for the whole Python process: timm's Muon computes in fp32,
+    and the C library keeps memory that tensors gave back.
 
     Args:
         settings: What to compute.
@@ -187,10 +190,11 @@ class _Run:
         self.state = state
         self.device = device
         self.progress = progress
-        state["machine"] = describe_machine()
         random_seed(settings.seed)
         self._build_model(list(images.classes))
-        self._read_images(images, validation, skip_damaged)
+        if state["epoch"] < settings.epochs:  # a finished run is only written out again
+            state["machine"] = describe_machine()
+            self._read_images(images, validation, skip_damaged)
         self.mix = Mixup(
             mixup_alpha=settings.mixup,
             cutmix_alpha=settings.cutmix,
@@ -210,8 +214,10 @@ class _Run:
         settings = self.settings
         if settings.pretrained:
             # What a run began with may be gone when it is resumed.
-            begun = "model" in self.state and (self.folder / CONFIG_FILE).exists()
-            model = load_trained(str(self.folder.absolute()) if begun else settings.model, classes)
+            begun = "model" in self.state and all(
+                (self.folder / name).exists() for name in (CONFIG_FILE, WEIGHTS_FILE)
+            )
+            model = load_trained(self.folder if begun else settings.model, classes)
         else:
             model = timm.create_model(settings.model, num_classes=len(classes))
         assert isinstance(model, ConvMixer)  # as every arch of this package is
@@ -386,15 +392,17 @@ class _Run:
             logits = self.network(images).float()
         loss = F.cross_entropy(logits, targets, label_smoothing=smoothing)
         correct = (logits.argmax(dim=1) == labels).sum()
-        sums = torch.stack([loss.detach().double() * share, correct.double()])
-        loss_sum, correct_sum = sum_over_processes(sums).tolist()
-        self._check_finite("loss", loss_sum, epoch, step)
         for group in self.optimizer.param_groups:
             group["lr"] = settings.learning_rate * learning_rate_factor * group.get("lr_scale", 1.0)
         self.optimizer.zero_grad()
         loss.backward()
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), settings.clip_grad)
-        self._check_finite("norm of the gradient", norm.item(), epoch, step)
+        sums = torch.stack([loss.detach().double() * share, correct.double()])
+        # Read at once and only here: a GPU has nothing to do while it is waited for.
+        numbers = torch.cat([sum_over_processes(sums), norm.double().view(1)])
+        loss_sum, correct_sum, norm_value = numbers.tolist()
+        self._check_finite("loss", loss_sum, epoch, step)
+        self._check_finite("norm of the gradient", norm_value, epoch, step)
         self.optimizer.step()
         if self.average is not None:
             steps = len(self.images) // settings.batch_size

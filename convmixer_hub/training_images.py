@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -10,6 +11,7 @@ import numpy as np
 import torch
 from PIL import Image
 from timm.data.auto_augment import RandAugment, rand_augment_transform
+from timm.data.transforms import str_to_interp_mode
 from torch.nn import functional as F
 from torch.utils.data import Subset
 from torchvision import transforms
@@ -23,6 +25,8 @@ def is_rand_augment(description: str) -> bool:
     """Tell whether timm can make a RandAugment of this; it makes none of an empty description."""
     if not description:
         return True
+    if not re.fullmatch(r"rand(-((m|n|p|mstd|mmax|inc)\d{1,3}(\.\d+)?|t\w+))*", description):
+        return False  # timm would pass over a part that it does not know
     try:
         _make_rand_augment(description)(Image.new("RGB", (32, 32)))
     except (AssertionError, ValueError, KeyError, TypeError):
@@ -30,8 +34,10 @@ def is_rand_augment(description: str) -> bool:
     return True
 
 
-def _make_rand_augment(description: str, image_size: int = 32) -> RandAugment:
-    transform = rand_augment_transform(description, {"translate_const": image_size // 3})
+def _make_rand_augment(description: str, channels: int = 3, image_size: int = 32) -> RandAugment:
+    grey = (128,) * channels  # what fills the corners of a turned image
+    hparams = {"translate_const": image_size // 3, "img_mean": grey}
+    transform = rand_augment_transform(description, hparams)
     for operation in transform.ops:
         if operation.name.startswith("Posterize"):
             operation.level_fn = partial(_keep_one_bit, operation.level_fn)
@@ -55,7 +61,8 @@ class TrainingImages:
         images: Some of a `LabelledImages`.
         data_config: From `timm.data.resolve_model_data_config(model)`; images of other sizes are
             scaled and cropped to its `input_size`.
-        seed: The same seed gives the same batches everywhere.
+        seed: The same seed gives the same batches everywhere, but for the RandAugment, which takes
+            its random numbers from `random` and `numpy.random`.
         rand_augment: timm's description of a RandAugment, such as `rand-m9-n2-mstd0.5-inc1`.
         flip: One of `FLIPS`.
         skip_damaged: Leave out images that cannot be read.
@@ -80,16 +87,18 @@ class TrainingImages:
         device: torch.device | str = "cpu",
         progress: bool = True,
     ) -> None:
-        self.image_size = data_config["input_size"][-1]
+        channels, _, self.image_size = data_config["input_size"]
         self.seed = seed
         self.flip = flip
         self.rand_augment = (
-            _make_rand_augment(rand_augment, self.image_size) if rand_augment else None
+            _make_rand_augment(rand_augment, channels, self.image_size) if rand_augment else None
         )
         resize = transforms.Compose(
             [
                 *to_channels(data_config),
-                transforms.Resize(self.image_size),
+                transforms.Resize(
+                    self.image_size, str_to_interp_mode(data_config["interpolation"])
+                ),
                 transforms.CenterCrop(self.image_size),
                 transforms.PILToTensor(),
             ]
@@ -139,7 +148,7 @@ class TrainingImages:
         batch = batch[share]
         images = self.images[batch.to(self.images.device)]
         if augment and self.rand_augment is not None:
-            pictures = [transforms.functional.to_pil_image(image) for image in images]
+            pictures = [transforms.functional.to_pil_image(image) for image in images.cpu()]
             images = torch.stack(
                 [transforms.functional.pil_to_tensor(self.rand_augment(p)) for p in pictures]
             ).to(self.images.device)

@@ -1,4 +1,5 @@
 import csv
+import errno
 import json
 import multiprocessing
 import os
@@ -253,6 +254,14 @@ def test_a_run_that_began_by_itself_does_not_branch_off(cifar_sample, tmp_path):
         run(replace(SETTINGS, epochs=3), cifar_sample, longer, continue_from=short)
 
 
+def test_a_file_system_without_locks_is_no_hindrance(cifar_sample, tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    run(replace(SETTINGS, epochs=1), cifar_sample, tmp_path / "run")
+
+
 def test_two_processes_do_not_train_in_one_folder(cifar_sample, tmp_path):
     message = "run: another process trains in it; wait for that, or name another --output"
     with lock_run(tmp_path / "run"), pytest.raises(TrainingError, match=message):
@@ -466,6 +475,15 @@ def test_what_is_derived_from_the_state_is_restored(cifar_sample, tmp_path, weig
     run(SETTINGS, cifar_sample, folder)
     torch.testing.assert_close(weights_after(folder), before, atol=0, rtol=0)
     assert (folder / "metrics.csv").read_text() == metrics
+
+
+def test_a_finished_run_stays_as_it_is(cifar_sample, tmp_path, write_parquet, monkeypatch):
+    folder = run(SETTINGS, cifar_sample, tmp_path / "run")
+    config = (folder / "config.json").read_text()
+    unreadable = write_parquet("train", [b"no image"] * 40, list(range(10)) * 4)
+    monkeypatch.setattr(train_module, "describe_machine", lambda: "another machine")
+    assert run(SETTINGS, unreadable, folder) == folder
+    assert (folder / "config.json").read_text() == config
 
 
 @pytest.mark.parametrize(

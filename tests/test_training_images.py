@@ -6,7 +6,7 @@ from timm.utils import random_seed
 from torch.utils.data import Subset
 
 from convmixer_hub import DataError
-from convmixer_hub.data import load_images
+from convmixer_hub.data import eval_transform, load_images, open_image
 from convmixer_hub.training_images import TrainingImages, is_rand_augment
 
 from .conftest import CONFIG, IMAGES, encode
@@ -95,7 +95,27 @@ def test_rand_augment_is_timms(training_images):
     changed = (plain != augmented).flatten(1).any(1)
     assert changed.float().mean() > 0.8
     assert is_rand_augment("") and is_rand_augment("rand-m9-n2-mstd0.5-inc1")
-    assert not is_rand_augment("random") and not is_rand_augment("rand-n20-tweights")
+    for other in ("random", "rand-n20-tweights", "rand-mx", "rand-m9-inc", f"rand-n{10**20}"):
+        assert not is_rand_augment(other), other
+
+
+def test_grey_images_are_augmented_too(cifar_sample):
+    images = Subset(load_images(cifar_sample, "train"), range(40))
+    grey = {**CONFIG, "input_size": (1, 32, 32), "mean": (0.5,), "std": (0.25,)}
+    random_seed(0)
+    augmented = TrainingImages(images, grey, rand_augment="rand-m9-n8-p1-inc1", progress=False)
+    batch, _ = augmented.read_batch(0, 0, 40, 24)
+    assert batch.shape == (40, 1, 24, 24) and torch.isfinite(batch).all()
+
+
+def test_larger_images_are_scaled_as_in_evaluation(tmp_path):
+    (tmp_path / "a").mkdir()
+    with Image.open(IMAGES / "cat.png") as cat:
+        cat.resize((96, 96)).save(tmp_path / "a" / "cat.png")
+    photo = Subset(load_images(tmp_path, "train"), [0])
+    expected = eval_transform(CONFIG)(open_image(tmp_path / "a" / "cat.png"))
+    [image] = TrainingImages(photo, CONFIG, progress=False).images
+    assert torch.equal(image, to_bytes(expected))
 
 
 def test_images_of_other_sizes_and_modes_are_trained_on(write_parquet):
