@@ -245,14 +245,15 @@ def _training_section(
 
 def _describe_curve(plan: TrainingSettings | None) -> str:
     """Say what the curve shows, and why it jumps where it does."""
-    caption = "Loss and top-1 by epoch; those on training images are of augmented ones."
+    caption = "Loss and top-1 by epoch, the latter in training on augmented images."
     if plan is None:
         return caption
     changes = ["the learning rate falls"]
     if plan.late_augmentation:
         changes.append("images are augmented more")
-    caption += f" From epoch {plan.peak_epochs + 1} on {' and '.join(changes)}"
-    return f"{caption}; the last {plan.whole_epochs} epochs see whole images, not crops."
+    if plan.whole_epochs:
+        changes.append(f"the last {plan.whole_epochs} epochs see whole images")
+    return f"{caption} From epoch {plan.peak_epochs + 1} on, {' and '.join(changes)}."
 
 
 def _write_command(settings: Mapping[str, Any], defaults: Mapping[str, Any]) -> str:
@@ -265,7 +266,9 @@ def _write_command(settings: Mapping[str, Any], defaults: Mapping[str, Any]) -> 
         option = "--lr" if name == "learning_rate" else f"--{name.replace('_', '-')}"
         if settings[name] is True:
             command.append(option)
-        elif settings[name] is not False and name != "model":
+        elif settings[name] is False:
+            command.append(option.replace("--", "--no-"))
+        elif name != "model":
             command += [option, str(settings[name])]
     return shlex.join(command)
 

@@ -164,8 +164,9 @@ class TrainingSettings:
 
 
 def keep_peak_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Give a run's settings with the defaults of those that matter once its learning rate falls."""
-    later = ["epochs", "final_share", "whole_share", "late_augmentation"]
+    """Give those of a run's settings that matter before its learning rate falls."""
+    later = ("epochs", "final_share", "whole_share", "late_augmentation")
+    kept = {name: value for name, value in settings.items() if name not in later}
     if settings["late_augmentation"]:
-        later += ["rand_augment", "random_erasing", "mixup", "cutmix"]
-    return {**settings, **{name: getattr(TrainingSettings, name) for name in later}}
+        kept |= {"rand_augment": "", "random_erasing": 0.0, "mixup": 0.0, "cutmix": 0.0}
+    return kept

@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from PIL import Image
 from timm.data.auto_augment import RandAugment, rand_augment_transform
-from timm.data.transforms import str_to_interp_mode
 from torch.nn import functional as F
 from torch.utils.data import Subset
 from torchvision import transforms
@@ -96,9 +95,7 @@ class TrainingImages:
         resize = transforms.Compose(
             [
                 *to_channels(data_config),
-                transforms.Resize(
-                    self.image_size, str_to_interp_mode(data_config["interpolation"])
-                ),
+                transforms.Resize(self.image_size),
                 transforms.CenterCrop(self.image_size),
                 transforms.PILToTensor(),
             ]

@@ -24,7 +24,14 @@ from convmixer_hub.zoo import CIFAR10_CLASSES
 from .test_evaluate import calibration_error
 
 ARCH = "convmixer_96_8_ks5_p1"
-SETTINGS = TrainingSettings(ARCH, epochs=3, learning_rate=0.004, held_out=7, seed=5)
+SETTINGS = TrainingSettings(
+    ARCH,
+    epochs=3,
+    learning_rate=0.004,
+    held_out=7,
+    late_augmentation=True,
+    seed=5,
+)
 METRICS = """epoch,train_loss,train_top1,seconds,held_out_top1
 1,2.1,20.5,1800.0,21.25
 2,1.9,30.25,1800.0,35.0
@@ -83,6 +90,7 @@ def test_a_card_says_what_the_files_and_the_test_images_say(run, cifar_sample):
         assert fact in text
     assert "8 layers × 96 channels, kernel 5, patch 1, 99,082 parameters" in text
     assert "`convmixer card a_run --data DIR` on 2026-01-02, on the 10 test images" in text
+    assert "From epoch 3 on, the learning rate falls and images are augmented more and" in text
     assert text.endswith("\n## Limits\n\nNever trained.\n")
 
     pictures = {"confusion", "curve", "kernels", "patch_embedding", "reliability"}

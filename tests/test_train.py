@@ -235,6 +235,14 @@ def test_a_run_does_not_continue_from_another(cifar_sample, tmp_path, change, me
         run(SETTINGS, cifar_sample, tmp_path / "new", continue_from=tmp_path / "nothing")
 
 
+def test_what_was_late_in_a_shorter_run_was_not_there_from_the_start(cifar_sample, tmp_path):
+    early = replace(SETTINGS, epochs=3, rand_augment="rand-m9-n2")
+    late = replace(early, epochs=2, late_augmentation=True)
+    short = run(late, cifar_sample, tmp_path / "short")
+    with pytest.raises(TrainingError, match="holds a run with rand_augment '', not 'rand-m9-n2'"):
+        run(early, cifar_sample, tmp_path / "longer", continue_from=short)
+
+
 def test_augmentation_and_whole_images_come_late(cifar_sample, tmp_path, weights_after):
     settings = replace(SETTINGS, epochs=4, whole_share=0.5)
     plain, late = (

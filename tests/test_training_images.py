@@ -6,7 +6,7 @@ from timm.utils import random_seed
 from torch.utils.data import Subset
 
 from convmixer_hub import DataError
-from convmixer_hub.data import eval_transform, load_images, open_image
+from convmixer_hub.data import load_images
 from convmixer_hub.training_images import TrainingImages, is_rand_augment
 
 from .conftest import CONFIG, IMAGES, encode
@@ -106,16 +106,6 @@ def test_grey_images_are_augmented_too(cifar_sample):
     augmented = TrainingImages(images, grey, rand_augment="rand-m9-n8-p1-inc1", progress=False)
     batch, _ = augmented.read_batch(0, 0, 40, 24)
     assert batch.shape == (40, 1, 24, 24) and torch.isfinite(batch).all()
-
-
-def test_larger_images_are_scaled_as_in_evaluation(tmp_path):
-    (tmp_path / "a").mkdir()
-    with Image.open(IMAGES / "cat.png") as cat:
-        cat.resize((96, 96)).save(tmp_path / "a" / "cat.png")
-    photo = Subset(load_images(tmp_path, "train"), [0])
-    expected = eval_transform(CONFIG)(open_image(tmp_path / "a" / "cat.png"))
-    [image] = TrainingImages(photo, CONFIG, progress=False).images
-    assert torch.equal(image, to_bytes(expected))
 
 
 def test_images_of_other_sizes_and_modes_are_trained_on(write_parquet):
