@@ -21,6 +21,11 @@ from .settings import TrainingSettings
 from .transfer import bench_finetune
 
 
+def _describe_setting() -> str:
+    """Say what a figure was measured on and with."""
+    return f"{describe_machine()}, torch {torch.__version__}, timm {timm.__version__}"
+
+
 @click.group("bench")
 def bench_group() -> None:
     """Measure on this machine what is claimed: speed, memory, and what choices are worth."""
@@ -59,7 +64,7 @@ def bench_train_command(
         )
     click.echo(
         f"{model}, batch {batch_size}, median of {rounds} steps each in turns, "
-        f"{describe_machine()}, torch {torch.__version__}, timm {timm.__version__}"
+        f"{_describe_setting()}"
     )
     print_table(rows)
 
@@ -130,10 +135,7 @@ def _print_outcomes(model: str, outcomes: Sequence[Outcome], common: Mapping[str
             ]
         )
     shared = ", ".join(f"{name} {value}" for name, value in sorted(common.items()))
-    click.echo(
-        f"{model}, {shared}, seed {TrainingSettings.seed}, "
-        f"{describe_machine()}, torch {torch.__version__}, timm {timm.__version__}"
-    )
+    click.echo(f"{model}, {shared}, seed {TrainingSettings.seed}, {_describe_setting()}")
     print_table(rows)
 
 
@@ -155,6 +157,6 @@ def bench_finetune_command(name: str, data: Path, images_a_class: int, seeds: in
         rows.append([title, *(f"{value:.2f}" for value in [*values, statistics.mean(values)])])
     click.echo(
         f"{name}, {images_a_class} images a class, top-1 on the test images (%), "
-        f"{describe_machine()}, torch {torch.__version__}, timm {timm.__version__}"
+        f"{_describe_setting()}"
     )
     print_table([list(row) for row in zip(*rows)])

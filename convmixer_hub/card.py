@@ -266,9 +266,7 @@ def _write_command(settings: Mapping[str, Any], defaults: Mapping[str, Any]) -> 
         option = "--lr" if name == "learning_rate" else f"--{name.replace('_', '-')}"
         if settings[name] is True:
             command.append(option)
-        elif settings[name] is False:
-            command.append(option.replace("--", "--no-"))
-        elif name != "model":
+        elif settings[name] is not False and name != "model":
             command += [option, str(settings[name])]
     return shlex.join(command)
 

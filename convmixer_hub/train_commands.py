@@ -60,17 +60,16 @@ def _settings_options(
     def decorate(command: Callable) -> Callable:
         for name in reversed(names):
             default = getattr(TrainingSettings, name)
-            flag = "lr" if name == "learning_rate" else name.replace("_", "-")
-            declaration = f"--{flag}"
             options: dict[str, Any] = {"help": _SETTINGS_HELP[name], "show_default": with_defaults}
             if isinstance(default, bool):
-                declaration = f"--{flag}/--no-{flag}"
+                options["is_flag"] = True
             else:
                 options["type"] = type(default)
             if name in _CHOICES:
                 options["type"] = click.Choice(_CHOICES[name])
+            flag = "lr" if name == "learning_rate" else name.replace("_", "-")
             options["default"] = default if with_defaults else None
-            command = click.option(declaration, name, **options)(command)
+            command = click.option(f"--{flag}", name, **options)(command)
         return command
 
     return decorate
