@@ -295,19 +295,16 @@ def hold_out(count: int, size: int, seed: int) -> tuple[list[int], list[int]]:
     return sorted(order[size:]), sorted(order[:size])
 
 
-def eval_transform(data_config: Mapping[str, Any]) -> Callable:
+def eval_transform(data_config: Mapping[str, Any], normalize: bool = True) -> Callable:
     """Resize, crop and normalise as a model's timm data config says, in evaluation.
 
     Args:
         data_config: From `timm.data.resolve_model_data_config(model)`.
+        normalize: Give normalised floats; else bytes, 0 to 255.
     """
-    transform = create_transform(**data_config, is_training=False)
-    return transforms.Compose([*to_channels(data_config), transform])
-
-
-def to_channels(data_config: Mapping[str, Any]) -> list[Callable]:
-    """Give what turns RGB images grey for a model that takes one channel."""
-    return [transforms.Grayscale()] if data_config["input_size"][0] == 1 else []
+    transform = create_transform(**data_config, is_training=False, normalize=normalize)
+    to_grey = [transforms.Grayscale()] if data_config["input_size"][0] == 1 else []
+    return transforms.Compose([*to_grey, transform])
 
 
 def read_images(

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from torch.utils.data import Subset
 from torchvision import transforms
 
-from .data import read_images, to_channels
+from .data import eval_transform, read_images
 
 FLIPS = ("alternating", "random")
 
@@ -59,7 +59,7 @@ class TrainingImages:
     Args:
         images: Some of a `LabelledImages`.
         data_config: From `timm.data.resolve_model_data_config(model)`; images of other sizes are
-            scaled and cropped to its `input_size`.
+            scaled and cropped as in evaluation.
         seed: The same seed gives the same batches everywhere, but for the RandAugment, which takes
             its random numbers from `random` and `numpy.random`.
         rand_augment: timm's description of a RandAugment, such as `rand-m9-n2-mstd0.5-inc1`.
@@ -92,15 +92,9 @@ class TrainingImages:
         self.rand_augment = (
             _make_rand_augment(rand_augment, channels, self.image_size) if rand_augment else None
         )
-        resize = transforms.Compose(
-            [
-                *to_channels(data_config),
-                transforms.Resize(self.image_size),
-                transforms.CenterCrop(self.image_size),
-                transforms.PILToTensor(),
-            ]
+        tensors, self.labels, self.damaged = read_images(
+            images, eval_transform(data_config, normalize=False), skip_damaged, progress
         )
-        tensors, self.labels, self.damaged = read_images(images, resize, skip_damaged, progress)
         self.images = tensors.to(device)  # uint8 [count, channels, side, side]
         self.mean = torch.tensor(data_config["mean"], device=device).view(-1, 1, 1)
         self.std = torch.tensor(data_config["std"], device=device).view(-1, 1, 1)

@@ -6,7 +6,7 @@ from timm.utils import random_seed
 from torch.utils.data import Subset
 
 from convmixer_hub import DataError
-from convmixer_hub.data import load_images
+from convmixer_hub.data import eval_transform, load_images, read_images
 from convmixer_hub.training_images import TrainingImages, is_rand_augment
 
 from .conftest import CONFIG, IMAGES, encode
@@ -115,6 +115,14 @@ def test_images_of_other_sizes_and_modes_are_trained_on(write_parquet):
     batch, labels = TrainingImages(Subset(images, range(3)), CONFIG).read_batch(0, 0, 3, 32)
     assert batch.shape == (3, 3, 32, 32) and sorted(labels.tolist()) == [0, 1, 2]
     assert (to_bytes(batch) == 128).all()
+
+
+def test_images_of_other_sizes_are_scaled_as_in_evaluation(write_parquet):
+    noise = np.random.default_rng(0).integers(0, 256, (40, 80, 3), dtype=np.uint8)
+    images = load_images(write_parquet("train", [encode(Image.fromarray(noise))], [0]), "train")
+    images = Subset(images, [0])
+    [in_evaluation], _, _ = read_images(images, eval_transform(CONFIG))
+    assert torch.equal(TrainingImages(images, CONFIG).images[0], to_bytes(in_evaluation))
 
 
 def test_damaged_images_are_counted_and_named_or_skipped(write_parquet):
