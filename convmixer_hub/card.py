@@ -135,7 +135,7 @@ def write_card(
         _picture("predictions.png", PREDICTIONS_CAPTION)
         if (output / "predictions.png").is_file()
         else "",
-        _training_section(config, metrics, result),
+        _training_section(config, metrics, result, get_config(model)["input_size"][-1]),
         _test_section(confusion, calibration, classes),
         f"Measured with `convmixer card {name} --data DIR` on {today or date.today()}, on the "
         f"{result.count:,} test images of {dataset} ({describe_machine()}, "
@@ -202,7 +202,10 @@ transform = timm.data.create_transform(**timm.data.resolve_model_data_config(mod
 
 
 def _training_section(
-    config: Mapping[str, Any], metrics: Mapping[str, Sequence[float]], result: Evaluation
+    config: Mapping[str, Any],
+    metrics: Mapping[str, Sequence[float]],
+    result: Evaluation,
+    image_size: int,
 ) -> str:
     """Say how the model was trained, as far as `config.json` and `metrics.csv` tell."""
     settings: dict[str, Any] = config.get("training", {})
@@ -216,6 +219,8 @@ def _training_section(
     elif settings:
         parts.append("Another version of `convmixer train` made it, with the settings below.")
     facts = []
+    if settings.get("pretrained"):
+        facts.append(f"Start: the trained weights of `{settings['model']}`")
     if metrics:
         done, hours = len(metrics["epoch"]), sum(metrics["seconds"]) / 3600
         planned = "" if settings.get("epochs", done) == done else f" of {settings['epochs']}"
@@ -239,11 +244,11 @@ def _training_section(
         rows = [(f"`{name}`", str(value) or "–") for name, value in settings.items()]
         parts.append(_table(("setting", "value"), rows))
     if metrics:
-        parts.append(_picture("curve.png", _describe_curve(plan)))
+        parts.append(_picture("curve.png", _describe_curve(plan, image_size)))
     return "\n\n".join(["## How it was trained", *parts]) if parts else ""
 
 
-def _describe_curve(plan: TrainingSettings | None) -> str:
+def _describe_curve(plan: TrainingSettings | None, image_size: int) -> str:
     """Say what the curve shows, and why it jumps where it does."""
     caption = "Loss and top-1 by epoch, the latter in training on augmented images."
     if plan is None:
@@ -251,15 +256,16 @@ def _describe_curve(plan: TrainingSettings | None) -> str:
     changes = ["the learning rate falls"]
     if plan.late_augmentation:
         changes.append("images are augmented more")
-    if plan.whole_epochs:
+    if plan.whole_epochs and plan.small_crop_size < image_size:
         changes.append(f"the last {plan.whole_epochs} epochs see whole images")
     return f"{caption} From epoch {plan.peak_epochs + 1} on, {' and '.join(changes)}."
 
 
 def _write_command(settings: Mapping[str, Any], defaults: Mapping[str, Any]) -> str:
     """Write the command that trains with these settings."""
-    verb, names = "finetune", list(FINETUNE_OPTIONS)
-    if not settings["pretrained"]:
+    if settings["pretrained"] and settings["keep_best"]:
+        verb, names = "finetune", list(FINETUNE_OPTIONS)
+    else:
         verb, names = "train", [name for name in settings if settings[name] != defaults[name]]
     command = ["convmixer", verb, settings["model"], "--data", "DIR", "--output", "RUN"]
     for name in names:

@@ -92,6 +92,7 @@ def train(
         TrainingError: If a setting does not fit the model, the data or the processes, if the
             folder holds another run or cannot be written, or if the loss is no longer a number.
         DataError: If the data cannot be read, or is less than one batch.
+        CheckpointError: If trained weights to start from cannot be had, are damaged or do not fit.
     """
     folder = Path(output)
     if settings.model not in default_cfgs and not settings.pretrained:

@@ -40,6 +40,7 @@ _SETTINGS_HELP = {
     "train_images": "Train on so many of those that are not held out; 0 for all.",
     "flip": "Mirror images every other epoch, or by chance.",
     "covariance_init": "Draw the depth-wise kernels smoother and wider the deeper the layer.",
+    "pretrained": "Start from the trained weights of MODEL, which may be a folder.",
     "layer_decay": "Factor of the learning rate from one layer to the one before it.",
     "freeze_batch_norm": "Keep BatchNorm's means and variances as they are.",
     "seed": "",
@@ -118,7 +119,7 @@ def train_command(
     skip_damaged: bool,
     **settings: Any,
 ) -> None:
-    """Train MODEL from scratch; the same command goes on with an interrupted run.
+    """Train MODEL, from scratch if not --pretrained; the same command resumes a stopped run.
 
     torchrun starts it in several processes or on several GPUs:
     torchrun --nproc-per-node 2 -m convmixer_hub train ...

@@ -2,7 +2,7 @@ import json
 import re
 import shlex
 import sys
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from datetime import date
 
 import pytest
@@ -112,6 +112,16 @@ def test_the_card_of_a_fine_tuned_model_gives_its_command(run, cifar_sample):
     again = {name: given[name] for name in FINETUNE_OPTIONS}
     assert choose_settings(given["name"], cifar_sample, **again) == settings
     assert "training images: 35.00 %, by which the epoch was chosen" in text
+
+
+def test_the_card_of_a_model_trained_further_gives_its_command(run, cifar_sample):
+    settings = replace(SETTINGS, model="first_run", pretrained=True, small_crop_size=32)
+    config = json.loads((run / "config.json").read_text())
+    (run / "config.json").write_text(json.dumps(config | {"training": asdict(settings)}))
+    text = write_card(run, cifar_sample).read_text()
+    assert read_command(text) == settings
+    assert "- Start: the trained weights of `first_run`\n" in text
+    assert "see whole images" not in text  # as they do from the start
 
 
 def test_a_grey_model_of_other_classes_without_a_history(tmp_path):

@@ -89,6 +89,14 @@ def test_the_same_seed_gives_the_same_weights(cifar_sample, tmp_path, weights_af
     assert not torch.equal(first[name], other[name])
 
 
+def test_a_run_may_start_from_trained_weights(cifar_sample, tmp_path):
+    first = run(SETTINGS, cifar_sample, tmp_path / "first")
+    settings = replace(SETTINGS, model=str(first), pretrained=True, learning_rate=1e-9)
+    second = run(settings, cifar_sample, tmp_path / "second")
+    before, after = (dict(load_trained(folder).named_parameters()) for folder in (first, second))
+    torch.testing.assert_close(after, before, atol=1e-6, rtol=0)
+
+
 @pytest.fixture
 def stop_after(monkeypatch):
     """Let the next run be stopped when it has saved its state so many times."""
