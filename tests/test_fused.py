@@ -121,6 +121,12 @@ def test_gelu_is_exact_to_rounding():
     torch.testing.assert_close(fast_slope.double(), slope, atol=1e-6, rtol=1e-6)
 
 
+def test_no_denormal_number_slows_a_cpu_down():
+    z = torch.linspace(-40, 40, 10_000)
+    for values in fused._gelu_and_slope(z):
+        assert ((values == 0) | (values.abs() >= torch.finfo(values.dtype).tiny)).all()
+
+
 def test_a_fused_model_trains_as_the_plain_one():
     plain = timm.create_model("convmixer_96_8_ks5_p1")
     fast = copy.deepcopy(plain)
