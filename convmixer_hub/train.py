@@ -36,7 +36,7 @@ from .data import (
 )
 from .errors import DataError, TrainingError, UnknownModelError
 from .evaluate import evaluate
-from .fused import fuse_gelu_and_norm
+from .fused import speed_up_on_cpu
 from .kernels import draw_kernels_by_depth
 from .machine import (
     ask_first_process,
@@ -228,7 +228,7 @@ class _Run:
         model.to(self.device)
         if self.device.type == "cpu":
             keep_freed_memory()
-            fuse_gelu_and_norm(model)
+            speed_up_on_cpu(model)
             # timm's Muon, from here on in this Python process, does not compute in bf16. On a CPU
             # without instructions for that, it would take longer than the rest of the step.
             muon.zeropower_via_newtonschulz = partial(
