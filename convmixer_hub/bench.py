@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from .errors import TrainingError, first_line
 from .fused import speed_up_on_cpu
-from .machine import keep_freed_memory
+from .machine import has_fast_bf16, keep_freed_memory
 from .model import ConvMixer
 from .records import get_record
 from .zoo import get_config
@@ -140,7 +140,7 @@ VARIANTS: dict[str, _Variant] = {
     "timm-bf16": _Variant(_make_timms, channels_last=True, bf16=True),
     "timm-bf16-compiled": _Variant(_make_timms, channels_last=True, bf16=True, compiled=True),
     "sequential": _Variant(_make_sequential),
-    "ours": _Variant(_make_ours, bf16=torch.cuda.is_available()),
+    "ours": _Variant(_make_ours, bf16=has_fast_bf16()),
 }
 
 
@@ -157,6 +157,7 @@ def bench_train(
         arch: One of this package's.
         variants: Keys of `VARIANTS`. `timm` and `sequential` (the authors' code) are as a user gets
             them, in fp32, NCHW and eager; `compiled` and `bf16` go with channels_last memory.
+            `ours` is prepared as in `train`, in bf16 where that is fast.
         batch_size: Images a step.
         rounds: Steps of each variant that count, in turns, after two that do not.
         progress: Show a progress bar, if there is a terminal.

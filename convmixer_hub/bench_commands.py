@@ -48,7 +48,8 @@ def bench_train_command(
     """Time training steps of MODEL and of other implementations of it, in turns.
 
     timm: its ConvMixer as a user gets it (fp32, NCHW, eager); timm-bf16, timm-compiled: with bf16
-    autocast or torch.compile, and channels_last; sequential: the code in the paper's appendix.
+    autocast or torch.compile, and channels_last; sequential: the code in the paper's appendix;
+    ours: as convmixer train prepares it, in bf16 where that is fast.
     """
     speeds = bench_train(model, variants or tuple(VARIANTS), batch_size, rounds)
     rows = [["variant", "images/s", f"× {speeds[0].variant}", "peak memory"]]
@@ -107,7 +108,7 @@ def bench_load_command(name: str, rounds: int) -> None:
 def bench_recipe_command(
     model: str, data: Path, output: Path, changes: tuple[str, ...], **common: Any
 ) -> None:
-    """Train MODEL with the recipe of `convmixer train` and with single changes to it.
+    """Train MODEL with plain settings and with single changes to them, such as the recipe has.
 
     The same command goes on where it was interrupted; the table has the runs that are finished.
     """

@@ -8,6 +8,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .machine import compiled
+
+
+def _store_planes(x: Tensor) -> Tensor:
+    """Store images `[batch, channels, height, width]` plane after plane, as they are numbered."""
+    return x.contiguous()
+
+
+_store_planes_fast = compiled(_store_planes)
+
 
 class _DepthWiseConvFunction(torch.autograd.Function):
     """Stride-1, odd-kernel, same-padded depth-wise convolution; both gradients are convolutions.
@@ -20,18 +30,18 @@ class _DepthWiseConvFunction(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def forward(x: Tensor, weight: Tensor, bias: Tensor | None, compiles: bool = False) -> Tensor:
         return F.conv2d(x, weight, bias, padding=weight.shape[-1] // 2, groups=weight.shape[0])
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, weight, bias = inputs
+        x, weight, bias, ctx.compiles = inputs
         ctx.save_for_backward(x, weight)
         ctx.save_for_forward(x, weight)
         ctx.has_bias = bias is not None
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         n, c, h, w = x.shape
         kernel_size = weight.shape[-1]
@@ -41,17 +51,22 @@ class _DepthWiseConvFunction(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             grad_x = F.conv2d(grad, weight.flip(2, 3), padding=padding, groups=c)
         if ctx.needs_input_grad[1]:
-            images = x.reshape(1, n * c, h, w)
-            kernels = grad.reshape(n * c, 1, h, w)
+            store = _store_planes_fast if ctx.compiles else _store_planes
+            images = store(x).view(1, n * c, h, w)
+            kernels = store(grad).view(n * c, 1, h, w)
             products = F.conv2d(images, kernels, padding=padding, groups=n * c)  # (1, n*c, k, k)
             grad_weight = products.view(n, c, 1, kernel_size, kernel_size).sum(0)
         if ctx.has_bias and ctx.needs_input_grad[2]:
             grad_bias = grad.sum((0, 2, 3))
-        return grad_x, grad_weight, grad_bias
+        return grad_x, grad_weight, grad_bias, None
 
     @staticmethod
     def jvp(
-        ctx: Any, x_tangent: Tensor | None, weight_tangent: Tensor | None, bias: Tensor | None
+        ctx: Any,
+        x_tangent: Tensor | None,
+        weight_tangent: Tensor | None,
+        bias: Tensor | None,
+        compiles: None,
     ) -> Tensor:
         x, weight = ctx.saved_tensors
         options = {"padding": weight.shape[-1] // 2, "groups": weight.shape[0]}
@@ -63,16 +78,27 @@ class _DepthWiseConvFunction(torch.autograd.Function):
         return tangent
 
 
+def _get_dtype(weight: Tensor) -> torch.dtype:
+    """Give the type in which a convolution with these weights computes, which autocast decides."""
+    return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else weight.dtype
+
+
 class DepthWiseConv2d(nn.Conv2d):
     """Depth-wise convolution with stride 1 and "same" padding: one kernel for each channel.
 
     It is an `nn.Conv2d` in every respect (parameters, initialisation, state dict, result). Where
-    it is trained eagerly on a CPU in fp32, the gradients come from a faster, equal formula.
+    it is trained eagerly on a CPU, in fp32 or under `torch.autocast`, the gradients come from a
+    faster, equal formula.
 
     Args:
         d_model: Number of channels, in and out.
         kernel_size: Side of the square kernel, in patches; odd.
+
+    Attributes:
+        compiles: Let `torch.compile` make the gradients faster still, where it works.
     """
+
+    compiles = False
 
     def __init__(
         self,
@@ -95,8 +121,15 @@ class DepthWiseConv2d(nn.Conv2d):
         """Map `[batch, d_model, height, width]` to the same shape."""
         if not torch.jit.is_scripting():  # noqa: SIM102  (TorchScript needs it to stand alone)
             if self._trains_eagerly_on_cpu(x):
-                return _DepthWiseConvFunction.apply(x, self.weight, self.bias)
+                return self._convolve_fast(x)
         return self._conv_forward(x, self.weight, self.bias)
+
+    @torch.jit.unused
+    def _convolve_fast(self, x: Tensor) -> Tensor:
+        dtype = _get_dtype(self.weight)
+        weight = self.weight.to(dtype)
+        bias = None if self.bias is None else self.bias.to(dtype)
+        return _DepthWiseConvFunction.apply(x.to(dtype), weight, bias, self.compiles)
 
     @torch.jit.unused
     def _trains_eagerly_on_cpu(self, x: Tensor) -> bool:
@@ -104,10 +137,11 @@ class DepthWiseConv2d(nn.Conv2d):
             return False
         return (
             x.device.type == self.weight.device.type == "cpu"
-            and x.dtype == self.weight.dtype == torch.float32
+            and self.weight.dtype == torch.float32
+            and _get_dtype(self.weight) in (torch.float32, torch.bfloat16)
+            and x.dtype in (torch.float32, _get_dtype(self.weight))
             and x.dim() == 4
             and torch.is_grad_enabled()
-            and not torch.is_autocast_enabled("cpu")
             and not torch.compiler.is_compiling()
             and not torch.jit.is_tracing()
             and x.shape[0] > 0  # last: while tracing, a size is no number

@@ -1,7 +1,9 @@
-"""What a CPU trains faster: GELU and BatchNorm as one, 1x1 convolutions as matrix products.
+"""What a CPU trains faster: GELU and BatchNorm as one, on images stored channels last.
 
 Next to the convolutions, GELU and BatchNorm are most of a training step, and what they cost is
-reading and writing memory. `torch.compile` turns each function below into one pass over it.
+reading and writing memory. `torch.compile` turns each function below into one pass over it. A sum
+is a pass of its own: together with values to be written, it would be computed along the other way
+through memory, and all else twice.
 
 With several processes the statistics are those of all their batches together, which torch's own
 SyncBatchNorm computes on GPUs alone.
@@ -9,40 +11,15 @@ SyncBatchNorm computes on GPUs alone.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import cache, wraps
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .machine import get_world_size, sum_over_processes
+from .depthwise import DepthWiseConv2d
+from .machine import compiled, get_world_size, sum_over_processes
 from .model import ConvMixerLayer, PatchEmbeddings
-
-
-@cache
-def can_compile() -> bool:
-    """Find out whether torch.compile works here; without a C++ compiler it does not."""
-    try:
-        torch.compile(lambda x: x + 1)(torch.ones(1))
-    except Exception:  # its backends fail each in its own way
-        return False
-    return True
-
-
-def _compiled(function: Callable) -> Callable:
-    """Compile a function at its first call for each shape, if there is a compiler."""
-
-    @cache
-    def make_fast() -> Callable:  # late: it loads the compiler, which takes seconds
-        return torch.compile(function, dynamic=False)
-
-    @wraps(function)
-    def call(*tensors: Tensor) -> Any:
-        return make_fast()(*tensors) if can_compile() else function(*tensors)
-
-    return call
 
 
 def _gelu_and_slope(z: Tensor) -> tuple[Tensor, Tensor]:
@@ -62,38 +39,47 @@ def _gelu_and_slope(z: Tensor) -> tuple[Tensor, Tensor]:
     return z * cdf, cdf + z * density * 0.3989422804014327
 
 
-@_compiled
-def _activate(z: Tensor, centre: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Map z `[batch, channels, height, width]` to y = gelu(z), the slope there, and two sums.
+def _widen(x: Tensor) -> Tensor:
+    """Give what is stored in fewer bits the 32 that are computed with."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
-    The sums `[batch, channels]` are those of y - centre and of its square. A centre near the mean
-    keeps the variance from being a small difference of large numbers.
+
+@compiled
+def _activate(z: Tensor) -> tuple[Tensor, Tensor]:
+    """Map z `[batch, channels, height, width]` to gelu(z) and the slope there."""
+    y, slope = _gelu_and_slope(_widen(z))
+    return y.to(z.dtype), slope.to(z.dtype)
+
+
+@compiled
+def _sum_deviation(y: Tensor, centre: Tensor) -> tuple[Tensor, Tensor]:
+    """Sum y - centre and its square over each plane: `[batch, channels]`.
+
+    A centre near the mean keeps the variance from being a small difference of large numbers.
     """
-    y, slope = _gelu_and_slope(z)
-    deviation = (y - centre.view(-1, 1, 1)).flatten(2)
-    return y, slope, deviation.sum(2), deviation.square().sum(2)
+    deviation = _widen(y) - centre.view(-1, 1, 1)
+    return deviation.sum((2, 3)), deviation.square().sum((2, 3))
 
 
-@_compiled
+@compiled
 def _scale_and_shift(y: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-    return y * scale.view(-1, 1, 1) + shift.view(-1, 1, 1)
+    return (_widen(y) * scale.view(-1, 1, 1) + shift.view(-1, 1, 1)).to(y.dtype)
 
 
-@_compiled
+@compiled
 def _sum_gradient(grad: Tensor, y: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
     """Sum grad and grad * (y - mean) over each plane: `[batch, channels]`."""
-    product = grad * (y - mean.view(-1, 1, 1))
-    return grad.flatten(2).sum(2), product.flatten(2).sum(2)
+    grad = _widen(grad)
+    return grad.sum((2, 3)), (grad * (_widen(y) - mean.view(-1, 1, 1))).sum((2, 3))
 
 
-@_compiled
+@compiled
 def _input_gradient(
     grad: Tensor, y: Tensor, slope: Tensor, of_grad: Tensor, of_y: Tensor, constant: Tensor
 ) -> Tensor:
     """Combine grad and y linearly, channel by channel, and go back through the GELU."""
-    return slope * (
-        of_grad.view(-1, 1, 1) * grad + of_y.view(-1, 1, 1) * y + constant.view(-1, 1, 1)
-    )
+    combined = of_grad.view(-1, 1, 1) * _widen(grad) + of_y.view(-1, 1, 1) * _widen(y)
+    return (_widen(slope) * (combined + constant.view(-1, 1, 1))).to(y.dtype)
 
 
 def _count(x: Tensor) -> int:
@@ -108,7 +94,8 @@ class _GELUBatchNormFunction(torch.autograd.Function):
     def forward(
         ctx: Any, z: Tensor, weight: Tensor, bias: Tensor, centre: Tensor, eps: float
     ) -> tuple[Tensor, Tensor, Tensor]:
-        y, slope, sums, squares = _activate(z, centre)
+        y, slope = _activate(z)
+        sums, squares = _sum_deviation(y, centre)
         count = _count(y)
         offset, square = sum_over_processes(torch.stack([sums.sum(0), squares.sum(0)])) / count
         mean = centre + offset
@@ -157,40 +144,31 @@ class GELUBatchNorm2d(nn.BatchNorm2d):
         return x
 
 
-class PointWiseConv2d(nn.Conv2d):
-    """1x1 convolution as one matrix product for each image.
-
-    The libraries behind `conv2d` bring images into a layout of their own and back, which takes
-    as long as the products.
-    """
-
-    bias: Tensor
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map `[batch, in_channels, height, width]` to `[batch, out_channels, height, width]`."""
-        weights = self.weight.flatten(1).expand(x.shape[0], -1, -1)
-        y = torch.baddbmm(self.bias.view(-1, 1), weights, x.flatten(2))
-        return y.unflatten(2, x.shape[2:])
+def _store_channels_last(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return tuple(x.contiguous(memory_format=torch.channels_last) for x in inputs)
 
 
 def speed_up_on_cpu(model: nn.Module) -> None:
-    """Let the ConvMixer layers in a model compute what is above, in place.
+    """Let a ConvMixer and its layers compute what is above, in place.
 
-    Results, gradients and the state dict stay those of the separate modules, up to rounding. Make
-    the optimizer after this: the parameters are new objects.
+    Results, gradients and the state dict stay those of the separate modules, up to rounding, and
+    as with these, `torch.autocast` has all but statistics and parameters in bfloat16. Make the
+    optimizer after this: some parameters are new objects.
 
     Args:
         model: On the CPU, in fp32. Layers with another activation stay as they are.
     """
     for module in list(model.modules()):
+        if isinstance(module, ConvMixerLayer | PatchEmbeddings):
+            # As oneDNN's convolutions take and give images, without reordering them.
+            module.register_forward_pre_hook(_store_channels_last)
         if isinstance(module, ConvMixerLayer):
             _fuse(module, "act1", "norm1")
             _fuse(module, "act2", "norm2")
-            conv = module.point_wise_conv
-            module.point_wise_conv = PointWiseConv2d(conv.in_channels, conv.out_channels, 1)
-            module.point_wise_conv.load_state_dict(conv.state_dict(), assign=True)
         elif isinstance(module, PatchEmbeddings):
             _fuse(module, "act", "norm")
+        elif isinstance(module, DepthWiseConv2d):
+            module.compiles = True
 
 
 def _fuse(module: nn.Module, act_name: str, norm_name: str) -> None:

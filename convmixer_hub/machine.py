@@ -1,4 +1,4 @@
-"""The machine that a job runs on: its device, its memory, and the processes that share the job."""
+"""The machine that a job runs on: its device, memory and compiler, and the processes on it."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import os
 import platform
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache, wraps
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,38 @@ def keep_freed_memory() -> None:
     mallopt(m_mmap_max, 0)
     mallopt(m_trim_threshold, -1)  # never
     mallopt(m_top_pad, 2**28)  # grow in steps of 256 MiB
+
+
+def has_fast_bf16() -> bool:
+    """Tell whether matrix products in bfloat16 are faster here than in fp32.
+
+    They are on GPUs, and on x86 CPUs with AVX512-BF16; others imitate them, many times slower.
+    """
+    return torch.cuda.is_available() or torch.cpu._is_avx512_bf16_supported()
+
+
+@cache
+def can_compile() -> bool:
+    """Find out whether torch.compile works here; without a C++ compiler it does not."""
+    try:
+        torch.compile(lambda x: x + 1)(torch.ones(1))
+    except Exception:  # its backends fail each in its own way
+        return False
+    return True
+
+
+def compiled(function: Callable) -> Callable:
+    """Compile a function at its first call for each shape, if there is a compiler."""
+
+    @cache
+    def make_fast() -> Callable:  # late: it loads the compiler, which takes seconds
+        return torch.compile(function, dynamic=False)
+
+    @wraps(function)
+    def call(*tensors: Tensor) -> Any:
+        return make_fast()(*tensors) if can_compile() else function(*tensors)
+
+    return call
 
 
 def get_rank() -> int:

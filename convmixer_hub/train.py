@@ -43,6 +43,7 @@ from .machine import (
     describe_machine,
     get_rank,
     get_world_size,
+    has_fast_bf16,
     join_processes,
     keep_freed_memory,
     sum_over_processes,
@@ -72,8 +73,9 @@ def train(
     the result by rounding alone (unless images are mixed, erased or RandAugmented, which each
     process does for itself).
 
-    On a CPU, this changes two things for the whole Python process: timm's Muon computes in fp32,
-    and the C library keeps memory that tensors gave back.
+    Where bfloat16 is fast, forward and backward pass compute in it. On a CPU, this changes two
+    things for the whole Python process: the C library keeps memory that tensors gave back, and,
+    without fast bfloat16, timm's Muon computes in fp32.
 
     Args:
         settings: What to compute.
@@ -194,7 +196,10 @@ class _Run:
         random_seed(settings.seed)
         self._build_model(list(images.classes))
         if state["epoch"] < settings.epochs:  # a finished run is only written out again
-            state["machine"] = describe_machine()
+            precision = "bf16" if has_fast_bf16() else "fp32"
+            here = f"{describe_machine()}, {precision}"
+            before = state.get("machine", here)
+            state["machine"] = before if before.endswith(here) else f"{before}, then {here}"
             self._read_images(images, validation, skip_damaged)
         self.mix = Mixup(
             mixup_alpha=settings.mixup,
@@ -229,11 +234,12 @@ class _Run:
         if self.device.type == "cpu":
             keep_freed_memory()
             speed_up_on_cpu(model)
-            # timm's Muon, from here on in this Python process, does not compute in bf16. On a CPU
-            # without instructions for that, it would take longer than the rest of the step.
-            muon.zeropower_via_newtonschulz = partial(
-                muon.zeropower_via_newtonschulz, dtype=torch.float32
-            )
+            if not has_fast_bf16():
+                # Or timm's Muon would take longer than the rest of the step. This holds from here
+                # on in this Python process.
+                muon.zeropower_via_newtonschulz = partial(
+                    muon.zeropower_via_newtonschulz, dtype=torch.float32
+                )
         elif get_world_size() > 1:
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
         self.model = model
@@ -242,7 +248,11 @@ class _Run:
         )
         self.network: nn.Module = model
         if get_world_size() > 1:
-            self.network = DistributedDataParallel(model, broadcast_buffers=False)
+            self.network = DistributedDataParallel(
+                model,
+                broadcast_buffers=False,
+                gradient_as_bucket_view=True,  # gradients of 1x1 weights have strides of their own
+            )
         self.optimizer = create_optimizer_v2(
             model,
             opt=settings.optimizer,
@@ -388,8 +398,7 @@ class _Run:
             images, targets = self.mix(images, labels)  # which smooths the labels, too
             smoothing = 0.0
 
-        on_gpu = self.device.type == "cuda"
-        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=on_gpu):
+        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=has_fast_bf16()):
             logits = self.network(images).float()
         loss = F.cross_entropy(logits, targets, label_smoothing=smoothing)
         correct = (logits.argmax(dim=1) == labels).sum()

@@ -30,6 +30,30 @@ def test_gradients_are_those_of_the_plain_convolution(kernel_size, shape, memory
     torch.testing.assert_close(found, result_and_gradients(plain, x), atol=2e-5, rtol=2e-5)
 
 
+@pytest.mark.parametrize("compiles", [False, True])
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("kernel_size", [3, 5, 7, 9])
+def test_under_autocast_it_is_as_exact_as_the_plain_convolution(
+    kernel_size, memory_format, compiles
+):
+    conv = DepthWiseConv2d(8, kernel_size)
+    conv.compiles = compiles
+    x = torch.randn(16, 8, 12, 12).contiguous(memory_format=memory_format)
+
+    def plain(x):
+        return F.conv2d(x, conv.weight, conv.bias, padding="same", groups=8)
+
+    plain.weight, plain.bias = conv.weight, conv.bias
+    exact = result_and_gradients(plain, x)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert conv(x).grad_fn.name() == "_DepthWiseConvFunctionBackward"
+        found, expected = (result_and_gradients(each, x) for each in (conv, plain))
+    for ours, plain_one, reference in zip(found, expected, exact):
+        assert ours.dtype == plain_one.dtype
+        errors = [(each.float() - reference).norm() for each in (ours, plain_one)]
+        assert errors[0] <= 1.2 * errors[1] + 1e-3 * reference.norm()
+
+
 def test_the_formula_is_exact_to_second_order():
     x, weight, bias = (
         torch.randn(shape, dtype=torch.float64, requires_grad=True)
@@ -54,9 +78,13 @@ def test_elsewhere_it_is_the_plain_convolution():
     conv = DepthWiseConv2d(4, 3)
     x = torch.randn(2, 4, 6, 6)
     names = [conv.double()(x.double()).grad_fn.name(), conv.float()(x[0]).grad_fn.name()]
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast("cpu", torch.float16):
         names.append(conv(x).grad_fn.name())
+        with pytest.raises(RuntimeError, match="type"):
+            conv(x.double())
     names.append(conv(x[:0]).grad_fn.name())
+    with pytest.raises(RuntimeError, match="type"):
+        conv(x.bfloat16())
     assert "_DepthWiseConvFunctionBackward" not in names
     with torch.no_grad():
         assert conv(x).grad_fn is None

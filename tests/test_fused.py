@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from convmixer_hub import fused
+from convmixer_hub import fused, machine
 from convmixer_hub.fused import GELUBatchNorm2d, speed_up_on_cpu
 from convmixer_hub.model import ConvMixer
 
@@ -21,7 +21,7 @@ def _compiler(request, monkeypatch):
     """With a C++ compiler, and on a machine without one."""
     torch._dynamo.reset()  # it compiles each function for so many shapes alone
     if request.param == "plain":
-        monkeypatch.setattr(fused, "can_compile", lambda: False)
+        monkeypatch.setattr(machine, "can_compile", lambda: False)
 
 
 @pytest.mark.parametrize("kind", ["contiguous", "channels_last", "expanded gradient"])
@@ -141,6 +141,28 @@ def test_a_fused_model_trains_as_the_plain_one():
         assert difference <= 1e-4 * expected.grad.norm() + 1e-6, name
     torch.testing.assert_close(dict(fast.named_buffers()), dict(plain.named_buffers()))
     torch.testing.assert_close(fast.eval()(x), plain.eval()(x), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.usefixtures("_compiler")
+def test_under_autocast_a_fused_model_is_as_exact_as_the_plain_one():
+    plain = timm.create_model("convmixer_96_8_ks5_p1")
+    fast = copy.deepcopy(plain)
+    speed_up_on_cpu(fast)
+    x, labels = torch.randn(4, 3, 32, 32), torch.tensor([0, 1, 2, 3])
+    before = copy.deepcopy(plain.state_dict())
+    found = []
+    for model, in_bf16 in [(plain, False), (plain, True), (fast, True)]:
+        model.load_state_dict(before)
+        model.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=in_bf16):
+            logits = model(x).float()
+        F.cross_entropy(logits, labels).backward()
+        gradients = [parameter.grad.flatten() for parameter in model.parameters()]
+        averages = [buffer.flatten() for buffer in model.buffers()]
+        found.append([logits.detach(), torch.cat(gradients), torch.cat(averages)])
+    for exact, plain_one, ours in zip(*found):
+        errors = [(each - exact).norm() / exact.norm() for each in (plain_one, ours)]
+        assert errors[1] <= 1.2 * errors[0] + 1e-3
 
 
 def test_another_activation_stays_as_it_is():
