@@ -47,7 +47,7 @@ from .machine import describe_machine
 from .model import ConvMixer
 from .records import RECORDS
 from .run_folder import METRICS_FILE, read_metrics
-from .settings import TrainingSettings
+from .settings import RECIPE, TrainingSettings
 from .zoo import CIFAR10_CLASSES, get_config, get_label_names, load_trained
 
 CARD_FILE = "README.md"
@@ -215,7 +215,7 @@ def _training_section(
     plan = None
     if settings and settings.keys() <= defaults.keys():
         plan = TrainingSettings(**{**defaults, **settings})
-        parts.append(f"```sh\n{_write_command(asdict(plan), defaults)}\n```")
+        parts.append(f"```sh\n{_write_command(asdict(plan), defaults | RECIPE)}\n```")
     elif settings:
         parts.append("Another version of `convmixer train` made it, with the settings below.")
     facts = []
@@ -264,15 +264,16 @@ def _describe_curve(plan: TrainingSettings | None, image_size: int) -> str:
 def _write_command(settings: Mapping[str, Any], defaults: Mapping[str, Any]) -> str:
     """Write the command that trains with these settings."""
     if settings["pretrained"] and settings["keep_best"]:
-        verb, names = "finetune", list(FINETUNE_OPTIONS)
+        verb = "finetune"
+        names = [name for name in FINETUNE_OPTIONS if settings[name] is not False]
     else:
         verb, names = "train", [name for name in settings if settings[name] != defaults[name]]
     command = ["convmixer", verb, settings["model"], "--data", "DIR", "--output", "RUN"]
     for name in names:
         option = "--lr" if name == "learning_rate" else f"--{name.replace('_', '-')}"
-        if settings[name] is True:
-            command.append(option)
-        elif settings[name] is not False and name != "model":
+        if isinstance(settings[name], bool):
+            command.append(option if settings[name] else f"--no-{option[2:]}")
+        elif name != "model":
             command += [option, str(settings[name])]
     return shlex.join(command)
 

@@ -1,4 +1,4 @@
-"""What the choices in the recipe of `train` are worth: short runs that differ in one choice.
+"""What choices in training are worth: short runs that differ from a plain one in one choice.
 
 All are measured on the same held-out training images, so that no test image is spent on a choice.
 """
@@ -15,9 +15,9 @@ from .run_folder import METRICS_FILE, read_metrics
 from .settings import TrainingSettings
 from .train import train
 
-UNCHANGED = "recipe"
+UNCHANGED = "plain"
 
-# Settings other than those of the recipe, by a name that is also that of the run's folder.
+# Settings other than the plain defaults, by a name that is also that of the run's folder.
 CHANGES: dict[str, dict[str, Any]] = {
     UNCHANGED: {},
     "another-seed": {"seed": 1},  # what no change at all may differ by
@@ -62,7 +62,7 @@ def compare_changes(
     progress: bool = True,
     **common: Any,
 ) -> Iterator[Outcome]:
-    """Train with the recipe and with one change to it at a time, from the same seed if not that.
+    """Train with plain settings and with one change at a time, from the same seed if not that.
 
     Args:
         model: Name of an arch of this package.

@@ -1,4 +1,4 @@
-"""What a training run computes: its settings, their defaults, which are the recipe, and limits."""
+"""What a training run computes: its settings, their limits, and the recipe of `convmixer train`."""
 
 from __future__ import annotations
 
@@ -16,6 +16,19 @@ OPTIMIZERS: dict[str, dict[str, Any]] = {
 }
 
 
+# What `convmixer train` computes if nothing else is asked for, where that differs from the plain
+# defaults below.
+RECIPE: dict[str, Any] = {
+    "epochs": 40,
+    "final_share": 0.75,
+    "whole_share": 0.73,
+    "rand_augment": "rand-m9-n1-mstd0.5-inc1",
+    "random_erasing": 0.1,
+    "late_augmentation": True,
+    "covariance_init": True,
+}
+
+
 @dataclass(frozen=True)
 class TrainingSettings:
     """What a run computes, given the data and the kind of device.
@@ -23,7 +36,7 @@ class TrainingSettings:
     The learning rate rises for a while, stays at its peak, and falls to 0 over the last epochs.
     Until it falls, nothing depends on the number of epochs, see `keep_peak_settings`. A setting
     that is new in a version has a default that changes nothing, so that older runs can be gone on
-    with.
+    with; what is better than that belongs into `RECIPE`.
 
     Attributes:
         model: Name of an arch of this package.

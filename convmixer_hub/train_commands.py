@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from .finetune import FINETUNE_OPTIONS, choose_settings, finetune
 from .machine import get_rank
 from .options import data_option
 from .run_folder import STATE_FILE
-from .settings import OPTIMIZERS, TrainingSettings
+from .settings import OPTIMIZERS, RECIPE, TrainingSettings
 from .train import train
 from .training_images import FLIPS
 
@@ -39,7 +39,7 @@ _SETTINGS_HELP = {
     "held_out": "Training images kept back to measure accuracy after each epoch.",
     "train_images": "Train on so many of those that are not held out; 0 for all.",
     "flip": "Mirror images every other epoch, or by chance.",
-    "covariance_init": "Draw the depth-wise kernels smoother and wider the deeper the layer.",
+    "covariance_init": "Draw the first depth-wise kernels smoother and wider in deeper layers.",
     "pretrained": "Start from the trained weights of MODEL, which may be a folder.",
     "layer_decay": "Factor of the learning rate from one layer to the one before it.",
     "freeze_batch_norm": "Keep BatchNorm's means and variances as they are.",
@@ -51,26 +51,29 @@ _CHOICES = {"optimizer": list(OPTIMIZERS), "flip": list(FLIPS)}
 TRAIN_OPTIONS = tuple(
     name for name in _SETTINGS_HELP if name not in ("layer_decay", "freeze_batch_norm")
 )
+TRAIN_DEFAULTS = {name: getattr(TrainingSettings, name) for name in TRAIN_OPTIONS} | RECIPE
 
 
 def _settings_options(
-    names: Sequence[str], with_defaults: bool = True
+    names: Sequence[str], defaults: Mapping[str, Any]
 ) -> Callable[[Callable], Callable]:
-    """Make an option of each of these training settings; without defaults, it gives None."""
+    """Make an option of each of these training settings; without a default, it gives None."""
 
     def decorate(command: Callable) -> Callable:
         for name in reversed(names):
             default = getattr(TrainingSettings, name)
-            options: dict[str, Any] = {"help": _SETTINGS_HELP[name], "show_default": with_defaults}
+            options: dict[str, Any] = {"help": _SETTINGS_HELP[name]}
+            flag = "--lr" if name == "learning_rate" else f"--{name.replace('_', '-')}"
             if isinstance(default, bool):
                 options["is_flag"] = True
+                if defaults.get(name):
+                    flag = f"{flag}/--no-{flag[2:]}"
             else:
                 options["type"] = type(default)
             if name in _CHOICES:
                 options["type"] = click.Choice(_CHOICES[name])
-            flag = "lr" if name == "learning_rate" else name.replace("_", "-")
-            options["default"] = default if with_defaults else None
-            command = click.option(f"--{flag}", name, **options)(command)
+            options |= {"default": defaults.get(name), "show_default": name in defaults}
+            command = click.option(flag, name, **options)(command)
         return command
 
     return decorate
@@ -104,7 +107,7 @@ def _stopping_at(run: Path) -> Iterator[None]:
 @click.argument("model")
 @data_option
 @_output_option
-@_settings_options(TRAIN_OPTIONS)
+@_settings_options(TRAIN_OPTIONS, TRAIN_DEFAULTS)
 @click.option(
     "--continue-from",
     type=click.Path(path_type=Path),
@@ -119,11 +122,12 @@ def train_command(
     skip_damaged: bool,
     **settings: Any,
 ) -> None:
-    """Train MODEL, from scratch if not --pretrained; the same command resumes a stopped run.
+    """Train MODEL by the recipe, unless told otherwise; the same command resumes a stopped run.
 
     torchrun starts it in several processes or on several GPUs:
     torchrun --nproc-per-node 2 -m convmixer_hub train ...
     """
+    settings["covariance_init"] &= not settings["pretrained"]  # which has kernels to begin with
     with _stopping_at(output):
         train(TrainingSettings(model, **settings), data, output, continue_from, skip_damaged)
     if get_rank() == 0:
@@ -137,7 +141,7 @@ def train_command(
 @click.argument("name")
 @data_option
 @_output_option
-@_settings_options(FINETUNE_OPTIONS, with_defaults=False)
+@_settings_options(FINETUNE_OPTIONS, {})
 @_skip_damaged_option
 def finetune_command(
     name: str, data: Path, output: Path, skip_damaged: bool, **changes: Any

@@ -17,7 +17,7 @@ from convmixer_hub.checkpoint import save_model
 from convmixer_hub.data import eval_transform, load_images
 from convmixer_hub.finetune import FINETUNE_OPTIONS, choose_settings
 from convmixer_hub.golden import verify
-from convmixer_hub.settings import TrainingSettings
+from convmixer_hub.settings import RECIPE, TrainingSettings
 from convmixer_hub.train_commands import finetune_command, train_command
 from convmixer_hub.zoo import CIFAR10_CLASSES
 
@@ -122,6 +122,14 @@ def test_the_card_of_a_model_trained_further_gives_its_command(run, cifar_sample
     assert read_command(text) == settings
     assert "- Start: the trained weights of `first_run`\n" in text
     assert "see whole images" not in text  # as they do from the start
+
+
+def test_the_card_of_a_model_trained_by_the_recipe_gives_the_shortest_command(run, cifar_sample):
+    config = json.loads((run / "config.json").read_text())
+    training = asdict(TrainingSettings(ARCH, **RECIPE))
+    (run / "config.json").write_text(json.dumps(config | {"training": training}))
+    text = write_card(run, cifar_sample).read_text()
+    assert f"\nconvmixer train {ARCH} --data DIR --output RUN\n" in text
 
 
 def test_a_grey_model_of_other_classes_without_a_history(tmp_path):

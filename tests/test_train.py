@@ -123,19 +123,21 @@ def read_metrics(folder):
 
 
 @pytest.mark.parametrize(
-    "change",
+    ("change", "in_bf16"),
     [
-        {},
-        {"ema_decay": 0.9, "optimizer": "adamw"},
-        {"mixup": 0.5, "cutmix": 0.5, "random_erasing": 0.5, "rand_augment": "rand-m9-n2"},
-        {"keep_best": True, "layer_decay": 0.5, "freeze_batch_norm": True},
-        {"flip": "random", "train_images": 30, "covariance_init": True},
+        ({}, False),
+        ({}, True),
+        ({"ema_decay": 0.9, "optimizer": "adamw"}, False),
+        ({"mixup": 0.5, "cutmix": 0.5, "random_erasing": 0.5, "rand_augment": "rand-m9-n2"}, False),
+        ({"keep_best": True, "layer_decay": 0.5, "freeze_batch_norm": True}, False),
+        ({"flip": "random", "train_images": 30, "covariance_init": True}, False),
     ],
-    ids=["defaults", "ema and adamw", "all augmentations", "as in fine-tuning", "alternatives"],
+    ids=["defaults", "bf16", "ema and adamw", "all augmentations", "as in fine-tuning", "others"],
 )
 def test_a_run_stopped_at_every_save_goes_on_as_if_nothing_had_happened(
-    cifar_sample, tmp_path, weights_after, monkeypatch, stop_after, change
+    cifar_sample, tmp_path, weights_after, monkeypatch, stop_after, change, in_bf16
 ):
+    monkeypatch.setattr(train_module, "has_fast_bf16", lambda: in_bf16)
     settings = replace(SETTINGS, **change)
     whole = run(settings, cifar_sample, tmp_path / "whole")
     monkeypatch.setattr(train_module, "SECONDS_BETWEEN_SAVES", 0.0)
@@ -331,6 +333,8 @@ def test_two_processes_compute_what_one_does(cifar_sample, tmp_path, weights_aft
     one = run(SETTINGS, cifar_sample, tmp_path / "one")
     options = [f"--data={cifar_sample}", f"--output={tmp_path / 'two'}", "--epochs=2"]
     options += ["--final-share=0.5", "--small-crop-size=16", "--batch-size=10", "--held-out=8"]
+    options += ["--whole-share=1", "--rand-augment=", "--random-erasing=0"]
+    options += ["--no-late-augmentation", "--no-covariance-init"]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]
     torchrun += ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", "-m", "convmixer_hub"]
     environment = {**os.environ, "PYTHONPATH": str(CHECKOUT), "OMP_NUM_THREADS": "1"}
