@@ -10,7 +10,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache, wraps
 from pathlib import Path
-from typing import Any
+from types import FunctionType
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -69,15 +70,23 @@ def can_compile() -> bool:
 
 
 def compiled(function: Callable) -> Callable:
-    """Compile a function at its first call for each shape, if there is a compiler."""
+    """Compile a function at its first call for each layout of tensors, if there is a compiler."""
 
     @cache
-    def make_fast() -> Callable:  # late: it loads the compiler, which takes seconds
-        return torch.compile(function, dynamic=False)
+    def make_fast(*layouts: tuple) -> Callable:
+        # Each layout has code of its own: of one piece of code, torch.compile makes a few versions
+        # and then runs it as it is, so that results would depend on what was computed before.
+        plain = cast(FunctionType, function)
+        return torch.compile(
+            FunctionType(plain.__code__.replace(), plain.__globals__), dynamic=False
+        )
 
     @wraps(function)
     def call(*tensors: Tensor) -> Any:
-        return make_fast()(*tensors) if can_compile() else function(*tensors)
+        if not can_compile():
+            return function(*tensors)
+        layouts = [(x.shape, x.stride(), x.dtype, x.requires_grad) for x in tensors]
+        return make_fast(*layouts)(*tensors)
 
     return call
 

@@ -19,7 +19,6 @@ from .conftest import CHECKOUT
 @pytest.fixture(params=["compiled", "plain"])
 def _compiler(request, monkeypatch):
     """With a C++ compiler, and on a machine without one."""
-    torch._dynamo.reset()  # it compiles each function for so many shapes alone
     if request.param == "plain":
         monkeypatch.setattr(machine, "can_compile", lambda: False)
 
@@ -49,6 +48,15 @@ def test_result_gradients_and_statistics_are_those_of_the_two_modules(shape, kin
         norm.eval()
         found[-1].append(y(x))
     torch.testing.assert_close(found[1], found[0], atol=3e-5, rtol=3e-5)
+
+
+@pytest.mark.slow
+def test_any_number_of_shapes_is_compiled():
+    frames = torch._dynamo.utils.counters["frames"]
+    before = frames["total"] - frames["ok"]
+    for batch_size in range(1, 12):
+        fused._scale_and_shift(torch.ones(batch_size, 2, 3, 3), torch.ones(2), torch.zeros(2))
+    assert frames["ok"] and frames["total"] - frames["ok"] == before
 
 
 @pytest.mark.parametrize("spread", [0.0, 1e-3, 1.0])
