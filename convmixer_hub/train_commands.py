@@ -39,7 +39,7 @@ _SETTINGS_HELP = {
     "held_out": "Training images kept back to measure accuracy after each epoch.",
     "train_images": "Train on so many of those that are not held out; 0 for all.",
     "flip": "Mirror images every other epoch, or by chance.",
-    "covariance_init": "Draw the first depth-wise kernels smoother and wider in deeper layers.",
+    "covariance_init": "Draw kernels smoother and wider the deeper the layer; not if --pretrained.",
     "pretrained": "Start from the trained weights of MODEL, which may be a folder.",
     "layer_decay": "Factor of the learning rate from one layer to the one before it.",
     "freeze_batch_norm": "Keep BatchNorm's means and variances as they are.",
