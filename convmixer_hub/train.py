@@ -6,7 +6,8 @@ import copy
 import math
 import sys
 import time
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -73,9 +74,9 @@ def train(
     the result by rounding alone (unless images are mixed, erased or RandAugmented, which each
     process does for itself).
 
-    Where bfloat16 is fast, forward and backward pass compute in it. On a CPU, this changes two
-    things for the whole Python process: the C library keeps memory that tensors gave back, and,
-    without fast bfloat16, timm's Muon computes in fp32.
+    Where bfloat16 is fast, forward and backward pass compute in it, and Muon; otherwise nothing
+    does. On a CPU, the C library keeps memory that tensors gave back, from here on in this Python
+    process.
 
     Args:
         settings: What to compute.
@@ -131,7 +132,7 @@ def train(
             )
         return branch_off(Path(continue_from), identity, settings.peak_epochs)
 
-    with ExitStack() as open_files, join_processes() as device:
+    with ExitStack() as open_files, join_processes() as device, _muon_in_a_fast_dtype():
         state = ask_first_process(begin)
         validation = load_validation(settings, data_dir, images)
         progress = progress and get_rank() == 0
@@ -172,6 +173,21 @@ def load_validation(
             f"its training images {', '.join(images.classes)}; make them the same"
         )
     return Subset(validation, range(len(validation)))
+
+
+@contextmanager
+def _muon_in_a_fast_dtype() -> Iterator[None]:
+    """Let timm's Muon compute in fp32 for a while, where bfloat16 is slow.
+
+    It would take longer than the rest of the step, and has no option for this.
+    """
+    in_bf16 = muon.zeropower_via_newtonschulz
+    if not has_fast_bf16():
+        muon.zeropower_via_newtonschulz = partial(in_bf16, dtype=torch.float32)
+    try:
+        yield
+    finally:
+        muon.zeropower_via_newtonschulz = in_bf16
 
 
 class _Run:
@@ -234,12 +250,6 @@ class _Run:
         if self.device.type == "cpu":
             keep_freed_memory()
             speed_up_on_cpu(model)
-            if not has_fast_bf16():
-                # Or timm's Muon would take longer than the rest of the step. This holds from here
-                # on in this Python process.
-                muon.zeropower_via_newtonschulz = partial(
-                    muon.zeropower_via_newtonschulz, dtype=torch.float32
-                )
         elif get_world_size() > 1:
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
         self.model = model

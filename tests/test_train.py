@@ -16,6 +16,7 @@ from functools import partial
 import pytest
 import safetensors.torch
 import torch
+from timm.optim import muon
 
 from convmixer_hub import DataError, TrainingError, UnknownModelError
 from convmixer_hub import train as train_module
@@ -138,9 +139,6 @@ def test_a_run_stopped_at_every_save_goes_on_as_if_nothing_had_happened(
     cifar_sample, tmp_path, weights_after, monkeypatch, stop_after, change, in_bf16
 ):
     monkeypatch.setattr(train_module, "has_fast_bf16", lambda: in_bf16)
-    # In fp32, a run changes timm's Muon for good: for this test alone.
-    newtonschulz = train_module.muon.zeropower_via_newtonschulz
-    monkeypatch.setattr(train_module.muon, "zeropower_via_newtonschulz", newtonschulz)
     settings = replace(SETTINGS, **change)
     whole = run(settings, cifar_sample, tmp_path / "whole")
     monkeypatch.setattr(train_module, "SECONDS_BETWEEN_SAVES", 0.0)
@@ -155,6 +153,13 @@ def test_a_run_stopped_at_every_save_goes_on_as_if_nothing_had_happened(
     parts = run(settings, cifar_sample, tmp_path / "parts")
     torch.testing.assert_close(weights_after(parts), weights_after(whole), atol=0, rtol=0)
     assert read_metrics(parts) == read_metrics(whole)
+
+
+def test_after_a_run_in_fp32_muon_is_as_before(cifar_sample, tmp_path, monkeypatch):
+    before = muon.zeropower_via_newtonschulz
+    monkeypatch.setattr(train_module, "has_fast_bf16", lambda: False)
+    run(SETTINGS, cifar_sample, tmp_path / "run")
+    assert muon.zeropower_via_newtonschulz is before
 
 
 def save_at_every_step(settings, data, output):
