@@ -17,7 +17,7 @@ from .bench_commands import bench_group
 from .card import CARD_FILE, write_card
 from .checkpoint import WEIGHTS_FILE, find_checkpoint, locate
 from .convert import convert
-from .data import open_image
+from .data import has_split, open_image
 from .doctor import examine
 from .errors import ConvMixerHubError, DataError, UnknownModelError
 from .evaluate import evaluate_on
@@ -134,8 +134,10 @@ def evaluate_command(name: str, data: Path, batch_size: int, workers: int) -> No
     result = evaluate_on(load_trained(name), data, batch_size, workers)
     if get_rank() > 0:
         return
+    split = "test" if has_split(data, "test") else "validation"
     click.echo(
-        f"{name}: top-1 {result.top1:.2f} % ({result.correct} of {result.count} test images right)"
+        f"{name}: top-1 {result.top1:.2f} % "
+        f"({result.correct} of {result.count} {split} images right)"
     )
 
 

@@ -147,6 +147,14 @@ def test_evaluate_prints_top1(convmixer, cifar_sample):
     assert result.stdout == f"{NAME}: top-1 {10 * right:.2f} % ({right} of 10 test images right)\n"
 
 
+def test_evaluate_says_when_the_images_are_those_for_validation(convmixer, tmp_path):
+    for name in CIFAR10_CLASSES:
+        (tmp_path / "val" / name).mkdir(parents=True)
+        shutil.copy(IMAGES / f"{name}.png", tmp_path / "val" / name)
+    result = convmixer("evaluate", NAME, "--data", tmp_path, "--workers", 0)
+    assert result.stdout.endswith(" of 10 validation images right)\n")
+
+
 def test_train_predict_and_evaluate_take_the_same_folder(convmixer, cifar_sample, tmp_path):
     run = tmp_path / "run"
     options = ["--epochs", 1, "--batch-size", 10]
