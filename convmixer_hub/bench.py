@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from .errors import TrainingError, first_line
 from .fused import speed_up_on_cpu
-from .machine import has_fast_bf16, keep_freed_memory
+from .machine import find_device, has_fast_bf16, keep_freed_memory
 from .model import ConvMixer
 from .records import get_record
 from .zoo import get_config
@@ -130,7 +130,7 @@ def _make_sequential(model: ConvMixer) -> nn.Module:
 class _Variant:
     make: Callable[[ConvMixer], nn.Module]
     channels_last: bool = False
-    bf16: bool = False
+    bf16: bool | None = False  # None: where it is fast
     compiled: bool = False
 
 
@@ -140,7 +140,7 @@ VARIANTS: dict[str, _Variant] = {
     "timm-bf16": _Variant(_make_timms, channels_last=True, bf16=True),
     "timm-bf16-compiled": _Variant(_make_timms, channels_last=True, bf16=True, compiled=True),
     "sequential": _Variant(_make_sequential),
-    "ours": _Variant(_make_ours, bf16=has_fast_bf16()),
+    "ours": _Variant(_make_ours, bf16=None),
 }
 
 
@@ -236,7 +236,7 @@ def _serve_steps(connection: Connection, arch: str, name: str, batch_size: int) 
 
 def _make_step(arch: str, variant: _Variant, batch_size: int) -> Callable[[], float]:
     torch.manual_seed(0)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = find_device()
     base = timm.create_model(arch)
     assert isinstance(base, ConvMixer)
     size = get_config(base)["input_size"][-1]
@@ -249,10 +249,11 @@ def _make_step(arch: str, variant: _Variant, batch_size: int) -> Callable[[], fl
         model = model.to(memory_format=torch.channels_last)
         images = images.contiguous(memory_format=torch.channels_last)
     labels = torch.randint(base.num_classes, (batch_size,), device=device)
+    bf16 = has_fast_bf16() if variant.bf16 is None else variant.bf16
 
     def step() -> float:
         start = time.perf_counter()
-        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=variant.bf16):
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16):
             loss = F.cross_entropy(model(images).float(), labels)
         optimizer.zero_grad()
         loss.backward()

@@ -13,7 +13,7 @@ import torch
 
 from .bench import VARIANTS, bench_load, bench_train
 from .checkpoint import locate
-from .machine import describe_machine, get_rank
+from .machine import describe_machine, find_device, get_rank
 from .options import DEFAULT_MODEL, NOT_NEGATIVE, POSITIVE, data_option, print_table
 from .recipe import CHANGES, Outcome, compare_changes
 from .records import get_record
@@ -23,7 +23,7 @@ from .transfer import bench_finetune
 
 def _describe_setting() -> str:
     """Say what a figure was measured on and with."""
-    return f"{describe_machine()}, torch {torch.__version__}, timm {timm.__version__}"
+    return f"{describe_machine(find_device())}, torch {torch.__version__}, timm {timm.__version__}"
 
 
 @click.group("bench")
@@ -79,7 +79,7 @@ def bench_load_command(name: str, rounds: int) -> None:
     click.echo(
         f"{name}: {1000 * without:.1f} ms without weights, {1000 * with_weights:.1f} ms with "
         f"them, × {with_weights / without:.2f} (medians of {rounds}), from "
-        f"{locate(get_record(name))}, {describe_machine()}"
+        f"{locate(get_record(name))}, {describe_machine(torch.device('cpu'))}"
     )
 
 

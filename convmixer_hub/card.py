@@ -138,7 +138,7 @@ def write_card(
         _training_section(config, metrics, result, get_config(model)["input_size"][-1]),
         _test_section(confusion, calibration, classes),
         f"Measured with `convmixer card {name} --data DIR` on {today or date.today()}, on the "
-        f"{result.count:,} test images of {dataset} ({describe_machine()}, "
+        f"{result.count:,} test images of {dataset} ({describe_machine(torch.device('cpu'))}, "
         f"torch {torch.__version__}).",
         _weights_section(),
         notes,

@@ -273,7 +273,7 @@ def verify_command(name: str, dtype: str) -> None:
     click.echo(
         f"{name}: {verdict}; largest difference {result.difference:.1e} of the largest logit, "
         f"tolerance {result.tolerance:.0e} ({dtype}, torch {torch.__version__}, "
-        f"{describe_machine()})"
+        f"{describe_machine(torch.device('cpu'))})"
     )
     if not result.holds:
         sys.exit(1)

@@ -22,10 +22,15 @@ from .errors import ConvMixerHubError, TrainingError
 _MEETINGS = itertools.count()
 
 
-def describe_machine() -> str:
-    """Name the kind of machine in a few words, such as `2 CPU cores (AMD EPYC)`."""
-    if torch.cuda.is_available():
-        return f"{torch.cuda.device_count()} × {torch.cuda.get_device_name()}"
+def find_device() -> torch.device:
+    """Give what training and tests compute on: the GPU, if torch finds one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def describe_machine(device: torch.device) -> str:
+    """Name what computes on a device in a few words, such as `2 CPU cores (AMD EPYC)`."""
+    if device.type == "cuda":
+        return f"{get_world_size()} × {torch.cuda.get_device_name(device)}"
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         models = [line.partition(":")[2].strip() for line in lines if "model name" in line]
@@ -54,9 +59,12 @@ def keep_freed_memory() -> None:
 def has_fast_bf16() -> bool:
     """Tell whether matrix products in bfloat16 are faster here than in fp32.
 
-    They are on GPUs, and on x86 CPUs with AVX512-BF16; others imitate them, many times slower.
+    They are on GPUs from Ampere on, and on x86 CPUs with AVX512-BF16; others imitate them, many
+    times slower.
     """
-    return torch.cuda.is_available() or torch.cpu._is_avx512_bf16_supported()
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.cpu._is_avx512_bf16_supported()
 
 
 @cache
@@ -114,7 +122,7 @@ def join_processes() -> Iterator[torch.device]:
     Raises:
         TrainingError: If there are more processes than GPUs.
     """
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = find_device()
     if not _started_by_torchrun():
         yield device
         return

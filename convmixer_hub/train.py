@@ -213,7 +213,7 @@ class _Run:
         self._build_model(list(images.classes))
         if state["epoch"] < settings.epochs:  # a finished run is only written out again
             precision = "bf16" if has_fast_bf16() else "fp32"
-            here = f"{describe_machine()}, {precision}"
+            here = f"{describe_machine(self.device)}, {precision}"
             before = state.get("machine", here)
             state["machine"] = before if before.endswith(here) else f"{before}, then {here}"
             self._read_images(images, validation, skip_damaged)

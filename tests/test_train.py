@@ -509,7 +509,7 @@ def test_a_finished_run_stays_as_it_is(cifar_sample, tmp_path, write_parquet, mo
     folder = run(SETTINGS, cifar_sample, tmp_path / "run")
     config = (folder / "config.json").read_text()
     unreadable = write_parquet("train", [b"no image"] * 40, list(range(10)) * 4)
-    monkeypatch.setattr(train_module, "describe_machine", lambda: "another machine")
+    monkeypatch.setattr(train_module, "describe_machine", lambda device: "another machine")
     assert run(SETTINGS, unreadable, folder) == folder
     assert (folder / "config.json").read_text() == config
 
