@@ -24,6 +24,7 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Subset, TensorDataset
+from torchvision.datasets import ImageFolder
 from tqdm import tqdm
 
 from .checkpoint import CONFIG_FILE, WEIGHTS_FILE
@@ -114,6 +115,10 @@ def train(
         raise DataError(
             f"{data_dir}: has one class alone, {images.classes[0]}; there is nothing to tell apart"
         )
+    if isinstance(images, ImageFolder) and Path(images.root).resolve() in folder.resolve().parents:
+        raise TrainingError(
+            f"{folder}: lies among the class folders in {images.root}; name another --output"
+        )
     identity = {
         "settings": asdict(settings),
         "classes": list(images.classes),
@@ -139,7 +144,8 @@ def train(
         run = _Run(settings, folder, state, images, validation, device, skip_damaged, progress)
         while state["epoch"] < settings.epochs:
             run.train_epoch()
-        sum_over_processes(torch.zeros(1, device=device))  # until the first has written it all
+        # Wait until the first has written it all.
+        sum_over_processes(torch.zeros(1, device=device)).item()
     return folder
 
 
@@ -250,6 +256,12 @@ class _Run:
         if self.device.type == "cpu":
             keep_freed_memory()
             speed_up_on_cpu(model)
+            plain = any(type(module) is nn.BatchNorm2d for module in model.modules())
+            if get_world_size() > 1 and plain and not settings.freeze_batch_norm:
+                raise TrainingError(
+                    f"{settings.model}: has another activation than GELU, and on CPUs processes "
+                    "share the statistics of BatchNorm after GELU alone; give one process, or GPUs"
+                )
         elif get_world_size() > 1:
             model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
         self.model = model

@@ -15,11 +15,13 @@ from functools import partial
 
 import pytest
 import safetensors.torch
+import timm
 import torch
 from timm.optim import muon
 
 from convmixer_hub import DataError, TrainingError, UnknownModelError
 from convmixer_hub import train as train_module
+from convmixer_hub.checkpoint import save_model
 from convmixer_hub.data import hold_out
 from convmixer_hub.evaluate import evaluate_on
 from convmixer_hub.run_folder import lock_run
@@ -586,6 +588,25 @@ def test_first_kernels_that_are_drawn_by_depth_are_narrow(cifar_sample, tmp_path
     first, last = (weights[f"conv_mixer_layers.{i}.depth_wise_conv.weight"] for i in (0, 7))
     assert first[:, :, 0, 0].abs().max() < 1e-4 < first[:, :, 2, 2].abs().mean()
     assert last[:, :, 0, 0].abs().mean() > 1e-2
+
+
+@pytest.mark.parametrize("place", ["run", "cat/run"])
+def test_a_run_among_class_folders_is_refused(tmp_path, place):
+    for name in ("cat", "dog"):
+        (tmp_path / name).mkdir()
+        shutil.copy(IMAGES / f"{name}.png", tmp_path / name)
+    with pytest.raises(TrainingError, match=f"{place}: lies among the class folders in .*; name"):
+        run(SETTINGS, tmp_path, tmp_path / place)
+    assert not (tmp_path / place).exists()
+
+
+def test_statistics_that_processes_do_not_share_are_refused(cifar_sample, tmp_path, monkeypatch):
+    model = timm.create_model("convmixer_cifar", num_classes=10, act_layer="relu")
+    save_model(model, tmp_path / "relu", {})
+    monkeypatch.setattr(train_module, "get_world_size", lambda: 2)
+    settings = replace(SETTINGS, model=str(tmp_path / "relu"), pretrained=True)
+    with pytest.raises(TrainingError, match="relu: has another activation than GELU, and on CPUs"):
+        run(settings, cifar_sample, tmp_path / "run")
 
 
 @pytest.mark.parametrize("name", ["convmixer_cifr", "convmixer_cifar.cifar10", "resnet18"])
