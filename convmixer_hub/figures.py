@@ -55,12 +55,13 @@ def draw_predictions(
     for i, (image, title, classes) in enumerate(zip(images, titles, predictions)):
         picture = axes[2 * (i // columns), i % columns]
         picture.imshow(image, interpolation="nearest")
-        picture.set_title(title, fontsize=10)
+        picture.set_title(title, fontsize=10, parse_math=False)
         bars = axes[2 * (i // columns) + 1, i % columns]
         heights = range(len(classes))
         bars.barh(heights, [c.probability for c in classes], color="#9ecae1")
         for height, c in zip(heights, classes):
-            bars.text(0.02, height, f"{c.label} {c.probability:.0%}", va="center", fontsize=9)
+            text = f"{c.label} {c.probability:.0%}"
+            bars.text(0.02, height, text, va="center", fontsize=9, parse_math=False)
         bars.set_xlim(0, 1)
         bars.invert_yaxis()
     return _to_png(figure)
@@ -100,8 +101,9 @@ def draw_confusion(confusion: Tensor, classes: Sequence[str]) -> bytes:
             color = "white" if shares[row, column] > 0.3 else "black" if count else "#b0b0b0"
             axis.text(column, row, f"{count}", ha="center", va="center", fontsize=8, color=color)
     ticks = range(len(classes))
-    axis.set_xticks(ticks, classes, rotation=45, ha="right", rotation_mode="anchor")
-    axis.set_yticks(ticks, classes)
+    turned: dict[str, Any] = {"rotation": 45, "ha": "right", "rotation_mode": "anchor"}
+    axis.set_xticks(ticks, classes, parse_math=False, **turned)
+    axis.set_yticks(ticks, classes, parse_math=False)
     axis.tick_params(length=0, labelsize=min(9.0, 500 / len(classes)))
     axis.set_xlabel("first choice of the model")
     axis.set_ylabel("label")

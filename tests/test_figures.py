@@ -5,18 +5,24 @@ import torch
 from PIL import Image
 
 from convmixer_hub.data import open_image
-from convmixer_hub.figures import draw_kernels, draw_predictions
+from convmixer_hub.figures import draw_confusion, draw_kernels, draw_predictions
 from convmixer_hub.predict import Prediction
 
 from .conftest import IMAGES
 
 
 @pytest.mark.parametrize("count", [1, 7])
-def test_predictions_are_drawn(count):
+@pytest.mark.parametrize("name", ["cat", "$\\no formula$"])
+def test_predictions_are_drawn(count, name):
     image = open_image(IMAGES / "cat.png")
-    classes = [Prediction("cat", 0.9), Prediction("dog", 0.1)]
-    drawn = draw_predictions([image] * count, ["a title"] * count, [classes] * count)
+    classes = [Prediction(name, 0.9), Prediction("dog", 0.1)]
+    drawn = draw_predictions([image] * count, [name] * count, [classes] * count)
     assert open_image(drawn).width > 100
+
+
+def test_names_of_classes_are_no_formulas():
+    confusion = torch.eye(2, dtype=torch.long)
+    assert open_image(draw_confusion(confusion, ["cat", "$\\no formula$"])).width > 100
 
 
 def test_kernels_are_drawn_upright_by_layer_red_above_zero():
