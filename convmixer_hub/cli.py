@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import runpy
 import sys
 from dataclasses import asdict
@@ -157,7 +158,7 @@ def card_command(name: str, data: Path, output: Path | None) -> None:
         folder = find_checkpoint(name, "embedded").parent
     except UnknownModelError:
         folder = Path(name)
-        if not folder.is_dir():
+        if not os.path.isdir(folder):
             raise
     click.echo(write_card(folder, data, output))
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 import copy
 import io
 import json
+import os
 import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -195,7 +196,7 @@ def load_images(
         DataError: If the folder holds none of the layouts, or nothing for this split.
     """
     folder = Path(data_dir)
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         raise DataError(f"{folder}: no such folder; give the folder that holds the data set")
 
     if (folder / datasets.CIFAR10.base_folder).is_dir() and split != "validation":
@@ -244,7 +245,7 @@ def _find_split(folder: Path, split: str) -> list[Path]:
             pattern = re.compile(rf"{name}([-_]?\d.*)?\.parquet")
             places = [file for file in parquet_files if pattern.fullmatch(file.name)]
         else:
-            places = [place for place in [folder / name] if place.is_dir()]
+            places = [place for place in [folder / name] if os.path.isdir(place)]
         if places:
             return places
     return []
@@ -252,18 +253,21 @@ def _find_split(folder: Path, split: str) -> list[Path]:
 
 def _find_bare_classes(folder: Path) -> list[Path]:
     """Take a folder for class folders without a split, unless they look like splits themselves."""
-    classes = [place for place in sorted(folder.iterdir()) if _is_visible_folder(place)]
-    for place in classes:
-        if any(_is_visible_folder(inner) for inner in place.iterdir()):
-            raise DataError(
-                f"{place}: holds folders, so it is no class folder; name the splits of a data set "
-                "train, val and test, and the class folders in them"
-            )
+    try:
+        classes = [place for place in sorted(folder.iterdir()) if _is_visible_folder(place)]
+        nested = [p for p in classes if any(_is_visible_folder(inner) for inner in p.iterdir())]
+    except OSError as error:
+        raise DataError(f"{error.filename}: {first_line(error)}; move it elsewhere") from None
+    if nested:
+        raise DataError(
+            f"{nested[0]}: holds folders, so it is no class folder; name the splits of a data set "
+            "train, val and test, and the class folders in them"
+        )
     return [folder] if classes else []
 
 
 def _is_visible_folder(place: Path) -> bool:
-    return place.is_dir() and not place.name.startswith(".")
+    return os.path.isdir(place) and not place.name.startswith(".")
 
 
 class _ClassFolders(datasets.ImageFolder):

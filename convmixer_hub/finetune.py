@@ -7,6 +7,7 @@ pictures of what the model still gets wrong.
 from __future__ import annotations
 
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +70,7 @@ def choose_settings(name: str, data_dir: str | Path, **changes: Any) -> Training
     try:
         name = get_record(name).name
     except UnknownModelError:
-        name = str(Path(name).absolute()) if Path(name).is_dir() else name
+        name = str(Path(name).absolute()) if os.path.isdir(name) else name
     changes = {setting: value for setting, value in changes.items() if value is not None}
     count = len(load_images(data_dir, "train"))
     fifth = 0 if has_split(data_dir, "validation") else max(1, round(count / 5))

@@ -223,6 +223,11 @@ def test_class_folders_alone_are_training_images(tmp_path):
         load_images(tmp_path, "test")
 
 
+def test_a_name_too_long_for_a_folder_is_none():
+    with pytest.raises(DataError, match="x: no such folder"):
+        load_images("x" * 300, "train")
+
+
 def test_splits_of_other_names_are_not_taken_for_classes(tmp_path):
     for split in ("Training", "Testing"):
         (tmp_path / split / "cat").mkdir(parents=True)
