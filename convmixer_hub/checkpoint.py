@@ -301,7 +301,7 @@ def save_model(model: nn.Module, folder: Path, extra_config: Mapping[str, Any]) 
     """
     activation = name_activation(model) if isinstance(model, ConvMixer) else None
     folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".saving", dir=folder) as temporary:
+    with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as temporary:
         save_for_hf(
             model,
             temporary,
@@ -311,4 +311,5 @@ def save_model(model: nn.Module, folder: Path, extra_config: Mapping[str, Any]) 
         )
         for name in (WEIGHTS_FILE, CONFIG_FILE):
             Path(temporary, name).chmod(0o644)  # safetensors lets nobody but the writer read
-            os.replace(Path(temporary, name), folder / name)
+            with replacing(folder / name) as file:
+                Path(temporary, name).rename(file)
