@@ -19,9 +19,10 @@ from typing import Any
 import torch
 from huggingface_hub import EvalResult, ModelCardData
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 from .checkpoint import CONFIG_FILE
-from .data import has_split, make_loader
+from .data import has_split
 from .depthwise import DepthWiseConv2d
 from .errors import CheckpointError, DataError, first_line
 from .evaluate import (
@@ -117,9 +118,8 @@ def write_card(
     }
     if metrics:
         figures["curve.png"] = draw_curve(metrics)
-    probabilities, labels = collect_probabilities(
-        model, make_loader(load_test_images(model, data_dir), batch_size, workers)
-    )
+    loader = DataLoader(load_test_images(model, data_dir), batch_size, num_workers=workers)
+    probabilities, labels = collect_probabilities(model, loader)
     confusion = count_confusions(probabilities, labels)
     calibration = measure_calibration(probabilities, labels)
     classes = get_label_names(model) or [str(i) for i in range(model.num_classes)]

@@ -350,21 +350,6 @@ def read_images(
     return torch.stack(tensors), torch.tensor(labels), damaged
 
 
-def make_loader(
-    images: Dataset[tuple[Any, int]],
-    batch_size: int,
-    workers: int = 0,
-) -> DataLoader:
-    """Serve a data set in batches.
-
-    Args:
-        images: A data set of `(tensor, label)`.
-        batch_size: Images a batch.
-        workers: Processes that read ahead; 0 reads in this one.
-    """
-    return DataLoader(images, batch_size=batch_size, num_workers=workers)
-
-
 def read_batches(loader: DataLoader) -> Iterator[list[torch.Tensor]]:
     """Iterate over a loader; an error in one of its workers comes as the line that it was there."""
     try:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
-from .data import LabelledImages, eval_transform, load_images, make_loader, read_batches
+from .data import LabelledImages, eval_transform, load_images, read_batches
 from .errors import DataError
 from .machine import get_rank, get_world_size, join_processes, sum_over_processes
 from .zoo import get_label_names
@@ -97,10 +97,9 @@ def evaluate_on(
     """
     images = load_test_images(model, data_dir)
     share = Subset(images, range(get_rank(), len(images), get_world_size()))
+    loader = DataLoader(share, batch_size, num_workers=workers)
     with join_processes() as device:
-        return evaluate(
-            model.to(device), make_loader(share, batch_size, workers), device, get_rank() == 0
-        )
+        return evaluate(model.to(device), loader, device, get_rank() == 0)
 
 
 @torch.inference_mode()
