@@ -253,12 +253,12 @@ def _describe_curve(plan: TrainingSettings | None, image_size: int) -> str:
     caption = "Loss and top-1 by epoch, the latter in training on augmented images."
     if plan is None:
         return caption
-    changes = ["the learning rate falls"]
-    if plan.late_augmentation:
-        changes.append("images are augmented more")
-    if plan.whole_epochs and plan.small_crop_size < image_size:
-        changes.append(f"the last {plan.whole_epochs} epochs see whole images")
-    return f"{caption} From epoch {plan.peak_epochs + 1} on, {' and '.join(changes)}."
+    caption += f" From epoch {plan.peak_epochs + 1} on, the learning rate falls"
+    if plan.peak_epochs and plan.late_augmentation:
+        caption += " and images are augmented more"
+    if 0 < plan.whole_epochs < plan.epochs and plan.small_crop_size < image_size:
+        caption += f"; the last {plan.whole_epochs} epochs see whole images"
+    return f"{caption}."
 
 
 def _write_command(settings: Mapping[str, Any], defaults: Mapping[str, Any]) -> str:

@@ -90,7 +90,7 @@ def test_a_card_says_what_the_files_and_the_test_images_say(run, cifar_sample):
         assert fact in text
     assert "8 layers × 96 channels, kernel 5, patch 1, 99,082 parameters" in text
     assert "`convmixer card a_run --data DIR` on 2026-01-02, on the 10 test images" in text
-    assert "From epoch 3 on, the learning rate falls and images are augmented more and" in text
+    assert "From epoch 3 on, the learning rate falls and images are augmented more; the l" in text
     assert text.endswith("\n## Limits\n\nNever trained.\n")
 
     pictures = {"confusion", "curve", "kernels", "patch_embedding", "reliability"}
