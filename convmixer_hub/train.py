@@ -94,7 +94,8 @@ def train(
     Raises:
         UnknownModelError: If no arch of this package has this name.
         TrainingError: If a setting does not fit the model, the data or the processes, if the
-            folder holds another run or cannot be written, or if the loss is no longer a number.
+            folder holds another run, lies among class folders or cannot be written, or if the loss
+            is no longer a number.
         DataError: If the data cannot be read, or is less than one batch.
         CheckpointError: If trained weights to start from cannot be had, are damaged or do not fit.
     """
