@@ -199,7 +199,7 @@ def load_images(
     if not os.path.isdir(folder):
         raise DataError(f"{folder}: no such folder; give the folder that holds the data set")
 
-    if (folder / datasets.CIFAR10.base_folder).is_dir() and split != "validation":
+    if os.path.isdir(folder / datasets.CIFAR10.base_folder) and split != "validation":
         try:
             return datasets.CIFAR10(str(folder), train=split == "train", transform=transform)
         except (RuntimeError, OSError, EOFError) as error:
@@ -232,9 +232,9 @@ def load_images(
 def has_split(data_dir: str | Path, split: str) -> bool:
     """Tell whether a data set has images of its own for a split."""
     folder = Path(data_dir)
-    if (folder / datasets.CIFAR10.base_folder).is_dir():
+    if os.path.isdir(folder / datasets.CIFAR10.base_folder):
         return split != "validation"
-    return bool(_find_split(folder, split))
+    return os.path.isdir(folder) and bool(_find_split(folder, split))
 
 
 def _find_split(folder: Path, split: str) -> list[Path]:
