@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
+from typing import Any
 
 import timm
 import torch
@@ -21,9 +22,9 @@ from torch import nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
+from .cpu import choose_dtype, keep_freed_memory, speed_up_on_cpu
 from .errors import TrainingError, first_line
-from .fused import speed_up_on_cpu
-from .machine import find_device, has_fast_bf16, keep_freed_memory
+from .machine import find_device
 from .model import ConvMixer
 from .records import get_record
 from .zoo import get_config
@@ -38,11 +39,13 @@ class Speed:
     Attributes:
         variant: Its name.
         images_per_second: Median over the rounds.
+        dtype: What most of it computed in, `fp32` or `bf16`; for ours, and why.
         peak_memory: The most memory its process held, in MiB; on a GPU, of the GPU.
     """
 
     variant: str
     images_per_second: float
+    dtype: str
     peak_memory: float
 
 
@@ -130,7 +133,7 @@ def _make_sequential(model: ConvMixer) -> nn.Module:
 class _Variant:
     make: Callable[[ConvMixer], nn.Module]
     channels_last: bool = False
-    bf16: bool | None = False  # None: where it is fast
+    bf16: bool | None = False  # None: where it is faster
     compiled: bool = False
 
 
@@ -157,7 +160,7 @@ def bench_train(
         arch: One of this package's.
         variants: Keys of `VARIANTS`. `timm` and `sequential` (the authors' code) are as a user gets
             them, in fp32, NCHW and eager; `compiled` and `bf16` go with channels_last memory.
-            `ours` is prepared as in `train`, in bf16 where that is fast.
+            `ours` is prepared as in `train`, in bf16 where that is faster.
         batch_size: Images a step.
         rounds: Steps of each variant that count, in turns, after two that do not.
         progress: Show a progress bar, if there is a terminal.
@@ -194,6 +197,7 @@ def bench_train(
             Speed(
                 name,
                 batch_size / statistics.median(seconds[name][2:]),
+                _ask(name, connection, "dtype"),
                 _ask(name, connection, "memory"),
             )
             for name, connection, _ in workers
@@ -206,13 +210,17 @@ def bench_train(
             process.kill()
 
 
-def _ask(name: str, connection: Connection, question: str) -> float:
+class _Failure(str):
+    """Why a variant cannot be timed."""
+
+
+def _ask(name: str, connection: Connection, question: str) -> Any:
     try:
         connection.send(question)
         answer = connection.recv()
     except (EOFError, OSError):
-        answer = "its process died, perhaps for want of memory"
-    if isinstance(answer, str):
+        answer = _Failure("its process died, perhaps for want of memory")
+    if isinstance(answer, _Failure):
         raise TrainingError(
             f"{name}: cannot be timed ({answer}); leave it out, or give a smaller --batch-size"
         )
@@ -222,19 +230,19 @@ def _ask(name: str, connection: Connection, question: str) -> float:
 def _serve_steps(connection: Connection, arch: str, name: str, batch_size: int) -> None:
     """Be the process of one variant: take a step when asked to, and tell how long it took."""
     try:
-        step = _make_step(arch, VARIANTS[name], batch_size)
+        question = connection.recv()  # wait for the first turn, as getting ready takes all cores
+        step, dtype = _make_step(arch, VARIANTS[name], batch_size)
+        answers = {"step": step, "dtype": lambda: dtype, "memory": _peak_memory}
         while True:
-            if connection.recv() == "step":
-                connection.send(step())
-            else:
-                connection.send(_peak_memory())
+            connection.send(answers[question]())
+            question = connection.recv()
     except EOFError:
         pass
     except Exception as error:
-        connection.send(f"{type(error).__name__}: {first_line(error)}")
+        connection.send(_Failure(f"{type(error).__name__}: {first_line(error)}"))
 
 
-def _make_step(arch: str, variant: _Variant, batch_size: int) -> Callable[[], float]:
+def _make_step(arch: str, variant: _Variant, batch_size: int) -> tuple[Callable[[], float], str]:
     torch.manual_seed(0)
     device = find_device()
     base = timm.create_model(arch)
@@ -249,7 +257,11 @@ def _make_step(arch: str, variant: _Variant, batch_size: int) -> Callable[[], fl
         model = model.to(memory_format=torch.channels_last)
         images = images.contiguous(memory_format=torch.channels_last)
     labels = torch.randint(base.num_classes, (batch_size,), device=device)
-    bf16 = has_fast_bf16() if variant.bf16 is None else variant.bf16
+    if variant.bf16 is None:
+        dtype, reason = choose_dtype(base, device, size)
+        bf16 = dtype is torch.bfloat16
+    else:
+        bf16, reason = variant.bf16, "bf16" if variant.bf16 else "fp32"
 
     def step() -> float:
         start = time.perf_counter()
@@ -263,7 +275,7 @@ def _make_step(arch: str, variant: _Variant, batch_size: int) -> Callable[[], fl
             torch.cuda.synchronize()
         return time.perf_counter() - start
 
-    return step
+    return step, reason
 
 
 def _peak_memory() -> float:

@@ -8,15 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .machine import compiled
-
-
-def _store_planes(x: Tensor) -> Tensor:
-    """Store images `[batch, channels, height, width]` plane after plane, as they are numbered."""
-    return x.contiguous()
-
-
-_store_planes_fast = compiled(_store_planes)
+FAST_KERNEL_SIZES = (3, 5, 7, 9)  # those that `cpu.cpp` has
 
 
 class _DepthWiseConvFunction(torch.autograd.Function):
@@ -30,12 +22,12 @@ class _DepthWiseConvFunction(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x: Tensor, weight: Tensor, bias: Tensor | None, compiles: bool = False) -> Tensor:
+    def forward(x: Tensor, weight: Tensor, bias: Tensor | None, fast: bool = False) -> Tensor:
         return F.conv2d(x, weight, bias, padding=weight.shape[-1] // 2, groups=weight.shape[0])
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, weight, bias, ctx.compiles = inputs
+        x, weight, bias, ctx.fast = inputs
         ctx.save_for_backward(x, weight)
         ctx.save_for_forward(x, weight)
         ctx.has_bias = bias is not None
@@ -50,10 +42,14 @@ class _DepthWiseConvFunction(torch.autograd.Function):
         grad_x = grad_weight = grad_bias = None
         if ctx.needs_input_grad[0]:
             grad_x = F.conv2d(grad, weight.flip(2, 3), padding=padding, groups=c)
+        if ctx.fast and ctx.needs_input_grad[1]:
+            x, grad = (each.contiguous(memory_format=torch.channels_last) for each in (x, grad))
+            grads = torch.ops.convmixer_hub.depth_wise_gradients(x, grad, kernel_size)
+            grad_weight, grad_bias = grads
+            return grad_x, grad_weight, grad_bias if ctx.has_bias else None, None
         if ctx.needs_input_grad[1]:
-            store = _store_planes_fast if ctx.compiles else _store_planes
-            images = store(x).view(1, n * c, h, w)
-            kernels = store(grad).view(n * c, 1, h, w)
+            images = x.reshape(1, n * c, h, w)
+            kernels = grad.reshape(n * c, 1, h, w)
             products = F.conv2d(images, kernels, padding=padding, groups=n * c)  # (1, n*c, k, k)
             grad_weight = products.view(n, c, 1, kernel_size, kernel_size).sum(0)
         if ctx.has_bias and ctx.needs_input_grad[2]:
@@ -66,7 +62,7 @@ class _DepthWiseConvFunction(torch.autograd.Function):
         x_tangent: Tensor | None,
         weight_tangent: Tensor | None,
         bias: Tensor | None,
-        compiles: None,
+        fast: None,
     ) -> Tensor:
         x, weight = ctx.saved_tensors
         options = {"padding": weight.shape[-1] // 2, "groups": weight.shape[0]}
@@ -95,10 +91,10 @@ class DepthWiseConv2d(nn.Conv2d):
         kernel_size: Side of the square kernel, in patches; odd.
 
     Attributes:
-        compiles: Let `torch.compile` make the gradients faster still, where it works.
+        fast_weight_gradient: Take it from `cpu.cpp`; set by `cpu.speed_up_on_cpu`.
     """
 
-    compiles = False
+    fast_weight_gradient = False
 
     def __init__(
         self,
@@ -129,7 +125,7 @@ class DepthWiseConv2d(nn.Conv2d):
         dtype = _get_dtype(self.weight)
         weight = self.weight.to(dtype)
         bias = None if self.bias is None else self.bias.to(dtype)
-        return _DepthWiseConvFunction.apply(x.to(dtype), weight, bias, self.compiles)
+        return _DepthWiseConvFunction.apply(x.to(dtype), weight, bias, self.fast_weight_gradient)
 
     @torch.jit.unused
     def _trains_eagerly_on_cpu(self, x: Tensor) -> bool:

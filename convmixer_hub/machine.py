@@ -1,17 +1,14 @@
-"""The machine that a job runs on: its device, memory and compiler, and the processes on it."""
+"""The machine that a job runs on: its device, and the processes on it."""
 
 from __future__ import annotations
 
-import ctypes
 import itertools
 import os
 import platform
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import cache, wraps
 from pathlib import Path
-from types import FunctionType
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -38,65 +35,6 @@ def describe_machine(device: torch.device) -> str:
         models = []
     kind = models[0] if models else platform.processor() or platform.machine()
     return f"{os.cpu_count()} CPU cores ({kind})"
-
-
-def keep_freed_memory() -> None:
-    """Let glibc reuse freed activations instead of giving their pages back to the kernel.
-
-    By default every tensor over 32 MiB is mapped, zeroed page by page, and unmapped again at each
-    step, which is a good part of its time. Elsewhere than on glibc this does nothing.
-    """
-    m_trim_threshold, m_top_pad, m_mmap_max = -1, -2, -4
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (AttributeError, OSError, TypeError):
-        return
-    mallopt(m_mmap_max, 0)
-    mallopt(m_trim_threshold, -1)  # never
-    mallopt(m_top_pad, 2**28)  # grow in steps of 256 MiB
-
-
-def has_fast_bf16() -> bool:
-    """Tell whether matrix products in bfloat16 are faster here than in fp32.
-
-    They are on GPUs from Ampere on, and on x86 CPUs with AVX512-BF16; others imitate them, many
-    times slower.
-    """
-    if torch.cuda.is_available():
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.cpu._is_avx512_bf16_supported()
-
-
-@cache
-def can_compile() -> bool:
-    """Find out whether torch.compile works here; without a C++ compiler it does not."""
-    try:
-        torch.compile(lambda x: x + 1)(torch.ones(1))
-    except Exception:  # its backends fail each in its own way
-        return False
-    return True
-
-
-def compiled(function: Callable) -> Callable:
-    """Compile a function at its first call for each layout of tensors, if there is a compiler."""
-
-    @cache
-    def make_fast(*layouts: tuple) -> Callable:
-        # Each layout has code of its own: of one piece of code, torch.compile makes a few versions
-        # and then runs it as it is, so that results would depend on what was computed before.
-        plain = cast(FunctionType, function)
-        return torch.compile(
-            FunctionType(plain.__code__.replace(), plain.__globals__), dynamic=False
-        )
-
-    @wraps(function)
-    def call(*tensors: Tensor) -> Any:
-        if not can_compile():
-            return function(*tensors)
-        layouts = [(x.shape, x.stride(), x.dtype, x.requires_grad) for x in tensors]
-        return make_fast(*layouts)(*tensors)
-
-    return call
 
 
 def get_rank() -> int:

@@ -10,6 +10,8 @@ from typing import Any
 from .errors import TrainingError
 from .training_images import FLIPS, is_rand_augment
 
+PRECISIONS = ("auto", "fp32", "bf16")
+
 OPTIMIZERS: dict[str, dict[str, Any]] = {
     "muon": {"fallback_lr_scale": 0.5},
     "adamw": {"betas": (0.9, 0.99)},
@@ -73,6 +75,8 @@ class TrainingSettings:
         freeze_batch_norm: Keep BatchNorm's means and variances as they are.
         keep_best: The run gives the weights of the epoch that did best on the validation images:
             those of the data set, or else those held out.
+        precision: `fp32`, `bf16` (autocast), or `auto`: whichever is faster where the run begins,
+            see `cpu.choose_dtype`.
         seed: Of the initial weights, the order of the images and their augmentation.
     """
 
@@ -102,6 +106,7 @@ class TrainingSettings:
     layer_decay: float = 1.0
     freeze_batch_norm: bool = False
     keep_best: bool = False
+    precision: str = "auto"
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -136,6 +141,7 @@ class TrainingSettings:
                 "False for pretrained weights",
             ),
             ("layer_decay", 0 < self.layer_decay <= 1, "above 0 and at most 1"),
+            ("precision", self.precision in PRECISIONS, ", ".join(PRECISIONS)),
             ("seed", 0 <= self.seed < 2**31, "0 to 2147483647"),
         ]:
             if not fits:

@@ -28,6 +28,7 @@ from torchvision.datasets import ImageFolder
 from tqdm import tqdm
 
 from .checkpoint import CONFIG_FILE, WEIGHTS_FILE
+from .cpu import choose_dtype, keep_freed_memory, speed_up_on_cpu
 from .data import (
     LabelledImages,
     eval_transform,
@@ -38,16 +39,13 @@ from .data import (
 )
 from .errors import DataError, TrainingError, UnknownModelError
 from .evaluate import evaluate
-from .fused import speed_up_on_cpu
 from .kernels import draw_kernels_by_depth
 from .machine import (
     ask_first_process,
     describe_machine,
     get_rank,
     get_world_size,
-    has_fast_bf16,
     join_processes,
-    keep_freed_memory,
     sum_over_processes,
 )
 from .model import ConvMixer
@@ -59,6 +57,7 @@ from .zoo import default_cfgs, load_trained
 
 SECONDS_BETWEEN_SAVES = 60.0
 SPLIT_SEED = 0
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def train(
@@ -75,9 +74,9 @@ def train(
     the result by rounding alone (unless images are mixed, erased or RandAugmented, which each
     process does for itself).
 
-    Where bfloat16 is fast, forward and backward pass compute in it, and Muon; otherwise nothing
-    does. On a CPU, the C library keeps memory that tensors gave back, from here on in this Python
-    process.
+    Where bfloat16 is faster, forward and backward pass compute in it, and Muon; otherwise nothing
+    does; a run keeps what it began with. On a CPU, the C library keeps memory that tensors gave
+    back, from here on in this Python process.
 
     Args:
         settings: What to compute.
@@ -138,11 +137,12 @@ def train(
             )
         return branch_off(Path(continue_from), identity, settings.peak_epochs)
 
-    with ExitStack() as open_files, join_processes() as device, _muon_in_a_fast_dtype():
+    with ExitStack() as open_files, join_processes() as device:
         state = ask_first_process(begin)
         validation = load_validation(settings, data_dir, images)
         progress = progress and get_rank() == 0
         run = _Run(settings, folder, state, images, validation, device, skip_damaged, progress)
+        open_files.enter_context(_muon_computing_in(run.dtype))
         while state["epoch"] < settings.epochs:
             run.train_epoch()
         # Wait until the first has written it all.
@@ -183,14 +183,13 @@ def load_validation(
 
 
 @contextmanager
-def _muon_in_a_fast_dtype() -> Iterator[None]:
-    """Let timm's Muon compute in fp32 for a while, where bfloat16 is slow.
+def _muon_computing_in(dtype: torch.dtype) -> Iterator[None]:
+    """Let timm's Muon, which has no option for this, compute in another type than bfloat16.
 
-    It would take longer than the rest of the step, and has no option for this.
+    Where that is slow, it would take longer than the rest of the step.
     """
     in_bf16 = muon.zeropower_via_newtonschulz
-    if not has_fast_bf16():
-        muon.zeropower_via_newtonschulz = partial(in_bf16, dtype=torch.float32)
+    muon.zeropower_via_newtonschulz = partial(in_bf16, dtype=dtype)
     try:
         yield
     finally:
@@ -219,8 +218,7 @@ class _Run:
         random_seed(settings.seed)
         self._build_model(list(images.classes))
         if state["epoch"] < settings.epochs:  # a finished run is only written out again
-            precision = "bf16" if has_fast_bf16() else "fp32"
-            here = f"{describe_machine(self.device)}, {precision}"
+            here = f"{describe_machine(self.device)}, {self._choose_precision()}"
             before = state.get("machine", here)
             state["machine"] = before if before.endswith(here) else f"{before}, then {here}"
             self._read_images(images, validation, skip_damaged)
@@ -284,6 +282,24 @@ class _Run:
             layer_decay=settings.layer_decay if settings.layer_decay < 1 else None,
             **OPTIMIZERS[settings.optimizer],
         )
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type that most of a step computes in."""
+        return DTYPES[self.state.get("precision", "fp32")]
+
+    def _choose_precision(self) -> str:
+        """Name this run's type, which stays the same wherever the run is gone on with."""
+        state = self.state
+        if "precision" not in state and self.settings.precision != "auto":
+            state["precision"] = self.settings.precision
+        if "precision" not in state:
+            image_size = resolve_model_data_config(self.model)["input_size"][-1]
+            dtype, reason = choose_dtype(self.model, self.device, image_size)
+            state["precision"] = "bf16" if dtype is torch.bfloat16 else "fp32"
+            if self.progress:
+                tqdm.write(f"computes in {reason}")
+        return state["precision"]
 
     def _read_images(self, images: LabelledImages, validation: Subset, skip_damaged: bool) -> None:
         settings = self.settings
@@ -421,7 +437,8 @@ class _Run:
             images, targets = self.mix(images, labels)  # which smooths the labels, too
             smoothing = 0.0
 
-        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=has_fast_bf16()):
+        in_bf16 = self.dtype is torch.bfloat16
+        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=in_bf16):
             logits = self.network(images).float()
         loss = F.cross_entropy(logits, targets, label_smoothing=smoothing)
         correct = (logits.argmax(dim=1) == labels).sum()

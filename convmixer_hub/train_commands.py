@@ -14,7 +14,7 @@ from .finetune import FINETUNE_OPTIONS, choose_settings, finetune
 from .machine import get_rank
 from .options import data_option
 from .run_folder import STATE_FILE
-from .settings import OPTIMIZERS, RECIPE, TrainingSettings
+from .settings import OPTIMIZERS, PRECISIONS, RECIPE, TrainingSettings
 from .train import train
 from .training_images import FLIPS
 
@@ -43,10 +43,15 @@ _SETTINGS_HELP = {
     "pretrained": "Start from the trained weights of MODEL, which may be a folder.",
     "layer_decay": "Factor of the learning rate from one layer to the one before it.",
     "freeze_batch_norm": "Keep BatchNorm's means and variances as they are.",
+    "precision": "What most of a step computes in; auto: what is faster here.",
     "seed": "",
 }
 
-_CHOICES = {"optimizer": list(OPTIMIZERS), "flip": list(FLIPS)}
+_CHOICES = {
+    "optimizer": list(OPTIMIZERS),
+    "flip": list(FLIPS),
+    "precision": list(PRECISIONS),
+}
 
 TRAIN_OPTIONS = tuple(
     name for name in _SETTINGS_HELP if name not in ("layer_decay", "freeze_batch_norm")

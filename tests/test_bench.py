@@ -1,3 +1,5 @@
+import re
+
 import pytest
 import timm
 import torch
@@ -9,7 +11,7 @@ from convmixer_hub.bench import (
     bench_load,
     bench_train,
 )
-from convmixer_hub.fused import speed_up_on_cpu
+from convmixer_hub.cpu import speed_up_on_cpu
 
 ARCH = "convmixer_96_8_ks5_p1"
 
@@ -35,6 +37,7 @@ def test_variants_are_timed_in_turns():
     speeds = bench_train(ARCH, ["sequential", "ours"], batch_size=4, rounds=1, progress=False)
     assert [speed.variant for speed in speeds] == ["sequential", "ours"]
     assert all(speed.images_per_second > 0 and speed.peak_memory > 0 for speed in speeds)
+    assert speeds[0].dtype == "fp32" and re.match("(fp32|bf16): a layer takes ", speeds[1].dtype)
 
 
 def test_other_models_are_not_timed():

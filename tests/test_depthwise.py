@@ -3,6 +3,7 @@ import torch
 from torch.nn import functional as F
 
 from convmixer_hub import depthwise
+from convmixer_hub.cpu import load_passes
 from convmixer_hub.depthwise import DepthWiseConv2d
 
 
@@ -10,15 +11,24 @@ def result_and_gradients(conv, x):
     """The output, and what input, weight and bias get for one fixed gradient of it."""
     x = x.detach().requires_grad_()
     y = conv(x)
-    direction = torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view_as(y)
+    direction = torch.arange(y.numel(), dtype=torch.float32).sin().to(y.dtype).view_as(y)
     return y, *torch.autograd.grad(y, [x, conv.weight, conv.bias], direction)
 
 
+SHAPES = [(1, 4, 5, 5), (3, 8, 16, 16), (2, 5, 12, 7), (2, 3, 1, 2)]
+SHAPES_FOR_FAST = [(1, 16, 5, 5), (3, 48, 16, 16), (2, 16, 12, 7), (2, 32, 1, 2)]
+
+
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
-@pytest.mark.parametrize("shape", [(1, 4, 5, 5), (3, 8, 16, 16), (2, 5, 12, 7), (2, 3, 1, 2)])
-@pytest.mark.parametrize("kernel_size", [1, 3, 5, 7, 9])
-def test_gradients_are_those_of_the_plain_convolution(kernel_size, shape, memory_format):
+@pytest.mark.parametrize(
+    ("kernel_size", "shape", "fast"),
+    [(kernel_size, shape, False) for kernel_size in (1, 3, 5, 7, 9) for shape in SHAPES]
+    + [(kernel_size, shape, True) for kernel_size in (3, 5, 7, 9) for shape in SHAPES_FOR_FAST],
+)
+def test_gradients_are_those_of_the_plain_convolution(kernel_size, shape, fast, memory_format):
     conv = DepthWiseConv2d(shape[1], kernel_size)
+    conv.fast_weight_gradient = fast
+    assert load_passes()
     x = torch.randn(shape).contiguous(memory_format=memory_format)
 
     def plain(x):
@@ -30,18 +40,17 @@ def test_gradients_are_those_of_the_plain_convolution(kernel_size, shape, memory
     torch.testing.assert_close(found, result_and_gradients(plain, x), atol=2e-5, rtol=2e-5)
 
 
-@pytest.mark.parametrize("compiles", [False, True])
+@pytest.mark.parametrize("fast", [False, True])
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("kernel_size", [3, 5, 7, 9])
-def test_under_autocast_it_is_as_exact_as_the_plain_convolution(
-    kernel_size, memory_format, compiles
-):
-    conv = DepthWiseConv2d(8, kernel_size)
-    conv.compiles = compiles
-    x = torch.randn(16, 8, 12, 12).contiguous(memory_format=memory_format)
+def test_under_autocast_it_is_as_exact_as_the_plain_convolution(kernel_size, memory_format, fast):
+    conv = DepthWiseConv2d(16, kernel_size)
+    conv.fast_weight_gradient = fast
+    assert load_passes()
+    x = torch.randn(16, 16, 12, 12).contiguous(memory_format=memory_format)
 
     def plain(x):
-        return F.conv2d(x, conv.weight, conv.bias, padding="same", groups=8)
+        return F.conv2d(x, conv.weight, conv.bias, padding="same", groups=16)
 
     plain.weight, plain.bias = conv.weight, conv.bias
     exact = result_and_gradients(plain, x)
@@ -64,10 +73,12 @@ def test_the_formula_is_exact_to_second_order():
     assert torch.autograd.gradgradcheck(function, (x, weight, bias))
 
 
+@pytest.mark.parametrize("fast", [False, True])
 @pytest.mark.parametrize("frozen", ["weight", "bias", "input"])
-def test_frozen_parts_get_no_gradient(frozen):
-    conv = DepthWiseConv2d(4, 3)
-    x = torch.randn(2, 4, 6, 6, requires_grad=frozen != "input")
+def test_frozen_parts_get_no_gradient(frozen, fast):
+    conv = DepthWiseConv2d(16, 3)
+    conv.fast_weight_gradient = fast
+    x = torch.randn(2, 16, 6, 6, requires_grad=frozen != "input")
     parts = {"weight": conv.weight, "bias": conv.bias, "input": x}
     parts[frozen].requires_grad_(False)
     conv(x).sum().backward()

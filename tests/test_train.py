@@ -38,6 +38,7 @@ SETTINGS = TrainingSettings(
     small_crop_size=16,
     batch_size=10,
     held_out=8,
+    precision="fp32",  # which is faster here, two runs might answer differently
 )
 
 
@@ -126,21 +127,20 @@ def read_metrics(folder):
 
 
 @pytest.mark.parametrize(
-    ("change", "in_bf16"),
+    "change",
     [
-        ({}, False),
-        ({}, True),
-        ({"ema_decay": 0.9, "optimizer": "adamw"}, False),
-        ({"mixup": 0.5, "cutmix": 0.5, "random_erasing": 0.5, "rand_augment": "rand-m9-n2"}, False),
-        ({"keep_best": True, "layer_decay": 0.5, "freeze_batch_norm": True}, False),
-        ({"flip": "random", "train_images": 30, "covariance_init": True}, False),
+        {},
+        {"precision": "bf16"},
+        {"ema_decay": 0.9, "optimizer": "adamw"},
+        {"mixup": 0.5, "cutmix": 0.5, "random_erasing": 0.5, "rand_augment": "rand-m9-n2"},
+        {"keep_best": True, "layer_decay": 0.5, "freeze_batch_norm": True},
+        {"flip": "random", "train_images": 30, "covariance_init": True},
     ],
     ids=["defaults", "bf16", "ema and adamw", "all augmentations", "as in fine-tuning", "others"],
 )
 def test_a_run_stopped_at_every_save_goes_on_as_if_nothing_had_happened(
-    cifar_sample, tmp_path, weights_after, monkeypatch, stop_after, change, in_bf16
+    cifar_sample, tmp_path, weights_after, monkeypatch, stop_after, change
 ):
-    monkeypatch.setattr(train_module, "has_fast_bf16", lambda: in_bf16)
     settings = replace(SETTINGS, **change)
     whole = run(settings, cifar_sample, tmp_path / "whole")
     monkeypatch.setattr(train_module, "SECONDS_BETWEEN_SAVES", 0.0)
@@ -157,9 +157,27 @@ def test_a_run_stopped_at_every_save_goes_on_as_if_nothing_had_happened(
     assert read_metrics(parts) == read_metrics(whole)
 
 
-def test_after_a_run_in_fp32_muon_is_as_before(cifar_sample, tmp_path, monkeypatch):
+def test_a_run_keeps_the_precision_it_began_with(
+    cifar_sample, tmp_path, monkeypatch, stop_after, capsys
+):
+    def choose(dtype):
+        monkeypatch.setattr(train_module, "choose_dtype", lambda *_: (dtype, "what is faster"))
+
+    settings = replace(SETTINGS, precision="auto", epochs=1)
+    choose(torch.bfloat16)
+    monkeypatch.setattr(train_module, "SECONDS_BETWEEN_SAVES", 0.0)
+    stop_after(1)
+    with pytest.raises(KeyboardInterrupt):
+        train(settings, cifar_sample, tmp_path / "run")
+    assert "computes in what is faster" in capsys.readouterr().out
+    choose(torch.float32)
+    train(settings, cifar_sample, tmp_path / "run")
+    assert "computes in" not in capsys.readouterr().out
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["machine"].endswith(", bf16")
+
+
+def test_after_a_run_in_fp32_muon_is_as_before(cifar_sample, tmp_path):
     before = muon.zeropower_via_newtonschulz
-    monkeypatch.setattr(train_module, "has_fast_bf16", lambda: False)
     run(SETTINGS, cifar_sample, tmp_path / "run")
     assert muon.zeropower_via_newtonschulz is before
 

@@ -1,0 +1,316 @@
+// Passes over the activations of a training step that torch has no fast version of on a CPU.
+//
+// Everything here reads and writes tensors [images, channels, height, width] stored channels last,
+// in fp32 or bfloat16, sixteen channels at a time, and computes in fp32. The processor's cores share
+// the work; no result depends on how many there are. `cpu.py` compiles this file, says what the
+// passes are for and calls them.
+
+#include <ATen/ATen.h>
+#include <ATen/Parallel.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <cmath>
+#include <tuple>
+#include <vector>
+#ifdef __AVX512BF16__
+#include <immintrin.h>
+#endif
+
+namespace {
+
+using at::BFloat16;
+using at::Tensor;
+
+// Vectors of sixteen; the compiler makes of them what the processor has.
+constexpr int64_t LANES = 16;
+typedef float Floats __attribute__((vector_size(64), aligned(4)));
+typedef int32_t Ints __attribute__((vector_size(64), aligned(4)));
+typedef uint32_t Bits __attribute__((vector_size(64), aligned(4)));
+typedef uint16_t Halves __attribute__((vector_size(32), aligned(2)));
+
+inline Floats load(const float* from) { return *reinterpret_cast<const Floats*>(from); }
+
+inline void store(float* to, Floats x) { *reinterpret_cast<Floats*>(to) = x; }
+
+// A bfloat16 is the upper half of an fp32 number.
+inline Floats load(const BFloat16* from) {
+  return (Floats)(__builtin_convertvector(*reinterpret_cast<const Halves*>(from), Bits) << 16);
+}
+
+inline void store(BFloat16* to, Floats x) {
+#ifdef __AVX512BF16__
+  *reinterpret_cast<Halves*>(to) = (Halves)_mm512_cvtneps_pbh((__m512)x);
+#else
+  Bits bits = (Bits)x;
+  bits += 0x7fff + ((bits >> 16) & 1);  // to the nearest, ties to even
+  *reinterpret_cast<Halves*>(to) = __builtin_convertvector(bits >> 16, Halves);
+#endif
+}
+
+inline void add(float* to, Floats x) { store(to, load(to) + x); }
+
+// exp(-z * z / 2): 2^(whole + fraction), the former through the exponent's bits.
+inline Floats bell(Floats z) {
+  constexpr float rounding = 12582912.0f;  // 1.5 * 2^23: adding it leaves no fraction
+  Floats power = z * z * -0.72134752f;
+  Floats whole = power + rounding;
+  Floats f = power - (whole - rounding);
+  Floats exp2 = 1.32764707e-3f * f + 9.67554132e-3f;  // relative error 1e-7
+  exp2 = ((exp2 * f + 5.55071328e-2f) * f + 2.40221197e-1f) * f + 6.93146967e-1f;
+  exp2 = exp2 * f + 1.00000007f;
+  // Far out it is nothing beside all that follows; a denormal number would slow some CPUs down.
+  Floats result = (Floats)((Ints)exp2 + ((Ints)whole << 23));
+  return z * z < 81.0f ? result : Floats{};
+}
+
+// Exact GELU, z * cdf(z) with the normal distribution's cdf, and its derivative: to 1e-6.
+inline void gelu(Floats z, Floats& y, Floats& slope) {
+  Floats density = bell(z);  // times sqrt(2 pi)
+  Floats distance = z < 0.0f ? -z : z;
+  // Abramowitz & Stegun 7.1.26: erf to 1.5e-7 from the exponential that is needed anyway.
+  Floats t = 1.0f / (0.231641888f * distance + 1.0f);
+  Floats series = ((0.5307027145f * t - 0.7265760135f) * t + 0.7107068705f) * t - 0.142248368f;
+  Floats tail = (series * t + 0.127414796f) * t * density;
+  Floats cdf = z < 0.0f ? tail : 1.0f - tail;
+  y = z * cdf;
+  slope = cdf + z * density * 0.398942280f;
+}
+
+// Images' places are taken in groups, and each group summed by itself: a long sum of fp32 numbers
+// that are alike would lose digits.
+constexpr int64_t GROUP = 64;
+
+int64_t count_groups(const Tensor& x) { return (x.numel() / x.size(1) + GROUP - 1) / GROUP; }
+
+Tensor make_sums(const Tensor& x) {
+  return at::zeros({count_groups(x), 2, x.size(1)}, x.options().dtype(at::kFloat));
+}
+
+// Calls f(group, channel, place in memory) for each sixteen channels, in the order of memory.
+template <class F>
+void for_each_vector(const Tensor& x, F f) {
+  const int64_t channels = x.size(1);
+  at::parallel_for(0, count_groups(x), 1, [&](int64_t begin, int64_t end) {
+    for (int64_t group = begin; group < end; group++) {
+      int64_t at = group * GROUP * channels;
+      const int64_t last = std::min(at + GROUP * channels, x.numel());
+      while (at < last)
+        for (int64_t channel = 0; channel < channels; channel += LANES, at += LANES)
+          f(group, channel, at);
+    }
+  });
+}
+
+// Calls f with a number of the type that a tensor holds.
+template <class F>
+void for_type_of(const Tensor& x, F f) {
+  if (x.scalar_type() == at::kBFloat16)
+    f(BFloat16{});
+  else
+    f(float{});
+}
+
+void check(const Tensor& x, const Tensor& like) {
+  TORCH_CHECK(x.sizes() == like.sizes() && x.scalar_type() == like.scalar_type());
+  TORCH_CHECK(x.dim() == 4 && x.size(1) % LANES == 0);
+  TORCH_CHECK(x.is_contiguous(at::MemoryFormat::ChannelsLast));
+  TORCH_CHECK(x.scalar_type() == at::kFloat || x.scalar_type() == at::kBFloat16);
+}
+
+const float* check_channels(const Tensor& x, const Tensor& like) {
+  TORCH_CHECK(x.dim() == 1 && x.size(0) == like.size(1) && x.is_contiguous());
+  return x.const_data_ptr<float>();
+}
+
+// gelu(z), the slope there, and the sums of gelu(z) - centre and of its square: [2, channels].
+std::tuple<Tensor, Tensor, Tensor> activate(const Tensor& z, const Tensor& centre) {
+  check(z, z);
+  Tensor y = at::empty_like(z), slope = at::empty_like(z), sums = make_sums(z);
+  const int64_t channels = z.size(1);
+  for_type_of(z, [&](auto zero) {
+    using T = decltype(zero);
+    const T* from = z.const_data_ptr<T>();
+    T *to = y.data_ptr<T>(), *to_slope = slope.data_ptr<T>();
+    const float* centres = check_channels(centre, z);
+    float* sum = sums.data_ptr<float>();
+    for_each_vector(z, [=](int64_t group, int64_t channel, int64_t at) {
+      Floats value, derivative;
+      gelu(load(from + at), value, derivative);
+      store(to + at, value);
+      store(to_slope + at, derivative);
+      value -= load(centres + channel);
+      add(sum + 2 * group * channels + channel, value);
+      add(sum + (2 * group + 1) * channels + channel, value * value);
+    });
+  });
+  return {y, slope, sums.sum(0)};
+}
+
+// BatchNorm of y by what `activate` summed over `count` values a channel; also mean and variance.
+std::tuple<Tensor, Tensor, Tensor> normalize(const Tensor& y, const Tensor& sums,
+                                             const Tensor& centre, const Tensor& weight,
+                                             const Tensor& bias, int64_t count, double eps) {
+  check(y, y);
+  const int64_t channels = y.size(1);
+  Tensor result = at::empty_like(y), mean = at::empty_like(centre), variance = mean.clone();
+  const float *of_deviation = sums.const_data_ptr<float>(), *of_square = of_deviation + channels;
+  const float *centres = check_channels(centre, y), *weights = check_channels(weight, y);
+  const float* biases = check_channels(bias, y);
+  float *means = mean.data_ptr<float>(), *variances = variance.data_ptr<float>();
+  std::vector<float> scales(channels), shifts(channels);
+  for (int64_t i = 0; i < channels; i++) {
+    const float offset = of_deviation[i] / count;
+    means[i] = centres[i] + offset;
+    variances[i] = std::max(of_square[i] / count - offset * offset, 0.0f);
+    scales[i] = weights[i] / std::sqrt(variances[i] + eps);
+    shifts[i] = biases[i] - means[i] * scales[i];
+  }
+  for_type_of(y, [&](auto zero) {
+    using T = decltype(zero);
+    const T* from = y.const_data_ptr<T>();
+    T* to = result.data_ptr<T>();
+    const float *scale = scales.data(), *shift = shifts.data();
+    for_each_vector(y, [=](int64_t, int64_t channel, int64_t at) {
+      store(to + at, load(scale + channel) * load(from + at) + load(shift + channel));
+    });
+  });
+  return {result, mean, variance};
+}
+
+// The sums of grad and of grad * (y - mean): [2, channels].
+Tensor sum_gradient(const Tensor& grad, const Tensor& y, const Tensor& mean) {
+  check(grad, y), check(y, y);
+  Tensor sums = make_sums(y);
+  const int64_t channels = y.size(1);
+  for_type_of(y, [&](auto zero) {
+    using T = decltype(zero);
+    const T *gradients = grad.const_data_ptr<T>(), *values = y.const_data_ptr<T>();
+    const float* means = check_channels(mean, y);
+    float* sum = sums.data_ptr<float>();
+    for_each_vector(y, [=](int64_t group, int64_t channel, int64_t at) {
+      Floats g = load(gradients + at);
+      add(sum + 2 * group * channels + channel, g);
+      add(sum + (2 * group + 1) * channels + channel,
+          g * (load(values + at) - load(means + channel)));
+    });
+  });
+  return sums.sum(0);
+}
+
+// What z gets: back through BatchNorm, by what `sum_gradient` summed, and through the GELU.
+Tensor input_gradient(const Tensor& grad, const Tensor& y, const Tensor& slope, const Tensor& sums,
+                      const Tensor& weight, const Tensor& mean, const Tensor& variance,
+                      int64_t count, double eps) {
+  check(grad, y), check(slope, y), check(y, y);
+  const int64_t channels = y.size(1);
+  Tensor result = at::empty_like(y);
+  const float *of_grad = sums.const_data_ptr<float>(), *of_product = of_grad + channels;
+  const float *weights = check_channels(weight, y), *means = check_channels(mean, y);
+  const float* variances = check_channels(variance, y);
+  std::vector<float> factors(channels), y_factors(channels), constants(channels);
+  for (int64_t i = 0; i < channels; i++) {
+    const float inverse = 1 / (variances[i] + eps);
+    factors[i] = weights[i] * std::sqrt(inverse);
+    y_factors[i] = -factors[i] * inverse * of_product[i] / count;
+    constants[i] = -factors[i] * of_grad[i] / count - y_factors[i] * means[i];
+  }
+  for_type_of(y, [&](auto zero) {
+    using T = decltype(zero);
+    const T *gradients = grad.const_data_ptr<T>(), *values = y.const_data_ptr<T>();
+    const T* slopes = slope.const_data_ptr<T>();
+    T* to = result.data_ptr<T>();
+    const float *a = factors.data(), *b = y_factors.data(), *c = constants.data();
+    for_each_vector(y, [=](int64_t, int64_t channel, int64_t at) {
+      Floats combined = load(a + channel) * load(gradients + at) + load(c + channel);
+      combined += load(b + channel) * load(values + at);
+      store(to + at, load(slopes + at) * combined);
+    });
+  });
+  return result;
+}
+
+// Gradients of one image, sixteen channels: K * K products of x, shifted, and grad, and their bias.
+//
+// Args: x and grad at the first of the channels; sums [K * K + 1, channels]; wide, an image of
+// zeros with K / 2 more columns on both sides, and copy, one as large as grad, both fp32.
+template <int K, class T>
+void add_products(const T* x, const T* grad, float* sums, float* wide, float* copy,
+                  int64_t height, int64_t width, int64_t channels) {
+  constexpr int PADDING = K / 2;
+  const int64_t row = (width + 2 * PADDING) * LANES;
+  Floats bias{};
+  for (int64_t i = 0; i < height; i++) {
+    Floats of_row{};
+    for (int64_t j = 0; j < width; j++) {
+      const int64_t at = (i * width + j) * channels;
+      Floats g = load(grad + at);
+      of_row += g;
+      store(copy + (i * width + j) * LANES, g);
+      store(wide + i * row + (j + PADDING) * LANES, load(x + at));
+    }
+    bias += of_row;
+  }
+  store(sums + K * K * channels, bias);
+  for (int64_t down = -PADDING; down <= PADDING; down++) {
+    Floats products[K] = {};  // of one row of the kernel: these stay in registers
+    const int64_t last = std::min(height, height - down);
+    for (int64_t i = std::max<int64_t>(0, -down); i < last; i++)
+      for (int64_t j = 0; j < width; j++) {
+        Floats g = load(copy + (i * width + j) * LANES);
+        const float* window = wide + (i + down) * row + j * LANES;
+#pragma GCC unroll 9
+        for (int k = 0; k < K; k++) products[k] += load(window + k * LANES) * g;
+      }
+    for (int k = 0; k < K; k++)
+      store(sums + ((down + PADDING) * K + k) * channels, products[k]);
+  }
+}
+
+template <int K>
+void add_products(const Tensor& x, const Tensor& grad, Tensor& sums) {
+  const int64_t images = x.size(0), channels = x.size(1), height = x.size(2), width = x.size(3);
+  const int64_t size = channels * height * width;
+  for_type_of(x, [&](auto zero) {
+    using T = decltype(zero);
+    const T *xs = x.const_data_ptr<T>(), *grads = grad.const_data_ptr<T>();
+    float* to = sums.data_ptr<float>();
+    at::parallel_for(0, images, 1, [&](int64_t begin, int64_t end) {
+      std::vector<float> wide(height * (width + K - 1) * LANES), copy(height * width * LANES);
+      for (int64_t image = begin; image < end; image++)
+        for (int64_t channel = 0; channel < channels; channel += LANES)
+          add_products<K>(xs + image * size + channel, grads + image * size + channel,
+                          to + image * (K * K + 1) * channels + channel, wide.data(), copy.data(),
+                          height, width, channels);
+    });
+  });
+}
+
+// What weight [channels, 1, kernel_size, kernel_size] and bias [channels] of a depth-wise
+// convolution with stride 1 and "same" padding get, in fp32.
+std::tuple<Tensor, Tensor> depth_wise_gradients(const Tensor& x, const Tensor& grad,
+                                                int64_t kernel_size) {
+  check(x, grad), check(grad, grad);
+  const int64_t channels = x.size(1), products = kernel_size * kernel_size;
+  Tensor sums = at::empty({x.size(0), products + 1, channels}, x.options().dtype(at::kFloat));
+  switch (kernel_size) {
+    case 3: add_products<3>(x, grad, sums); break;
+    case 5: add_products<5>(x, grad, sums); break;
+    case 7: add_products<7>(x, grad, sums); break;
+    case 9: add_products<9>(x, grad, sums); break;
+    default: TORCH_CHECK(false, "kernel_size is ", kernel_size);
+  }
+  sums = sums.sum(0);
+  Tensor weight = sums.narrow(0, 0, products).t().reshape({channels, 1, kernel_size, kernel_size});
+  return {weight, sums[products]};
+}
+
+}  // namespace
+
+TORCH_LIBRARY(convmixer_hub, library) {
+  library.def("activate", activate);
+  library.def("normalize", normalize);
+  library.def("sum_gradient", sum_gradient);
+  library.def("input_gradient", input_gradient);
+  library.def("depth_wise_gradients", depth_wise_gradients);
+}

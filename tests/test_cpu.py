@@ -1,0 +1,260 @@
+import copy
+import math
+import os
+import re
+import subprocess
+import sys
+from functools import cache
+
+import pytest
+import timm
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from convmixer_hub import cpu
+from convmixer_hub.cpu import GELUBatchNorm2d, choose_dtype, load_passes, speed_up_on_cpu
+from convmixer_hub.model import ConvMixer
+
+from .conftest import CHECKOUT
+
+
+@pytest.fixture(autouse=True)
+def _passes():
+    assert load_passes()
+
+
+@pytest.mark.parametrize("kind", ["contiguous", "channels_last", "expanded gradient"])
+@pytest.mark.parametrize("shape", [(2, 48, 5, 7), (4, 16, 8, 8)])
+def test_result_gradients_and_statistics_are_those_of_the_two_modules(shape, kind):
+    separate = nn.BatchNorm2d(shape[1])
+    nn.init.normal_(separate.weight)
+    nn.init.normal_(separate.bias)
+    separate.running_mean += 3  # far from the mean of the batch
+    together = GELUBatchNorm2d(shape[1])
+    together.load_state_dict(separate.state_dict())
+    x = 3 * torch.randn(shape)
+    if kind == "channels_last":
+        x = x.contiguous(memory_format=torch.channels_last)
+    direction = torch.randn(shape)
+    if kind == "expanded gradient":  # as the mean over all places gives it
+        direction = torch.randn(*shape[:2], 1, 1).expand(shape)
+    found = []
+    for norm, y in [(separate, lambda x: separate(F.gelu(x))), (together, together)]:
+        x = x.detach().requires_grad_()
+        result = y(x)
+        gradients = torch.autograd.grad(result, [x, norm.weight, norm.bias], direction)
+        found.append([result, *gradients, *norm.buffers()])
+        norm.eval()
+        found[-1].append(y(x))
+    torch.testing.assert_close(found[1], found[0], atol=3e-5, rtol=3e-5)
+
+
+@pytest.mark.parametrize("spread", [0.0, 1e-3, 1.0])
+def test_an_almost_constant_channel_far_from_zero_gives_numbers_at_once(spread):
+    x = 100.0 + spread * torch.randn(8, 16, 16, 16)
+    norm = GELUBatchNorm2d(16)
+    assert norm(x).isfinite().all() and (norm.running_var >= 0).all()
+    for _ in range(200):  # until the running mean is there
+        y = norm(x)
+    torch.testing.assert_close(y, nn.BatchNorm2d(16)(x), atol=5e-3, rtol=1e-3)
+
+
+@pytest.mark.slow
+def test_two_processes_share_the_statistics_of_their_batches(tmp_path):
+    code = """
+import torch
+from torch import nn
+from torch.nn import functional as F
+from convmixer_hub.cpu import GELUBatchNorm2d, load_passes
+from convmixer_hub.machine import get_rank, join_processes, sum_over_processes
+
+assert load_passes()
+torch.manual_seed(0)
+x, direction = torch.randn(2, 6, 16, 5, 5)
+half = slice(3 * get_rank(), 3 * get_rank() + 3)
+whole, shared = nn.BatchNorm2d(16), GELUBatchNorm2d(16)
+x.requires_grad_()
+part = x[half].detach().requires_grad_()
+expected = whole(F.gelu(x))
+expected.backward(direction)
+with join_processes():
+    found = shared(part)
+    found.backward(direction[half])
+    pairs = [(found, expected[half]), (part.grad, x.grad[half])]
+    for name in ("weight", "bias"):
+        gradient = sum_over_processes(shared.get_parameter(name).grad)
+        pairs.append((gradient, whole.get_parameter(name).grad))
+    pairs += zip(shared.buffers(), whole.buffers())
+    for pair in pairs:
+        torch.testing.assert_close(*pair, atol=1e-5, rtol=1e-5)
+"""
+    (tmp_path / "check.py").write_text(code)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]
+    command += ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", str(tmp_path / "check.py")]
+    environment = {**os.environ, "PYTHONPATH": str(CHECKOUT), "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+
+
+def run_gelu(z):
+    """Give GELU and its slope as `cpu.cpp` computes them."""
+    z = z.view(-1, 16, 1, 1).contiguous(memory_format=torch.channels_last)
+    y, slope, _ = torch.ops.convmixer_hub.activate(z, torch.zeros(16))
+    return y.flatten(), slope.flatten()
+
+
+def test_gelu_is_exact_to_rounding():
+    z = torch.linspace(-12, 12, 160_000, dtype=torch.float64).requires_grad_()
+    exact = F.gelu(z)
+    [slope] = torch.autograd.grad(exact.sum(), z)
+    for found, expected in zip(run_gelu(z.detach().float()), (exact.detach(), slope)):
+        torch.testing.assert_close(found.double(), expected, atol=1e-6, rtol=1e-6)
+    for found, expected in zip(run_gelu(z.detach().bfloat16()), (exact.detach(), slope)):
+        # What rounding z moves, the result may be off by; and by its own rounding.
+        torch.testing.assert_close(found.double(), expected, atol=3e-2, rtol=2**-7)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_no_denormal_number_slows_a_cpu_down(dtype):
+    for values in run_gelu(torch.linspace(-40, 40, 16_000).to(dtype)):
+        assert ((values == 0) | (values.abs() >= torch.finfo(dtype).tiny)).all()
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_what_is_no_number_any_more_is_passed_on(value):
+    norm = GELUBatchNorm2d(16)
+    x = torch.zeros(2, 16, 3, 3)
+    x[1, 5, 0, 0] = value
+    finite = norm(x).isfinite().all(dim=0).all(dim=-1).all(dim=-1)
+    assert finite.tolist() == [i != 5 for i in range(16)]
+
+
+def test_bfloat16_is_rounded_to_the_nearest():
+    y = torch.randn(4, 16, 3, 3).bfloat16().contiguous(memory_format=torch.channels_last)
+    mean, scale, shift = torch.zeros(16), torch.rand(16), torch.rand(16)
+    sums = torch.stack([torch.zeros(16), torch.ones(16)])  # mean 0, variance 1
+    found = torch.ops.convmixer_hub.normalize(y, sums, mean, scale, shift, 1, 0.0)[0]
+    expected = torch.addcmul(shift.view(-1, 1, 1), y.float(), scale.view(-1, 1, 1)).bfloat16()
+    assert (found == expected).float().mean() > 0.99  # a fused product may round the other way
+    torch.testing.assert_close(found, expected, atol=0, rtol=2**-7)
+
+
+def test_a_fused_model_trains_as_the_plain_one():
+    plain = timm.create_model("convmixer_96_8_ks5_p1")
+    fast = copy.deepcopy(plain)
+    speed_up_on_cpu(fast)
+    assert sum(isinstance(module, GELUBatchNorm2d) for module in fast.modules()) == 17
+    assert list(fast.state_dict()) == list(plain.state_dict())
+    x, labels = torch.randn(4, 3, 32, 32), torch.tensor([0, 1, 2, 3])
+    for model in (plain, fast):
+        F.cross_entropy(model(x), labels).backward()
+    for (name, expected), parameter in zip(plain.named_parameters(), fast.parameters()):
+        difference = (parameter.grad - expected.grad).norm()
+        assert difference <= 1e-4 * expected.grad.norm() + 1e-6, name
+    torch.testing.assert_close(dict(fast.named_buffers()), dict(plain.named_buffers()))
+    torch.testing.assert_close(fast.eval()(x), plain.eval()(x), atol=1e-4, rtol=1e-4)
+
+
+def test_under_autocast_a_fused_model_is_as_exact_as_the_plain_one():
+    plain = timm.create_model("convmixer_96_8_ks5_p1")
+    fast = copy.deepcopy(plain)
+    speed_up_on_cpu(fast)
+    x, labels = torch.randn(4, 3, 32, 32), torch.tensor([0, 1, 2, 3])
+    before = copy.deepcopy(plain.state_dict())
+    found = []
+    for model, in_bf16 in [(plain, False), (plain, True), (fast, True)]:
+        model.load_state_dict(before)
+        model.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=in_bf16):
+            logits = model(x).float()
+        F.cross_entropy(logits, labels).backward()
+        gradients = [parameter.grad.flatten() for parameter in model.parameters()]
+        averages = [buffer.flatten() for buffer in model.buffers()]
+        found.append([logits.detach(), torch.cat(gradients), torch.cat(averages)])
+    for exact, plain_one, ours in zip(*found):
+        errors = [(each - exact).norm() / exact.norm() for each in (plain_one, ours)]
+        assert errors[1] <= 1.2 * errors[0] + 1e-3
+
+
+@pytest.mark.parametrize("change", [{"act_layer": nn.ReLU}, {"d_model": 24}])
+def test_other_activations_and_widths_stay_as_they_are(change):
+    model = ConvMixer(**{"d_model": 16, "n_layers": 1, "kernel_size": 3, "patch_size": 2, **change})
+    x = torch.randn(2, 3, 16, 16)
+    before = model(x)
+    speed_up_on_cpu(model)
+    assert not any(isinstance(module, GELUBatchNorm2d) for module in model.modules())
+    torch.testing.assert_close(model(x), before)
+
+
+@pytest.mark.parametrize("kernel_size", [1, 11])
+def test_other_kernel_sizes_keep_their_gradient(kernel_size):
+    model = ConvMixer(16, 1, kernel_size=kernel_size, patch_size=2)
+    speed_up_on_cpu(model)
+    assert not model.conv_mixer_layers[0].depth_wise_conv.fast_weight_gradient
+    model(torch.randn(2, 3, 16, 16)).sum().backward()
+
+
+@pytest.mark.parametrize(
+    ("compiler", "reason"),
+    [
+        ("nowhere", "nowhere"),
+        ("false", "false failed without a word"),
+        ("./broken", "error: no space"),
+    ],
+)
+def test_without_a_compiler_training_works_and_says_why_it_is_slow(
+    compiler, reason, tmp_path, monkeypatch, caplog
+):
+    (tmp_path / "broken").write_text(
+        "#!/bin/sh\necho Working >&2\necho error: no space >&2\nexit 1\n"
+    )
+    (tmp_path / "broken").chmod(0o755)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("CXX", compiler)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(cpu, "load_passes", cache(load_passes.__wrapped__))
+    plain = timm.create_model("convmixer_96_8_ks5_p1")
+    model = copy.deepcopy(plain)
+    speed_up_on_cpu(model)
+    x = torch.randn(2, 3, 32, 32)
+    torch.testing.assert_close(model(x), plain(x), atol=1e-4, rtol=1e-4)
+    assert not any(isinstance(module, GELUBatchNorm2d) for module in model.modules())
+    [message] = [record.getMessage() for record in caplog.records]
+    assert re.fullmatch(
+        r"training takes several times as long here as it need: cpu.cpp cannot be compiled "
+        rf"\(.*{reason}.*\); install a C\+\+ compiler such as g\+\+, or name one in CXX",
+        message,
+    )
+
+
+def test_the_faster_type_is_found_by_trying(monkeypatch):
+    model = ConvMixer(16, 1, kernel_size=3, patch_size=2)
+    ticks = iter(range(1000))
+    slow = {"fp32": 0.0, "bf16": 0.0}
+    offset = 0.0
+
+    def tick():  # each try reads the clock before and after; tries take turns, fp32 first
+        nonlocal offset
+        count = next(ticks)
+        offset += slow[("fp32", "bf16")[count // 2 % 2]] * (count % 2)
+        return offset
+
+    monkeypatch.setattr(cpu.time, "perf_counter", tick)
+    for faster, slower, dtype in [
+        ("fp32", "bf16", torch.float32),
+        ("bf16", "fp32", torch.bfloat16),
+    ]:
+        slow.update({faster: 0.001, slower: 0.003})
+        found, reason = choose_dtype(model, torch.device("cpu"), 32)
+        assert found is dtype
+        assert reason == f"{faster}: a layer takes 1.0 ms, 3.0 ms in {slower}"
+
+
+def test_choosing_a_type_leaves_the_model_as_it_is():
+    model = timm.create_model("convmixer_96_8_ks5_p1").eval()
+    speed_up_on_cpu(model)
+    before = copy.deepcopy(model.state_dict())
+    choose_dtype(model, torch.device("cpu"), 32)
+    torch.testing.assert_close(model.state_dict(), before, atol=0, rtol=0)
+    assert not model.training and all(p.grad is None for p in model.parameters())
