@@ -20,7 +20,7 @@ from torchvision.transforms.functional import to_pil_image
 from .checkpoint import MISTAKES_FILE
 from .data import eval_transform, has_split, load_images, read_images
 from .errors import UnknownModelError
-from .evaluate import Evaluation, collect_probabilities, count_confusions
+from .evaluate import Evaluation, collect_logits, count_confusions
 from .figures import check_matplotlib, draw_confusion, draw_predictions
 from .files import write_file
 from .machine import get_rank, get_world_size
@@ -131,7 +131,8 @@ def finetune(
         progress,
     )
     loader = DataLoader(TensorDataset(images, labels), batch_size=64)
-    probabilities, _ = collect_probabilities(model, loader)
+    logits, _ = collect_logits(model, loader)
+    probabilities = logits.softmax(dim=1)
     confusion = count_confusions(probabilities, labels)
     if get_rank() == 0:
         classes = get_label_names(model) or []

@@ -177,6 +177,8 @@ def save_results(folder: Path, model: nn.Module, state: dict[str, Any], at_peak:
         "training": {**state["settings"], "model": Path(state["settings"]["model"]).name},
         "machine": state["machine"],
     }
+    if "temperature" in state:
+        config["temperature"] = state["temperature"]
     with _naming_failures(folder):
         if at_peak:
             with replacing(folder / PEAK_STATE_FILE) as temporary:

@@ -38,7 +38,7 @@ from .data import (
     read_images,
 )
 from .errors import DataError, TrainingError, UnknownModelError
-from .evaluate import evaluate
+from .evaluate import collect_logits, evaluate, fit_temperature
 from .kernels import draw_kernels_by_depth
 from .machine import (
     ask_first_process,
@@ -407,6 +407,9 @@ class _Run:
                 best = {name: value.clone() for name, value in self._result.state_dict().items()}
                 state |= {"best_top1": result.top1, "best": best}
         state["metrics"] = [*state["metrics"], metrics]
+        if self.validation is not None and epoch + 1 == settings.epochs:
+            logits, labels = collect_logits(self._make_result(), self.validation, self.progress)
+            state["temperature"] = fit_temperature(logits, labels)
         self._update_state(epoch + 1, 0, {})
         self._save_all()
         if self.progress:
@@ -486,7 +489,13 @@ class _Run:
         if get_rank() == 0:
             save_state(self.folder, self.state)
             at_peak = self.state["epoch"] == self.settings.peak_epochs
-            model = copy.deepcopy(self._result)
-            if self.settings.keep_best:
-                model.load_state_dict(self.state["best"])
-            save_results(self.folder, model, self.state, at_peak)
+            save_results(self.folder, self._make_result(), self.state, at_peak)
+
+    def _make_result(self) -> nn.Module:
+        """Copy what the run gives: the last or the best weights, calibrated at its end."""
+        model = copy.deepcopy(self._result)
+        if self.settings.keep_best:
+            model.load_state_dict(self.state["best"])
+        for parameter in model.get_submodule("classification.linear").parameters():
+            parameter.data /= self.state.get("temperature", 1.0)
+        return model
