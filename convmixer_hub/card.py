@@ -29,7 +29,7 @@ from .evaluate import (
     CALIBRATION_BINS,
     Calibration,
     Evaluation,
-    collect_probabilities,
+    collect_logits,
     count_confusions,
     load_test_images,
     measure_calibration,
@@ -46,10 +46,10 @@ from .finetune import FINETUNE_OPTIONS
 from .golden import write_golden
 from .machine import describe_machine
 from .model import ConvMixer
-from .records import RECORDS
+from .records import DATASETS, RECORDS
 from .run_folder import METRICS_FILE, read_metrics
 from .settings import RECIPE, TrainingSettings
-from .zoo import CIFAR10_CLASSES, get_config, get_label_names, load_trained
+from .zoo import get_config, get_label_names, load_trained
 
 CARD_FILE = "README.md"
 NOTES_FILE = "NOTES.md"
@@ -119,15 +119,17 @@ def write_card(
     if metrics:
         figures["curve.png"] = draw_curve(metrics)
     loader = DataLoader(load_test_images(model, data_dir), batch_size, num_workers=workers)
-    probabilities, labels = collect_probabilities(model, loader)
+    logits, labels = collect_logits(model, loader)
+    probabilities = logits.softmax(dim=1)
     confusion = count_confusions(probabilities, labels)
     calibration = measure_calibration(probabilities, labels)
     classes = get_label_names(model) or [str(i) for i in range(model.num_classes)]
     figures["confusion.png"] = draw_confusion(confusion, classes)
     figures["reliability.png"] = draw_reliability(calibration)
 
-    dataset_id = "uoft-cs/cifar10" if tuple(classes) == CIFAR10_CLASSES else None
-    dataset = "CIFAR-10" if dataset_id else Path(data_dir).resolve().name
+    known = next((d for d in DATASETS if d.classes == tuple(classes)), None)
+    dataset_id = known.hub_id if known else None
+    dataset = known.name if known else Path(data_dir).resolve().name
     result = Evaluation(int(confusion.trace()), int(confusion.sum()))
     sections = [
         _front_matter(name, model, dataset, dataset_id, result),
@@ -235,6 +237,11 @@ def _training_section(
         facts.append(
             f"Top-1 on {images} images: {choose(metrics['held_out_top1']):.2f} %"
             + (", by which the epoch was chosen" if settings.get("keep_best") else "")
+        )
+    if config.get("temperature", 1.0) != 1.0:
+        facts.append(
+            "Probabilities: the weights of the head are divided by "
+            f"{config['temperature']:.3f}, a temperature fitted on the {images} images"
         )
     if facts:
         facts.append(f"Top-1 on the test images: {result.top1:.2f} %")

@@ -61,8 +61,8 @@ main.add_command(finetune_command)
 
 @main.command("list")
 def list_command() -> None:
-    """List the models: size, training data, accuracy, and where the weights come from."""
-    header = ["name", "parameters", "input", "data set", "top-1", "source"]
+    """List the models: data, accuracy, calibration error, size, and where the weights come from."""
+    header = ["name", "parameters", "input", "data set", "top-1", "ECE", "size", "source"]
     rows = [header]
     for model in list_models():
         record = model.record
@@ -71,8 +71,10 @@ def list_command() -> None:
                 model.name,
                 f"{model.parameters:,}",
                 "×".join(str(side) for side in model.input_size),
-                record.dataset if record else "–",
+                record.dataset.name if record else "–",
                 f"{record.top1:.2f} %" if record else "–",
+                f"{record.ece:.2f} %" if record else "–",
+                f"{record.size / 1e6:.1f} MB" if record else "–",
                 locate(record) if record else "untrained",
             ]
         )

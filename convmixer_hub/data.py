@@ -3,7 +3,7 @@
 Three layouts are known, and a folder tells which one it is:
 
 - parquet files as the Hugging Face Hub keeps them (`train-*.parquet`, `test-*.parquet`, at any
-  depth), with an image column `img` or `image` and a class column `label`;
+  depth), with an image column `img` or `image` and a class column `label` or `fine_label`;
 - torchvision's `cifar-10-batches-py`;
 - class folders: `train/<class>/*.png`, `test/<class>/*.png` (or `val`, `validation` for `test`), or
   `<class>/*.png` alone, all of them training images.
@@ -30,6 +30,8 @@ from torchvision import datasets, transforms
 from tqdm import tqdm
 
 from .errors import DataError, first_line
+
+LABEL_COLUMNS = ("label", "fine_label")  # the latter in CIFAR-100
 
 # What each split may be called.
 SPLITS = {"train": ("train",), "validation": ("validation", "val"), "test": ("test",)}
@@ -123,10 +125,11 @@ class ParquetImages(LabelledImages):
                 f"{files[0]}: cannot be read as parquet ({first_line(error)}); download it again"
             ) from None
         image_column = next((c for c in ("img", "image") if c in table.column_names), None)
-        if image_column is None or "label" not in table.column_names:
+        label_column = next((c for c in LABEL_COLUMNS if c in table.column_names), None)
+        if image_column is None or label_column is None:
             raise DataError(
                 f"{files[0]}: has the columns {', '.join(table.column_names)}; needed are an image "
-                "column 'img' or 'image' and a class column 'label'"
+                "column 'img' or 'image' and a class column 'label' or 'fine_label'"
             )
         if not len(table):
             raise DataError(f"{files[0]}: holds no images; download it again")
@@ -139,8 +142,10 @@ class ParquetImages(LabelledImages):
         self.transform = transform
         self.source = files[0].parent
         self.images = table[image_column]
-        self.labels = table["label"].to_pylist()
-        names, *others = (_read_class_names(table.schema.metadata) for table in tables)
+        self.labels = table[label_column].to_pylist()
+        names, *others = (
+            _read_class_names(table.schema.metadata, label_column) for table in tables
+        )
         for file, other in zip(files[1:], others):
             if other != names:
                 raise DataError(
@@ -168,11 +173,11 @@ class ParquetImages(LabelledImages):
         return (self.transform(image) if self.transform else image), self.labels[index]
 
 
-def _read_class_names(metadata: Mapping[bytes, bytes] | None) -> list[str]:
+def _read_class_names(metadata: Mapping[bytes, bytes] | None, label_column: str) -> list[str]:
     """Read what the datasets library writes into a parquet file; nothing if it did not write it."""
     try:
         info = json.loads((metadata or {})[b"huggingface"])
-        return [str(name) for name in info["info"]["features"]["label"]["names"]]
+        return [str(name) for name in info["info"]["features"][label_column]["names"]]
     except (KeyError, TypeError, ValueError):
         return []
 

@@ -14,6 +14,46 @@ OWN_COPY = "reinstall the package and unset CONVMIXER_HUB_SOURCE to use its own 
 
 
 @dataclass(frozen=True)
+class DatasetRecord:
+    """A data set that models here are trained on.
+
+    Attributes:
+        name: As people call it.
+        hub_id: Its repository on the Hugging Face Hub.
+        classes: Names of its classes, by label.
+    """
+
+    name: str
+    hub_id: str
+    classes: tuple[str, ...]
+
+
+CIFAR10 = DatasetRecord(
+    "CIFAR-10",
+    "uoft-cs/cifar10",
+    ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"),
+)
+CIFAR100 = DatasetRecord(
+    "CIFAR-100",
+    "uoft-cs/cifar100",
+    tuple(
+        """
+        apple aquarium_fish baby bear beaver bed bee beetle bicycle bottle bowl boy bridge
+        bus butterfly camel can castle caterpillar cattle chair chimpanzee clock cloud
+        cockroach couch crab crocodile cup dinosaur dolphin elephant flatfish forest fox
+        girl hamster house kangaroo keyboard lamp lawn_mower leopard lion lizard lobster man
+        maple_tree motorcycle mountain mouse mushroom oak_tree orange orchid otter palm_tree
+        pear pickup_truck pine_tree plain plate poppy porcupine possum rabbit raccoon ray
+        road rocket rose sea seal shark shrew skunk skyscraper snail snake spider squirrel
+        streetcar sunflower sweet_pepper table tank telephone television tiger tractor train
+        trout tulip turtle wardrobe whale willow_tree wolf woman worm
+        """.split()
+    ),
+)
+DATASETS = (CIFAR10, CIFAR100)
+
+
+@dataclass(frozen=True)
 class CheckpointRecord:
     """What is known of one trained model: where its file is, what it must be, how good it is.
 
@@ -23,14 +63,16 @@ class CheckpointRecord:
         size: Length of the file, in bytes.
         dataset: What the model was trained and measured on.
         top1: Top-1 accuracy on the test images, in percent.
+        ece: Expected calibration error of its probabilities on them, in percent.
         revision: Tag or commit of the Hub repository.
     """
 
     name: str
     sha256: str
     size: int
-    dataset: str
+    dataset: DatasetRecord
     top1: float
+    ece: float
     revision: str = "v1"
 
     @property
@@ -58,8 +100,9 @@ RECORDS: dict[str, CheckpointRecord] = {
             name="convmixer_cifar.cifar10",
             sha256="ad3b51181995b6e010eec1efada4ab952d13637b475d37358017fc9088f8344a",
             size=2620544,
-            dataset="CIFAR-10",
+            dataset=CIFAR10,
             top1=94.67,
+            ece=8.47,
         ),
     ]
 }

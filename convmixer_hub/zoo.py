@@ -34,22 +34,9 @@ from .errors import (
     first_line,
 )
 from .model import ConvMixer
-from .records import RECORDS, CheckpointRecord, get_record, suggest
+from .records import CIFAR10, RECORDS, CheckpointRecord, DatasetRecord, get_record, suggest
 
 _logger = logging.getLogger(__package__)
-
-CIFAR10_CLASSES = (
-    "airplane",
-    "automobile",
-    "bird",
-    "cat",
-    "deer",
-    "dog",
-    "frog",
-    "horse",
-    "ship",
-    "truck",
-)
 
 # The trained model in each Hub repository, as timm may name it.
 REPOSITORIES = {
@@ -60,10 +47,12 @@ REPOSITORIES = {
 
 
 def _cfg(patch_size: int, name: str | None = None) -> dict[str, Any]:
-    """Make the timm configuration of a CIFAR-10 model; one without weights has no name."""
+    """Make the timm configuration of a trained model; one without weights has no name."""
+    record = RECORDS[name] if name else None
+    dataset: DatasetRecord = record.dataset if record else CIFAR10
     return {
-        "hf_hub_id": RECORDS[name].repo_id if name else None,
-        "num_classes": 10,
+        "hf_hub_id": record.repo_id if record else None,
+        "num_classes": len(dataset.classes),
         "input_size": (3, 32, 32),
         "pool_size": (32 // patch_size, 32 // patch_size),
         "crop_pct": 1.0,
@@ -72,7 +61,7 @@ def _cfg(patch_size: int, name: str | None = None) -> dict[str, Any]:
         "std": (0.2470, 0.2435, 0.2616),
         "first_conv": FIRST_CONV,
         "classifier": CLASSIFIER,
-        "label_names": CIFAR10_CLASSES,
+        "label_names": dataset.classes,
         "license": "mit",
         "paper_ids": "arXiv:2201.09792",
     }

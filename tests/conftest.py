@@ -21,7 +21,7 @@ from PIL import Image
 from pyarrow import parquet
 
 import convmixer_hub  # noqa: F401  (registers the models)
-from convmixer_hub.zoo import CIFAR10_CLASSES
+from convmixer_hub.records import CIFAR10
 
 from .hub_server import HubServer
 
@@ -67,16 +67,17 @@ def write_parquet(tmp_path):
         images: list[bytes],
         labels: list,
         column: str = "img",
-        classes: Sequence[str] | None = CIFAR10_CLASSES,
+        classes: Sequence[str] | None = CIFAR10.classes,
+        label_column: str = "label",
     ) -> Path:
         folder = tmp_path / "data" / "plain_text"
         folder.mkdir(parents=True, exist_ok=True)
         table = pyarrow.table(
-            {column: [{"bytes": image, "path": None} for image in images], "label": labels}
+            {column: [{"bytes": image, "path": None} for image in images], label_column: labels}
         )
         if classes:
             label = {"names": list(classes), "_type": "ClassLabel"}
-            info = {"info": {"features": {"label": label}}}
+            info = {"info": {"features": {label_column: label}}}
             table = table.replace_schema_metadata({"huggingface": json.dumps(info)})
         parquet.write_table(table, folder / f"{split}-00000-of-00001.parquet")
         return tmp_path / "data"
@@ -94,7 +95,7 @@ def encode(image: Image.Image, format: str = "PNG", **options) -> bytes:
 @pytest.fixture
 def cifar_sample(write_parquet) -> Path:
     """A data set of the ten shipped images: four times over for training, once for testing."""
-    images = [(IMAGES / f"{name}.png").read_bytes() for name in CIFAR10_CLASSES]
+    images = [(IMAGES / f"{name}.png").read_bytes() for name in CIFAR10.classes]
     write_parquet("train", images * 4, list(range(10)) * 4)
     return write_parquet("test", images, list(range(10)))
 

@@ -17,9 +17,9 @@ from convmixer_hub.checkpoint import save_model
 from convmixer_hub.data import eval_transform, load_images
 from convmixer_hub.finetune import FINETUNE_OPTIONS, choose_settings
 from convmixer_hub.golden import verify
+from convmixer_hub.records import CIFAR10
 from convmixer_hub.settings import RECIPE, TrainingSettings
 from convmixer_hub.train_commands import finetune_command, train_command
-from convmixer_hub.zoo import CIFAR10_CLASSES
 
 from .test_evaluate import calibration_error
 
@@ -73,7 +73,7 @@ def test_a_card_says_what_the_files_and_the_test_images_say(run, cifar_sample):
     confidences = [float(output.max()) for output in outputs]
     correct = sum(right)
     assert f"**Top-1: {10 * correct:.2f} %** ({correct} of the 10 test images, one view" in text
-    for name, is_right in zip(CIFAR10_CLASSES, right):
+    for name, is_right in zip(CIFAR10.classes, right):
         assert f"\n| {name} | {is_right:d} | 1 | {100 * is_right:.2f} % |\n" in text
     [error] = re.findall(r"\(ECE\): ([\d.]+) %", text)
     [confidence] = re.findall(r"Mean confidence: ([\d.]+) %", text)
@@ -112,6 +112,17 @@ def test_the_card_of_a_fine_tuned_model_gives_its_command(run, cifar_sample):
     again = {name: given[name] for name in FINETUNE_OPTIONS}
     assert choose_settings(given["name"], cifar_sample, **again) == settings
     assert "training images: 35.00 %, by which the epoch was chosen" in text
+
+
+def test_the_card_says_how_probabilities_were_fitted(run, cifar_sample):
+    assert "temperature" not in write_card(run, cifar_sample).read_text()
+    config = json.loads((run / "config.json").read_text())
+    (run / "config.json").write_text(json.dumps(config | {"temperature": 0.66}))
+    text = write_card(run, cifar_sample).read_text()
+    assert (
+        "- Probabilities: the weights of the head are divided by 0.660, a temperature fitted on "
+        "the held-out training images\n"
+    ) in text
 
 
 def test_the_card_of_a_model_trained_further_gives_its_command(run, cifar_sample):

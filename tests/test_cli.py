@@ -13,7 +13,8 @@ from convmixer_hub.checkpoint import check_safetensors
 from convmixer_hub.cli import main
 from convmixer_hub.data import open_image
 from convmixer_hub.model import name_activation
-from convmixer_hub.zoo import CIFAR10_CLASSES
+from convmixer_hub.records import CIFAR10, RECORDS
+from convmixer_hub.zoo import default_cfgs
 
 from .conftest import CHECKOUT, IMAGES
 
@@ -37,23 +38,16 @@ def test_version(convmixer):
 def test_list_shows_every_model_in_aligned_columns(convmixer):
     result = convmixer("list")
     assert result.exit_code == 0
-    header, *rows = result.output.splitlines()
-    assert header.split() == ["name", "parameters", "input", "data", "set", "top-1", "source"]
-    trained = rows[0]
-    top1 = f"{get_record(NAME).top1:.2f} %"
-    assert trained.split(maxsplit=4) == [
-        NAME,
-        "643,338",
-        "3×32×32",
-        "CIFAR-10",
-        f"{top1}  embedded",
-    ]
-    assert trained.index("643,338") == header.index("parameters")
-    assert [row.split()[0] for row in rows[1:]] == [
-        "convmixer_256_8_ks9_p1",
-        "convmixer_96_8_ks5_p1",
-    ]
-    assert all(row.endswith("untrained") for row in rows[1:])
+    header, *rows = (re.split(r" {2,}", line) for line in result.output.splitlines())
+    assert header == ["name", "parameters", "input", "data set", "top-1", "ECE", "size", "source"]
+    record = get_record(NAME)
+    figures = [f"{record.top1:.2f} %", f"{record.ece:.2f} %", "2.6 MB"]
+    assert [NAME, "643,338", "3×32×32", "CIFAR-10", *figures, "embedded"] in rows
+    assert {name for name, *_ in rows if name in RECORDS} == set(RECORDS)
+    assert {name.partition(".")[0] for name, *_ in rows} == set(default_cfgs)
+    assert all((row[-1] == "untrained") == (row[0] not in RECORDS) for row in rows)
+    starts = {line.index("%") for line in result.output.splitlines() if "%" in line}
+    assert len(starts) == 1  # the columns are aligned
 
 
 @pytest.mark.parametrize("document", ["README.md", f"weights/{NAME}/README.md"])
@@ -68,7 +62,7 @@ def test_predict_answers_in_words_and_in_json(convmixer):
     assert [answer["image"] for answer in answers] == [str(image) for image in images]
     for line, answer in zip(lines, answers, strict=True):
         first, second = answer["predictions"]
-        assert first["label"] in CIFAR10_CLASSES
+        assert first["label"] in CIFAR10.classes
         assert first["probability"] >= second["probability"]
         assert line == (
             f"{answer['image']}: {first['label']} {100 * first['probability']:.1f} %, "
@@ -148,7 +142,7 @@ def test_evaluate_prints_top1(convmixer, cifar_sample):
 
 
 def test_evaluate_says_when_the_images_are_those_for_validation(convmixer, tmp_path):
-    for name in CIFAR10_CLASSES:
+    for name in CIFAR10.classes:
         (tmp_path / "val" / name).mkdir(parents=True)
         shutil.copy(IMAGES / f"{name}.png", tmp_path / "val" / name)
     result = convmixer("evaluate", NAME, "--data", tmp_path, "--workers", 0)

@@ -15,7 +15,7 @@ from convmixer_hub.data import (
     load_images,
     open_image,
 )
-from convmixer_hub.zoo import CIFAR10_CLASSES
+from convmixer_hub.records import CIFAR10
 
 from .conftest import CONFIG, IMAGES, encode
 
@@ -103,7 +103,7 @@ class TestLayouts:
     def folder(self, request, cifar_sample, tmp_path):
         if request.param == "parquet":
             return cifar_sample
-        pixels = {name: Image.open(IMAGES / f"{name}.png") for name in CIFAR10_CLASSES}
+        pixels = {name: Image.open(IMAGES / f"{name}.png") for name in CIFAR10.classes}
         if request.param == "folders":
             for split, copies in (("train", 4), ("val", 1)):
                 for name, image in pixels.items():
@@ -117,11 +117,11 @@ class TestLayouts:
         # A small copy of torchvision's files cannot have the checksums of the original ones.
         monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda *_: True)
         images = load_images(folder, "test")
-        assert list(images.classes) == list(CIFAR10_CLASSES)
+        assert list(images.classes) == list(CIFAR10.classes)
         assert len(images) == 10
         assert len(load_images(folder, "train")) == 40
         for image, label in (images[i] for i in range(10)):
-            name = CIFAR10_CLASSES[label]
+            name = CIFAR10.classes[label]
             np.testing.assert_array_equal(image, Image.open(IMAGES / f"{name}.png"))
 
 
@@ -135,7 +135,7 @@ def write_torchvision(root, images):
         content = {"data": rows, "labels": labels[: len(rows)]}
         (folder / f"data_batch_{i}").write_bytes(pickle.dumps(content))
     (folder / "test_batch").write_bytes(pickle.dumps({"data": data, "labels": labels}))
-    meta = pickle.dumps({"label_names": list(CIFAR10_CLASSES)})
+    meta = pickle.dumps({"label_names": list(CIFAR10.classes)})
     (folder / "batches.meta").write_bytes(meta)
     return root
 
@@ -171,6 +171,13 @@ def test_validation_images_do_not_mix_with_test_images(write_parquet):
     write_parquet("validation", [image] * 2, [3, 3])
     assert len(load_images(write_parquet("train", [image], [3]), "test")) == 2
     assert len(load_images(write_parquet("test", [image], [3]), "test")) == 1
+
+
+def test_the_fine_labels_of_cifar100_are_its_classes(write_parquet):
+    image = (IMAGES / "cat.png").read_bytes()
+    folder = write_parquet("test", [image], [2], classes=["a", "b", "c"], label_column="fine_label")
+    images = load_images(folder, "test")
+    assert images.classes == ["a", "b", "c"] and images[0][1] == 2
 
 
 def test_a_parquet_with_other_columns_is_refused(write_parquet):

@@ -5,8 +5,14 @@ from PIL import Image
 
 from convmixer_hub import DataError
 from convmixer_hub.data import eval_transform
-from convmixer_hub.evaluate import count_confusions, evaluate_on, measure_calibration
-from convmixer_hub.zoo import CIFAR10_CLASSES, get_config, load_trained
+from convmixer_hub.evaluate import (
+    count_confusions,
+    evaluate_on,
+    fit_temperature,
+    measure_calibration,
+)
+from convmixer_hub.records import CIFAR10
+from convmixer_hub.zoo import get_config, load_trained
 
 from .conftest import IMAGES
 
@@ -17,7 +23,7 @@ def test_top1_counts_every_image_once(cifar_sample):
     with torch.no_grad():
         right = sum(
             model(transform(Image.open(IMAGES / f"{name}.png"))[None]).argmax().item() == label
-            for label, name in enumerate(CIFAR10_CLASSES)
+            for label, name in enumerate(CIFAR10.classes)
         )
     model.train()
     for batch_size in (3, 64):
@@ -46,7 +52,7 @@ def test_a_damaged_image_is_one_line_from_a_worker_too(write_parquet):
         assert "\n" not in str(refused.value)
 
 
-@pytest.mark.parametrize("change", [{"num_classes": 4}, {"label_names": CIFAR10_CLASSES[::-1]}])
+@pytest.mark.parametrize("change", [{"num_classes": 4}, {"label_names": CIFAR10.classes[::-1]}])
 def test_data_with_other_classes_is_refused(cifar_sample, change):
     model = timm.create_model("convmixer_96_8_ks5_p1", num_classes=change.get("num_classes", 10))
     get_config(model).update(change)
@@ -83,3 +89,23 @@ def test_counts_are_those_of_a_direct_loop(num_classes):
     assert calibration.error == pytest.approx(
         calibration_error(confidences.tolist(), right.tolist())
     )
+
+
+@pytest.mark.parametrize("temperature", [0.4, 1.0, 2.5])
+def test_the_temperature_is_found_that_logits_were_made_with(temperature):
+    true_logits = 3 * torch.randn(20_000, 10)
+    labels = torch.distributions.Categorical(logits=true_logits).sample()
+    logits = temperature * true_logits
+    found = fit_temperature(logits, labels)
+    assert found == pytest.approx(temperature, rel=0.03)
+    calibration = measure_calibration((logits.double() / found).softmax(1), labels)
+    assert calibration.error < 0.01
+
+
+def test_no_temperature_is_fitted_on_too_few_mistakes():
+    logits = torch.eye(10).repeat(30, 1)
+    labels = torch.arange(10).repeat(30)
+    labels[:9] = (labels[:9] + 1) % 10
+    assert fit_temperature(logits, labels) == 1.0
+    labels[9] = 0
+    assert fit_temperature(logits, labels) != 1.0

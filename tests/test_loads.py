@@ -11,7 +11,8 @@ from timm.models.convmixer import ConvMixer as TimmConvMixer
 
 from convmixer_hub import CheckpointError, ConvMixer, ModelSizeError, find_checkpoint
 from convmixer_hub.checkpoint import save_model
-from convmixer_hub.zoo import CIFAR10_CLASSES, get_label_names, load_trained
+from convmixer_hub.records import CIFAR10
+from convmixer_hub.zoo import get_label_names, load_trained
 
 NAME = "convmixer_cifar.cifar10"
 ARCH = "convmixer_96_8_ks5_p1"
@@ -51,7 +52,7 @@ def to_bf16(tensor):
 
 
 @pytest.mark.parametrize(
-    "arguments", [{}, {"features_only": True}, {"label_names": CIFAR10_CLASSES}]
+    "arguments", [{}, {"features_only": True}, {"label_names": CIFAR10.classes}]
 )
 def test_a_plain_load_says_nothing(arguments, said):
     timm.create_model(NAME, pretrained=True, **arguments)
@@ -143,14 +144,14 @@ class TestLabelNames:
         model = timm.create_model(NAME, pretrained=True, label_names=ANIMALS).eval()
         assert model.num_classes == 3
         assert get_label_names(model) == list(ANIMALS)
-        kept = [CIFAR10_CLASSES.index(name) for name in ("dog", "cat")]
+        kept = [CIFAR10.classes.index(name) for name in ("dog", "cat")]
         torch.testing.assert_close(model(batch)[:, [0, 2]], whole(batch)[:, kept])
         fresh = model.get_classifier().weight[1]
         assert 0 < fresh.abs().max() <= 256**-0.5
 
     def test_as_many_classes_in_another_order_are_no_trap(self, batch):
         whole = timm.create_model(NAME, pretrained=True).eval()
-        backwards = CIFAR10_CLASSES[::-1]
+        backwards = CIFAR10.classes[::-1]
         model = timm.create_model(NAME, pretrained=True, num_classes=10, label_names=backwards)
         torch.testing.assert_close(model.eval()(batch), whole(batch).flip(1))
 

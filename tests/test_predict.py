@@ -8,7 +8,8 @@ from PIL import Image
 from convmixer_hub import CheckpointError
 from convmixer_hub.data import eval_transform, open_image
 from convmixer_hub.predict import predict
-from convmixer_hub.zoo import CIFAR10_CLASSES, load_trained
+from convmixer_hub.records import CIFAR10
+from convmixer_hub.zoo import load_trained
 
 from .conftest import CHECKOUT, IMAGES
 
@@ -21,14 +22,14 @@ def test_probabilities_are_the_softmax_of_the_logits():
     with torch.no_grad():
         expected = model(transform(image)[None]).softmax(1)[0]
     assert [p.probability for p in found] == sorted(expected.tolist(), reverse=True)
-    assert found[0].label == CIFAR10_CLASSES[expected.argmax()]
-    assert {p.label for p in found} == set(CIFAR10_CLASSES)
+    assert found[0].label == CIFAR10.classes[expected.argmax()]
+    assert {p.label for p in found} == set(CIFAR10.classes)
 
 
 def test_eight_of_ten_unseen_images_are_right():
-    images = [open_image(IMAGES / f"{name}.png") for name in CIFAR10_CLASSES]
+    images = [open_image(IMAGES / f"{name}.png") for name in CIFAR10.classes]
     predictions = predict(load_trained("convmixer_cifar"), images, top_k=1)
-    assert sum(p.label == name for [p], name in zip(predictions, CIFAR10_CLASSES)) >= 8
+    assert sum(p.label == name for [p], name in zip(predictions, CIFAR10.classes)) >= 8
 
 
 def test_the_example_of_the_readme_knows_a_cat(monkeypatch, capsys):

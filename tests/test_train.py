@@ -24,10 +24,11 @@ from convmixer_hub import train as train_module
 from convmixer_hub.checkpoint import save_model
 from convmixer_hub.data import hold_out
 from convmixer_hub.evaluate import evaluate_on
+from convmixer_hub.records import CIFAR10
 from convmixer_hub.run_folder import lock_run
 from convmixer_hub.settings import TrainingSettings
 from convmixer_hub.train import train
-from convmixer_hub.zoo import CIFAR10_CLASSES, load_trained
+from convmixer_hub.zoo import load_trained
 
 from .conftest import CHECKOUT, IMAGES
 
@@ -70,7 +71,7 @@ def test_a_run_folder_tells_everything(cifar_sample, tmp_path):
     assert [(row["epoch"], row["crop_size"]) for row in rows] == [("1", "16"), ("2", "32")]
     assert all(0 <= float(row["held_out_top1"]) <= 100 for row in rows)
     model = load_trained(str(folder))
-    assert tuple(model.pretrained_cfg["label_names"]) == CIFAR10_CLASSES
+    assert tuple(model.pretrained_cfg["label_names"]) == CIFAR10.classes
 
 
 @pytest.mark.slow
@@ -99,6 +100,21 @@ def test_a_run_may_start_from_trained_weights(cifar_sample, tmp_path):
     second = run(settings, cifar_sample, tmp_path / "second")
     before, after = (dict(load_trained(folder).named_parameters()) for folder in (first, second))
     torch.testing.assert_close(after, before, atol=1e-6, rtol=0)
+
+
+def test_a_run_gives_probabilities_fitted_to_its_held_out_images(cifar_sample, tmp_path):
+    settings = replace(SETTINGS, held_out=20, batch_size=5, label_smoothing=0.5)
+    folder = run(settings, cifar_sample, tmp_path / "run")
+    state = torch.load(folder / "training_state.pt", weights_only=True)
+    temperature = state["temperature"]
+    assert json.loads((folder / "config.json").read_text())["temperature"] == temperature != 1.0
+    found = load_trained(folder).state_dict()
+    for name, tensor in state["model"].items():
+        expected = tensor / temperature if "classification" in name else tensor
+        torch.testing.assert_close(found[name], expected, atol=0, rtol=0)
+    before = (folder / "model.safetensors").read_bytes()
+    run(settings, cifar_sample, folder)  # a finished run is only written out again
+    assert (folder / "model.safetensors").read_bytes() == before
 
 
 @pytest.fixture
@@ -317,7 +333,7 @@ def test_two_processes_do_not_train_in_one_folder(cifar_sample, tmp_path):
 
 def test_a_run_does_not_go_on_with_other_images(cifar_sample, tmp_path, write_parquet):
     folder = run(SETTINGS, cifar_sample, tmp_path / "run")
-    images = [(IMAGES / f"{name}.png").read_bytes() for name in CIFAR10_CLASSES]
+    images = [(IMAGES / f"{name}.png").read_bytes() for name in CIFAR10.classes]
     fewer = write_parquet("train", images * 3, list(range(10)) * 3)
     with pytest.raises(TrainingError, match="holds a run with images 40, not 30; give the same"):
         run(SETTINGS, fewer, folder)
@@ -325,7 +341,7 @@ def test_a_run_does_not_go_on_with_other_images(cifar_sample, tmp_path, write_pa
 
 @pytest.mark.parametrize("skip_damaged", [False, True])
 def test_a_damaged_held_out_image_is_noticed_at_once(write_parquet, tmp_path, skip_damaged):
-    images = [(IMAGES / f"{name}.png").read_bytes() for name in CIFAR10_CLASSES] * 4
+    images = [(IMAGES / f"{name}.png").read_bytes() for name in CIFAR10.classes] * 4
     _, [damaged, *_] = hold_out(40, 8, seed=0)
     images[damaged] = images[damaged][:-900]
     data = write_parquet("train", images, list(range(10)) * 4)

@@ -9,8 +9,8 @@ import torch
 
 from convmixer_hub import CheckpointError, UnknownModelError, checkpoint
 from convmixer_hub.checkpoint import find_checkpoint, save_model
-from convmixer_hub.records import RECORDS
-from convmixer_hub.zoo import CIFAR10_CLASSES, list_models, load_trained
+from convmixer_hub.records import CIFAR10, RECORDS
+from convmixer_hub.zoo import list_models, load_trained
 
 from .conftest import CHECKOUT
 
@@ -59,7 +59,7 @@ def test_every_arch_is_what_its_name_says(arch, parameters):
     assert config["input_size"] == (3, 32, 32)
     assert config["crop_pct"] == 1.0
     assert config["mean"] == (0.4914, 0.4822, 0.4465)
-    assert model.pretrained_cfg["label_names"] == CIFAR10_CLASSES
+    assert model.pretrained_cfg["label_names"] == CIFAR10.classes
     rows, columns = model.forward_features(torch.randn(1, 3, 32, 32)).shape[2:]
     assert (rows, columns) == model.pretrained_cfg["pool_size"]
     for role in ("first_conv", "classifier"):
