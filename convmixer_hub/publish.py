@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import tempfile
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -50,11 +51,13 @@ class Publication:
         uploads: The files; pulled back, each had its digest.
         revision: The commit that they are in.
         changed: False if the Hub had them all before.
+        tag: The tag that the commit has.
     """
 
     uploads: list[Upload]
     revision: str
     changed: bool
+    tag: str | None = None
 
 
 def list_uploads(name: str) -> list[Upload]:
@@ -91,7 +94,8 @@ def publish(name: str, repo_id: str, private: bool = False, tag: str | None = No
         name: As in `list_uploads`.
         repo_id: `OWNER/REPO`; made if there is no such model repository.
         private: Let nobody else read it; an existing repository has to be private.
-        tag: A tag for the commit; one that exists is never moved.
+        tag: A tag for the commit; one that exists is never moved. If not given, a model on record
+            gets its record's revision, by which the package will ask for it.
 
     Raises:
         UnknownModelError: If it is neither a trained model's name nor a folder.
@@ -101,6 +105,9 @@ def publish(name: str, repo_id: str, private: bool = False, tag: str | None = No
     if repo_id.count("/") != 1:
         raise PublishError(f"{repo_id}: is no model repository; give --repo-id as OWNER/REPO")
     uploads = list_uploads(name)
+    if tag is None:
+        with suppress(UnknownModelError):
+            tag = get_record(name).revision
     operations = [CommitOperationAdd(upload.file.name, upload.content) for upload in uploads]
     message = f"Publish {uploads[0].file.parent.name}"
     try:
@@ -125,7 +132,7 @@ def publish(name: str, repo_id: str, private: bool = False, tag: str | None = No
         raise
     except Exception as error:  # the client, its HTTP library and the disk each have their own
         raise PublishError(f"{repo_id}: {_explain(error, repo_id)}") from None
-    return Publication(uploads, commit, changed=commit != before.sha)
+    return Publication(uploads, commit, changed=commit != before.sha, tag=tag)
 
 
 def _pull_back(uploads: Sequence[Upload], repo_id: str, commit: str) -> None:

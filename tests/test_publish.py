@@ -36,7 +36,7 @@ def run(tmp_path) -> str:
     save_model(timm.create_model(ARCH), folder, {})
     (folder / "README.md").write_text("---\nlicense: mit\n---\n\n# A run\n")
     (folder / "metrics.csv").write_text("epoch\n1\n")
-    for name in ("training_state.pt", "peak_state.pt", ".env", ".saving.png", "letter.txt"):
+    for name in ("training_state.pt", ".env", ".saving.png", "letter.txt"):
         (folder / name).write_text("secret")
     (folder / "checkpoints.png").mkdir()
     return str(folder)
@@ -82,7 +82,7 @@ def test_what_is_published_is_pulled_with_the_same_logits(lfs_suffixes, writable
 
 def test_a_shipped_model_is_published_whole_and_found_there(writable, monkeypatch):
     folder = find_embedded(RECORDS[NAME]).parent
-    status, output = convmixer("publish", NAME, "--repo-id", f"someone/{NAME}", "--tag", "v1")
+    status, output = convmixer("publish", NAME, "--repo-id", f"someone/{NAME}")
     files = {file.name: file.read_bytes() for file in folder.iterdir()}
     assert writable.repositories[f"someone/{NAME}"] == {"main": files, "v1": files}
     digest = hashlib.sha256(files["model.safetensors"]).hexdigest()
