@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -170,32 +170,24 @@ def _download(record: CheckpointRecord, cache: Path, damaged: Path | None) -> Pa
                 os.replace(file, blob if repository in blob.parents else damaged)
                 return damaged
             if not fault:
-                return put_in_cache([file], record, commit, cache)
+                return _put_in_cache(file, record, commit, cache)
     raise CheckpointError(
         f"{record.repository.address} gives another file, so it is not to be trusted "
         f"({fault}); check HF_ENDPOINT and CONVMIXER_HUB_NAMESPACE, or {OWN_COPY}"
     )
 
 
-def put_in_cache(files: Iterable[Path], record: CheckpointRecord, commit: str, cache: Path) -> Path:
-    """Move files of a model to where the Hub's client keeps those of a commit.
+def _put_in_cache(file: Path, record: CheckpointRecord, commit: str, cache: Path) -> Path:
+    """Move verified weights to where the Hub's client keeps the files of a commit.
 
-    Args:
-        files: On the same disk as the cache, the verified weights among them.
-        record: The model.
-        commit: 40 hexadecimal digits, which the revision of the record then stands for.
-        cache: The Hub's cache folder.
-
-    Returns:
-        The weights in the cache.
+    The record's revision then stands for that commit.
     """
     repository = cache / repo_folder_name(repo_id=record.repo_id, repo_type="model")
     reference = repository / "refs" / record.revision
     snapshot = repository / "snapshots" / commit
     for parent in (snapshot, reference.parent):
         parent.mkdir(parents=True, exist_ok=True)
-    for file in files:
-        os.replace(file, snapshot / file.name)
+    os.replace(file, snapshot / WEIGHTS_FILE)
     with replacing(reference) as temporary:
         temporary.write_text(commit)
     return snapshot / WEIGHTS_FILE

@@ -26,7 +26,6 @@ from .figures import draw_predictions
 from .files import write_file
 from .golden import TOLERANCES, verify
 from .info import describe
-from .kit import bundle, unbundle
 from .layouts import ALIASES, LAYOUTS
 from .machine import describe_machine, get_rank
 from .model import ACTIVATIONS
@@ -218,7 +217,7 @@ def convert_command(name: str, output: Path, layout: str, activation: str | None
 @main.command("info")
 @click.argument("name")
 def info_command(name: str) -> None:
-    """Say what the checkpoint NAME holds, and what happens when it is loaded.
+    """Say what the checkpoint NAME holds.
 
     NAME is a model, a folder, a file (safetensors, or a .pth, opened with weights_only=True), or a
     repository of the Hub: hf-hub:OWNER/NAME[@REVISION], or without the prefix.
@@ -230,7 +229,10 @@ def info_command(name: str) -> None:
 @click.argument("name", metavar="NAME|RUN")
 @click.option("--repo-id", required=True, metavar="OWNER/REPO", help="Made if there is none.")
 @click.option("--private", is_flag=True, help="Let nobody else read it.")
-@click.option("--tag", help="A tag for the commit, such as v1.")
+@click.option(
+    "--tag",
+    help="A tag for the commit; of a model on record, its revision by default.",
+)
 @click.option("--dry-run", is_flag=True, help="Say what would be uploaded; ask no network.")
 def publish_command(name: str, repo_id: str, private: bool, tag: str | None, dry_run: bool) -> None:
     """Upload a model or a run to the Hub, in one commit, and pull it back to check.
@@ -245,7 +247,7 @@ def publish_command(name: str, repo_id: str, private: bool, tag: str | None, dry
         publication = publish(name, repo_id, private, tag)
         uploads = publication.uploads
         done = "published" if publication.changed else "nothing changed, all were there before"
-        tagged = f", tag {tag}" if tag else ""
+        tagged = f", tag {publication.tag}" if publication.tag else ""
         click.echo(f"{repo_id}: {len(uploads)} files, {done}")
         click.echo(f"revision {publication.revision}{tagged}")
         [digest] = [u.sha256 for u in uploads if u.file.name == WEIGHTS_FILE]
@@ -280,25 +282,6 @@ def verify_command(name: str, dtype: str) -> None:
     )
     if not result.holds:
         sys.exit(1)
-
-
-@main.command("bundle")
-@click.argument("names", nargs=-1, required=True, metavar="NAME...")
-@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="The kit.")
-def bundle_command(names: tuple[str, ...], output: Path) -> None:
-    """Write NAME... into one file, for `convmixer unbundle` on a machine without network."""
-    click.echo(f"{output}: {', '.join(bundle(names, output))}")
-
-
-@main.command("unbundle")
-@click.argument("kit", type=click.Path(path_type=Path))
-def unbundle_command(kit: Path) -> None:
-    """Put the models of KIT into the Hub's cache, as `convmixer pull` would with a network.
-
-    They are used from there wherever the package carries no copy, or CONVMIXER_HUB_SOURCE=hub.
-    """
-    for name, file in unbundle(kit).items():
-        click.echo(f"{name}: {file}")
 
 
 @main.command(

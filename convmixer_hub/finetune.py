@@ -121,7 +121,7 @@ def finetune(
         DataError: As `train` does, and if matplotlib is not installed.
     """
     check_matplotlib()
-    folder = train(settings, data_dir, output, None, skip_damaged, progress)
+    folder = train(settings, data_dir, output, skip_damaged, progress)
     model = load_trained(folder)
     config = resolve_model_data_config(model)
     images, labels, _ = read_images(

@@ -3,7 +3,6 @@
 It holds
 
 - `training_state.pt`: all that the next step needs, and what the epochs before it gave;
-- `peak_state.pt`: the same, from just before the learning rate began to fall;
 - `config.json`, `model.safetensors`: the model after the last whole epoch, as timm takes it;
 - `metrics.csv`: one line an epoch.
 
@@ -13,7 +12,6 @@ The state is written first and the others follow from it, each replaced whole or
 from __future__ import annotations
 
 import csv
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -27,10 +25,9 @@ from torch import nn
 from .checkpoint import save_model
 from .errors import CheckpointError, TrainingError, first_line
 from .files import replacing
-from .settings import TrainingSettings, keep_peak_settings
+from .settings import TrainingSettings
 
 STATE_FILE = "training_state.pt"
-PEAK_STATE_FILE = "peak_state.pt"
 METRICS_FILE = "metrics.csv"
 
 
@@ -84,41 +81,8 @@ def open_run(folder: Path, identity: dict[str, Any]) -> dict[str, Any]:
             "name another --output"
         )
     state = _read_state(folder / STATE_FILE)
-    _check_same(folder, state, identity, "give the same settings and data to resume it, or name")
+    _check_same(folder, state, identity)
     return state
-
-
-def branch_off(run: Path, identity: dict[str, Any], peak_epochs: int) -> dict[str, Any]:
-    """Begin a longer run where the learning rate of a finished one began to fall.
-
-    Args:
-        run: The folder of the finished run, which is left as it is.
-        identity: What the longer run computes.
-        peak_epochs: Epochs of the longer run before its learning rate falls.
-
-    Returns:
-        A state, as `open_run` gives it.
-
-    Raises:
-        TrainingError: If the longer run would not have computed the same so far.
-    """
-    file = run / PEAK_STATE_FILE
-    if not file.exists():
-        raise TrainingError(
-            f"{run}: has no {PEAK_STATE_FILE}, which a run gets when its learning rate begins to "
-            "fall; name another run"
-        )
-    state = _read_state(file)
-    found, wanted = (
-        {**whole, "settings": keep_peak_settings(whole["settings"])} for whole in (state, identity)
-    )
-    _check_same(run, found, wanted, "give the same, or name")
-    if state["epoch"] > peak_epochs:
-        raise TrainingError(
-            f"{run}: its learning rate began to fall after {state['epoch']} epochs, that of the "
-            f"new run would after {peak_epochs}; give more --epochs"
-        )
-    return {**state, **identity, "branched": True}
 
 
 def _read_state(file: Path) -> dict[str, Any]:
@@ -131,7 +95,7 @@ def _read_state(file: Path) -> dict[str, Any]:
         raise TrainingError(f"{file}: damaged ({first_line(error)}); name another run") from None
 
 
-def _check_same(folder: Path, state: dict[str, Any], identity: dict[str, Any], advice: str) -> None:
+def _check_same(folder: Path, state: dict[str, Any], identity: dict[str, Any]) -> None:
     found, wanted = (
         {**run["settings"], "classes": run["classes"], "images": run["images"]}
         for run in (state, identity)
@@ -145,7 +109,7 @@ def _check_same(folder: Path, state: dict[str, Any], identity: dict[str, Any], a
         if found[name] != wanted[name]:
             raise TrainingError(
                 f"{folder}: holds a run with {name} {found[name]!r}, not {wanted[name]!r}; "
-                f"{advice} another run folder"
+                "give the same settings and data to resume it, or name another run folder"
             )
 
 
@@ -159,14 +123,13 @@ def save_state(folder: Path, state: dict[str, Any]) -> None:
         torch.save(state, temporary)
 
 
-def save_results(folder: Path, model: nn.Module, state: dict[str, Any], at_peak: bool) -> None:
+def save_results(folder: Path, model: nn.Module, state: dict[str, Any]) -> None:
     """Write what follows from the state after a whole epoch.
 
     Args:
         folder: The run folder, with this state in it.
         model: The model to give away.
         state: The state.
-        at_peak: Keep the state as well: in the next epoch the learning rate falls.
 
     Raises:
         TrainingError: If it cannot be written.
@@ -180,9 +143,6 @@ def save_results(folder: Path, model: nn.Module, state: dict[str, Any], at_peak:
     if "temperature" in state:
         config["temperature"] = state["temperature"]
     with _naming_failures(folder):
-        if at_peak:
-            with replacing(folder / PEAK_STATE_FILE) as temporary:
-                shutil.copyfile(folder / STATE_FILE, temporary)
         save_model(model, folder, config)
         with replacing(folder / METRICS_FILE) as temporary, temporary.open("w", newline="") as file:
             writer = csv.DictWriter(file, fieldnames=list(state["metrics"][0]))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,10 +34,9 @@ RECIPE: dict[str, Any] = {
 class TrainingSettings:
     """What a run computes, given the data and the kind of device.
 
-    The learning rate rises for a while, stays at its peak, and falls to 0 over the last epochs.
-    Until it falls, nothing depends on the number of epochs, see `keep_peak_settings`. A setting
-    that is new in a version has a default that changes nothing, so that older runs can be gone on
-    with; what is better than that belongs into `RECIPE`.
+    The learning rate rises for a while, stays at its peak, and falls to 0 over the last epochs. A
+    setting that is new in a version has a default that changes nothing, so that older runs can be
+    gone on with; what is better than that belongs into `RECIPE`.
 
     Attributes:
         model: Name of an arch of this package.
@@ -62,7 +60,7 @@ class TrainingSettings:
         mixup: Alpha of mixup; 0 for none.
         cutmix: Alpha of cutmix; 0 for none. With both, a batch gets one of them.
         late_augmentation: RandAugment, erasing, mixup and cutmix wait until the learning rate
-            falls; until then, nothing depends on them.
+            falls.
         ema_decay: If above 0, the run gives the exponential moving average of the weights.
         held_out: Training images kept back to measure accuracy after each epoch.
         train_images: Train on so many of the images that are not held out; 0 for all. Damaged
@@ -180,12 +178,3 @@ class TrainingSettings:
         rise = epochs_done / self.warmup_epochs if self.warmup_epochs else 1.0
         fall = (self.epochs - epochs_done) / self.final_epochs
         return min(rise, 1.0, fall)
-
-
-def keep_peak_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Give those of a run's settings that matter before its learning rate falls."""
-    later = ("epochs", "final_share", "whole_share", "late_augmentation")
-    kept = {name: value for name, value in settings.items() if name not in later}
-    if settings["late_augmentation"]:
-        kept |= {"rand_augment": "", "random_erasing": 0.0, "mixup": 0.0, "cutmix": 0.0}
-    return kept

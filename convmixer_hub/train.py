@@ -50,7 +50,7 @@ from .machine import (
 )
 from .model import ConvMixer
 from .records import suggest
-from .run_folder import branch_off, lock_run, open_run, save_results, save_state
+from .run_folder import lock_run, open_run, save_results, save_state
 from .settings import OPTIMIZERS, TrainingSettings
 from .training_images import TrainingImages, derive_seed
 from .zoo import default_cfgs, load_trained
@@ -64,7 +64,6 @@ def train(
     settings: TrainingSettings,
     data_dir: str | Path,
     output: str | Path,
-    continue_from: str | Path | None = None,
     skip_damaged: bool = False,
     progress: bool = True,
 ) -> Path:
@@ -82,8 +81,6 @@ def train(
         settings: What to compute.
         data_dir: Folder of the data set, see `data.load_images`; its test split is not read.
         output: The run folder. If it holds a run with the same settings, that run is resumed.
-        continue_from: Folder of a shorter run with the same settings. A new run begins with what
-            that one had when its learning rate began to fall, as if it had computed it itself.
         skip_damaged: Train without the images that cannot be read, naming them on stderr.
         progress: Show progress bars, if there is a terminal, and a line an epoch.
 
@@ -127,15 +124,7 @@ def train(
 
     def begin() -> dict[str, Any]:
         open_files.enter_context(lock_run(folder))
-        state = open_run(folder, identity)
-        if continue_from is None or state.get("branched"):
-            return state
-        if state["epoch"] or state["step"]:
-            raise TrainingError(
-                f"{folder}: holds a run that began by itself; leave out --continue-from to go on "
-                "with it, or name another --output"
-            )
-        return branch_off(Path(continue_from), identity, settings.peak_epochs)
+        return open_run(folder, identity)
 
     with ExitStack() as open_files, join_processes() as device:
         state = ask_first_process(begin)
@@ -488,8 +477,7 @@ class _Run:
         """Write the whole folder, between two epochs."""
         if get_rank() == 0:
             save_state(self.folder, self.state)
-            at_peak = self.state["epoch"] == self.settings.peak_epochs
-            save_results(self.folder, self._make_result(), self.state, at_peak)
+            save_results(self.folder, self._make_result(), self.state)
 
     def _make_result(self) -> nn.Module:
         """Copy what the run gives: the last or the best weights, calibrated at its end."""

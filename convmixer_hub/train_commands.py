@@ -113,19 +113,9 @@ def _stopping_at(run: Path) -> Iterator[None]:
 @data_option
 @_output_option
 @_settings_options(TRAIN_OPTIONS, TRAIN_DEFAULTS)
-@click.option(
-    "--continue-from",
-    type=click.Path(path_type=Path),
-    help="A shorter run to begin with, from when its learning rate began to fall.",
-)
 @_skip_damaged_option
 def train_command(
-    model: str,
-    data: Path,
-    output: Path,
-    continue_from: Path | None,
-    skip_damaged: bool,
-    **settings: Any,
+    model: str, data: Path, output: Path, skip_damaged: bool, **settings: Any
 ) -> None:
     """Train MODEL by the recipe, unless told otherwise; the same command resumes a stopped run.
 
@@ -134,7 +124,7 @@ def train_command(
     """
     settings["covariance_init"] &= not settings["pretrained"]  # which has kernels to begin with
     with _stopping_at(output):
-        train(TrainingSettings(model, **settings), data, output, continue_from, skip_damaged)
+        train(TrainingSettings(model, **settings), data, output, skip_damaged)
     if get_rank() == 0:
         click.echo(
             f"{output}: finished; measure it with: "

@@ -6,8 +6,6 @@ import sys
 
 import pytest
 
-from convmixer_hub.kit import bundle
-
 from .conftest import CHECKOUT
 
 NAME = "convmixer_cifar.cifar10"
@@ -48,24 +46,3 @@ def test_a_pull_to_a_full_disk_is_one_line_and_leaves_nothing(hub, convmixer, mo
         f"Error: {NAME}: the Hub's cache cannot be used ([Errno 28] No space left on device"
     )
     assert errors.count("Error: ") == 1 and "Traceback" not in errors
-
-
-@pytest.mark.slow
-def test_a_kit_on_a_full_disk_is_one_line_and_leaves_nothing(convmixer, tmp_path):
-    status, errors = convmixer("bundle", NAME, "-o", f"{tmp_path}/disk/kit.tar")
-    assert (status, errors) == (
-        1,
-        f"Error: {tmp_path}/disk/kit.tar: cannot be written ([Errno 28] No space left on device); "
-        "make room, or name another place\n",
-    )
-
-
-@pytest.mark.slow
-def test_a_kit_for_a_full_disk_is_one_line_and_leaves_nothing(convmixer, tmp_path):
-    bundle([NAME], tmp_path / "kit.tar")
-    status, errors = convmixer("unbundle", f"{tmp_path}/kit.tar")
-    assert (status, errors) == (
-        1,
-        f"Error: {tmp_path}/kit.tar: cannot be unbundled into the Hub's cache ([Errno 28] No space "
-        "left on device); make room there, or name another folder with HF_HOME\n",
-    )

@@ -37,7 +37,7 @@ def somebodys(hub, tmp_path):
 
 @pytest.mark.parametrize("prefix", ["hf-hub:", ""])
 @pytest.mark.parametrize("revision", ["", "@v2"])
-def test_a_repository_is_described_and_the_call_loads_it(prefix, revision, somebodys):
+def test_a_repository_is_described(prefix, revision, somebodys):
     info = describe(f"{prefix}somebody/small{revision}")
     digest = hashlib.sha256(somebodys["model.safetensors"]).hexdigest()
     assert info["sha256"] == f"{digest}, not on record"
@@ -46,52 +46,35 @@ def test_a_repository_is_described_and_the_call_loads_it(prefix, revision, someb
     assert info["activation"] == "gelu"
     assert info["tensors"] == "104 float32, 17 int64"
     assert info["size"].endswith("7 classes")
-    assert info["on load"] == "every tensor as it is"
-    assert (
-        info["loads by"] == f"timm.create_model('hf-hub:somebody/small{revision}', pretrained=True)"
-    )
-    model = eval(info["loads by"])
-    expected = safetensors.torch.load(somebodys["model.safetensors"])
-    torch.testing.assert_close(model.state_dict(), expected, atol=0, rtol=0)
 
 
 @pytest.mark.parametrize("name", ["hf-hub:convmixer-hub/{}", "convmixer-hub/{}@v1"])
 def test_a_repository_on_record_is_verified(name, hub):
     info = describe(name.format(NAME))
     assert info["sha256"] == f"{get_record(NAME).sha256}, as on record"
-    assert info["loads by"].startswith(f"timm.create_model('hf-hub:convmixer-hub/{NAME}")
     hub.repositories[f"convmixer-hub/{NAME}"]["v1"]["model.safetensors"] = b"another"
     shutil.rmtree(constants.HF_HUB_CACHE)
     with pytest.raises(CheckpointError, match="not to be trusted"):
         describe(name.format(NAME))
 
 
-def test_changes_on_load_are_told(hub, tmp_path):
+def test_types_and_metadata_are_told(hub, tmp_path):
     timms = TimmConvMixer(96, 8, 5, 1, num_classes=10).bfloat16()
     tensors = safetensors.torch.save(timms.state_dict(), {"activation": "gelu", "by": "me"})
     save_model(timm.create_model(ARCH), tmp_path, {})
     config = (tmp_path / "config.json").read_bytes()
     hub.repositories["a/b"] = {"main": {"config.json": config, "model.safetensors": tensors}}
     info = describe("hf-hub:a/b")
-    assert (
-        info["on load"] == "keys renamed from layout timm; torch.bfloat16 turned into torch.float32"
-    )
+    assert info["layout"] == "timm"
     assert info["metadata"] == "activation=gelu, by=me"
     assert info["tensors"] == "104 bfloat16, 17 int64"
-
-
-def test_what_a_load_would_refuse_is_refused(somebodys, hub):
-    config = somebodys["config.json"].replace(ARCH.encode(), b"convmixer_cifar")
-    hub.repositories["somebody/small"]["main"] = {**somebodys, "config.json": config}
-    with pytest.raises(CheckpointError, match="'patch_emb.conv.weight' has shape .*; use the chec"):
-        describe("hf-hub:somebody/small")
 
 
 def test_a_repository_without_a_configuration_is_a_file(somebodys, hub):
     del somebodys["config.json"]
     info = describe("somebody/small")
     assert info["arch"] == "not told"
-    assert info["loads by"].startswith(f"timm.create_model('{ARCH}', num_classes=7, checkpoint_pa")
+    assert info["size"].endswith("7 classes")
 
 
 def no_network(hub, monkeypatch):
@@ -183,8 +166,7 @@ def test_what_can_be_no_repository_is_named(name):
 def test_a_path_that_exists_is_no_repository(tmp_path, monkeypatch):
     save_model(timm.create_model(ARCH), tmp_path / "runs" / "mine", {})
     monkeypatch.chdir(tmp_path)
-    expected = "timm.create_model('local-dir:runs/mine', pretrained=True)"
-    assert describe("runs/mine")["loads by"] == expected
+    assert describe("runs/mine")["file"] == "runs/mine/model.safetensors"
     with pytest.raises(UnknownModelError, match="^no file or folder, and no trained weights are n"):
         describe("runs/mine.pth")
 
@@ -201,9 +183,9 @@ def test_a_file_of_a_training_program_is_read_with_weights_only(tmp_path):
     torch.save(content, file)
     info = describe(str(file))
     assert info["file"] == f"{file} (state_dict_ema of it)"
-    assert info["loads by"] == f"convmixer convert {file} OUT.safetensors --layout ours"
+    assert info["activation"] == "gelu"
     torch.save(model.state_dict(), file)
-    assert describe(str(file))["loads by"].endswith(" --layout ours --activation gelu|relu")
+    assert describe(str(file))["activation"] == "not told, and no tensor would tell it"
     torch.save(model, file)
     with pytest.raises(
         CheckpointError, match="last.pth.tar: cannot be read with weights_only=True"

@@ -60,7 +60,6 @@ def test_a_run_folder_tells_everything(cifar_sample, tmp_path):
         "config.json",
         "metrics.csv",
         "model.safetensors",
-        "peak_state.pt",
         "training_state.pt",
     }
     config = json.loads((folder / "config.json").read_text())
@@ -252,51 +251,6 @@ def test_the_moving_average_is_what_a_run_gives(cifar_sample, tmp_path, weights_
 LATE = {"late_augmentation": True, "cutmix": 0.5, "rand_augment": "rand-m9-n2"}
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"epochs": 4},
-        {"epochs": 3, "final_share": 0.67},
-        {"epochs": 3, "final_share": 0.67, "whole_share": 0.5, **LATE},
-    ],
-)
-def test_a_longer_run_begins_where_the_learning_rate_of_a_shorter_one_fell(
-    cifar_sample, tmp_path, weights_after, change
-):
-    short = run(SETTINGS, cifar_sample, tmp_path / "short")
-    before = weights_after(short)
-    longer = replace(SETTINGS, **change)
-    whole = run(longer, cifar_sample, tmp_path / "whole")
-    parts = run(longer, cifar_sample, tmp_path / "parts", continue_from=short)
-    torch.testing.assert_close(weights_after(parts), weights_after(whole), atol=0, rtol=0)
-    torch.testing.assert_close(weights_after(short), before, atol=0, rtol=0)
-    assert read_metrics(parts) == read_metrics(whole)
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"cutmix": 0.5}, "holds a run with cutmix 0.0, not 0.5; give the same, or name another"),
-        ({"seed": 1}, "holds a run with seed 0, not 1; give the same, or name another run folder"),
-        ({"epochs": 1}, "began to fall after 1 epochs, that of the new run would after 0; give mo"),
-    ],
-)
-def test_a_run_does_not_continue_from_another(cifar_sample, tmp_path, change, message):
-    short = run(SETTINGS, cifar_sample, tmp_path / "short")
-    with pytest.raises(TrainingError, match=message):
-        run(replace(SETTINGS, **change), cifar_sample, tmp_path / "new", continue_from=short)
-    with pytest.raises(TrainingError, match=r"nothing: has no peak_state.pt, which a run gets wh"):
-        run(SETTINGS, cifar_sample, tmp_path / "new", continue_from=tmp_path / "nothing")
-
-
-def test_what_was_late_in_a_shorter_run_was_not_there_from_the_start(cifar_sample, tmp_path):
-    early = replace(SETTINGS, epochs=3, rand_augment="rand-m9-n2")
-    late = replace(early, epochs=2, late_augmentation=True)
-    short = run(late, cifar_sample, tmp_path / "short")
-    with pytest.raises(TrainingError, match="holds a run with rand_augment '', not 'rand-m9-n2'"):
-        run(early, cifar_sample, tmp_path / "longer", continue_from=short)
-
-
 def test_augmentation_and_whole_images_come_late(cifar_sample, tmp_path, weights_after):
     settings = replace(SETTINGS, epochs=4, whole_share=0.5)
     plain, late = (
@@ -306,14 +260,6 @@ def test_augmentation_and_whole_images_come_late(cifar_sample, tmp_path, weights
     assert [row["crop_size"] for row in read_metrics(late)] == ["16", "16", "16", "32"]
     for epoch, (row, plain_row) in enumerate(zip(read_metrics(late), read_metrics(plain))):
         assert (row == plain_row) == (epoch < 2)
-
-
-def test_a_run_that_began_by_itself_does_not_branch_off(cifar_sample, tmp_path):
-    short = run(SETTINGS, cifar_sample, tmp_path / "short")
-    longer = run(replace(SETTINGS, epochs=3), cifar_sample, tmp_path / "longer")
-    message = "longer: holds a run that began by itself; leave out --continue-from to go on with it"
-    with pytest.raises(TrainingError, match=message):
-        run(replace(SETTINGS, epochs=3), cifar_sample, longer, continue_from=short)
 
 
 def test_a_file_system_without_locks_is_no_hindrance(cifar_sample, tmp_path, monkeypatch):
@@ -459,17 +405,14 @@ def test_a_run_with_other_settings_is_not_overwritten(cifar_sample, tmp_path, we
 
 def test_a_run_goes_on_under_a_version_with_more_settings(cifar_sample, tmp_path, weights_after):
     folder = run(SETTINGS, cifar_sample, tmp_path / "run")
-    for name in ("training_state.pt", "peak_state.pt"):
-        state = torch.load(folder / name)
-        del state["settings"]["layer_decay"]
-        torch.save(state, folder / name)
+    state = torch.load(folder / "training_state.pt")
+    del state["settings"]["layer_decay"]
+    torch.save(state, folder / "training_state.pt")
     with pytest.raises(TrainingError, match="holds a run with layer_decay 1.0, not 0.5; give the"):
         run(replace(SETTINGS, layer_decay=0.5), cifar_sample, folder)
     before = weights_after(folder)
     after = weights_after(run(SETTINGS, cifar_sample, folder))
     torch.testing.assert_close(after, before, atol=0, rtol=0)
-    again = run(SETTINGS, cifar_sample, tmp_path / "again", continue_from=folder)
-    torch.testing.assert_close(weights_after(again), before, atol=0, rtol=0)
 
 
 def test_a_run_of_a_version_with_more_settings_is_not_gone_on_with(cifar_sample, tmp_path):
