@@ -1,6 +1,5 @@
 """Trained ConvMixers by name. Importing this package registers the models with timm."""
 
-from .checkpoint import find_checkpoint
 from .errors import (
     CheckpointError,
     ConvMixerHubError,
@@ -10,11 +9,11 @@ from .errors import (
     TrainingError,
     UnknownModelError,
 )
-from .model import ClassificationHead, ConvMixer, ConvMixerLayer, PatchEmbeddings
-from .records import CheckpointRecord, get_record
+from .hub.find import find_checkpoint
+from .hub.records import CheckpointRecord, get_record
+from .model.convmixer import ClassificationHead, ConvMixer, ConvMixerLayer, PatchEmbeddings
+from .version import __version__
 from .zoo import convmixer_96_8_ks5_p1, convmixer_256_8_ks9_p1, convmixer_cifar
-
-__version__ = "0.1.0"
 
 __all__ = [
     "CheckpointError",
@@ -29,6 +28,7 @@ __all__ = [
     "PublishError",
     "TrainingError",
     "UnknownModelError",
+    "__version__",
     "convmixer_96_8_ks5_p1",
     "convmixer_256_8_ks9_p1",
     "convmixer_cifar",

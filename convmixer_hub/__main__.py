@@ -1,5 +1,5 @@
 """`python -m convmixer_hub` is `convmixer`."""
 
-from .cli import main
+from .cli.main import main
 
 main()

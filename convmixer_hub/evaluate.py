@@ -13,10 +13,11 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
-from .data import LabelledImages, eval_transform, load_images, read_batches
+from .data.images import eval_transform
+from .data.reader import LabelledImages, load_images, read_batches
 from .errors import DataError
 from .machine import get_rank, get_world_size, join_processes, sum_over_processes
-from .zoo import get_label_names
+from .model.config import get_label_names
 
 CALIBRATION_BINS = 15
 MISTAKES_TO_FIT = 10  # a temperature to

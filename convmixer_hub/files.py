@@ -1,7 +1,8 @@
-"""Writing files whole or not at all."""
+"""Writing files whole or not at all, and telling them apart by digest."""
 
 from __future__ import annotations
 
+import hashlib
 import os
 import tempfile
 from collections.abc import Iterator
@@ -30,6 +31,11 @@ def replacing(file: Path) -> Iterator[Path]:
         with temporary.open("r+b") as written:  # Windows flushes only what it may write
             os.fsync(written.fileno())  # or a power cut may leave the name without the content
         os.replace(temporary, target)
+
+
+def hash_file(file: Path) -> str:
+    """Give the SHA-256 of a file, in hexadecimal."""
+    return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 def write_file(file: Path, content: bytes) -> None:

@@ -10,9 +10,9 @@ from PIL import Image
 from timm.data import resolve_model_data_config
 from torch import nn
 
-from .data import eval_transform
+from .data.images import eval_transform
 from .errors import CheckpointError
-from .zoo import get_label_names
+from .model.config import get_label_names
 
 
 @dataclass(frozen=True)

@@ -5,14 +5,12 @@ timm finds `default_cfgs` by that name in the module of the `@register_model` fu
 
 from __future__ import annotations
 
-import json
 import logging
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import timm
 from timm.models import (
@@ -24,8 +22,9 @@ from timm.models import (
 )
 from torch import nn
 
-from .adapt import CLASSIFIER, FIRST_CONV, adapt_checkpoint
-from .checkpoint import CONFIG_FILE, WEIGHTS_FILE, check_safetensors, find_checkpoint
+from .checkpoints.adapt import adapt_checkpoint
+from .checkpoints.files import check_safetensors
+from .checkpoints.resolve import Source, resolve
 from .errors import (
     CheckpointError,
     ConvMixerHubError,
@@ -33,28 +32,58 @@ from .errors import (
     UnknownModelError,
     first_line,
 )
-from .model import ConvMixer
-from .records import CIFAR10, RECORDS, CheckpointRecord, DatasetRecord, get_record, suggest
+from .hub.find import find_checkpoint
+from .hub.records import (
+    CIFAR10,
+    CONFIG_FILE,
+    DEFAULT_TAG,
+    RECORDS,
+    REPOSITORIES,
+    WEIGHTS_FILE,
+    CheckpointRecord,
+    suggest,
+)
+from .model.config import CLASSIFIER, FIRST_CONV
+from .model.convmixer import ConvMixer
 
 _logger = logging.getLogger(__package__)
 
-# The trained model in each Hub repository, as timm may name it.
-REPOSITORIES = {
-    repository: record.name
-    for record in RECORDS.values()
-    for repository in (record.repo_id, f"{record.repo_id}@{record.revision}")
+
+@dataclass(frozen=True)
+class Variant:
+    """The sizes of an architecture.
+
+    Attributes:
+        d_model: Number of channels.
+        n_layers: Number of layers.
+        kernel_size: Side of the depth-wise kernels, in patches.
+        patch_size: Side of a patch, in pixels.
+        image_size: Side of the images, in pixels.
+    """
+
+    d_model: int
+    n_layers: int
+    kernel_size: int
+    patch_size: int
+    image_size: int = 32
+
+
+VARIANTS = {
+    "convmixer_cifar": Variant(256, 8, kernel_size=7, patch_size=2),
+    "convmixer_256_8_ks9_p1": Variant(256, 8, kernel_size=9, patch_size=1),
+    "convmixer_96_8_ks5_p1": Variant(96, 8, kernel_size=5, patch_size=1),
 }
 
 
-def _cfg(patch_size: int, name: str | None = None) -> dict[str, Any]:
-    """Make the timm configuration of a trained model; one without weights has no name."""
-    record = RECORDS[name] if name else None
-    dataset: DatasetRecord = record.dataset if record else CIFAR10
+def _make_cfg(arch: str, record: CheckpointRecord | None = None) -> dict[str, Any]:
+    """Make the timm configuration of an architecture, with the trained weights of a record."""
+    side, places = VARIANTS[arch].image_size, VARIANTS[arch].image_size // VARIANTS[arch].patch_size
+    dataset = record.dataset if record else CIFAR10
     return {
         "hf_hub_id": record.repo_id if record else None,
         "num_classes": len(dataset.classes),
-        "input_size": (3, 32, 32),
-        "pool_size": (32 // patch_size, 32 // patch_size),
+        "input_size": (3, side, side),
+        "pool_size": (places, places),
         "crop_pct": 1.0,
         "interpolation": "bicubic",
         "mean": (0.4914, 0.4822, 0.4465),
@@ -67,34 +96,37 @@ def _cfg(patch_size: int, name: str | None = None) -> dict[str, Any]:
     }
 
 
+def _make_cfgs(arch: str) -> dict[str, dict[str, Any]]:
+    """Make the configurations of an architecture by `arch.tag`, the default tag first."""
+    records = sorted(
+        (record for record in RECORDS.values() if record.arch == arch),
+        key=lambda record: record.tag != DEFAULT_TAG,
+    )
+    trained = {record.name: _make_cfg(arch, record) for record in records}
+    return trained or {f"{arch}.untrained": _make_cfg(arch)}
+
+
 default_cfgs = generate_default_cfgs(
-    {
-        "convmixer_cifar.cifar10": _cfg(patch_size=2, name="convmixer_cifar.cifar10"),
-        "convmixer_256_8_ks9_p1.untrained": _cfg(patch_size=1),
-        "convmixer_96_8_ks5_p1.untrained": _cfg(patch_size=1),
-    }
+    {name: cfg for arch in VARIANTS for name, cfg in _make_cfgs(arch).items()}
 )
 
 
 @register_model
 def convmixer_cifar(pretrained: bool = False, **kwargs: Any) -> ConvMixer:
     """ConvMixer-256/8 with kernel 7 and patch 2, for 32×32 images: 0.64 M parameters."""
-    sizes: dict[str, Any] = {"d_model": 256, "n_layers": 8, "kernel_size": 7, "patch_size": 2}
-    return _create_convmixer("convmixer_cifar", pretrained, **sizes, **kwargs)
+    return _create_convmixer("convmixer_cifar", pretrained, **kwargs)
 
 
 @register_model
 def convmixer_256_8_ks9_p1(pretrained: bool = False, **kwargs: Any) -> ConvMixer:
     """ConvMixer-256/8 with kernel 9 on single pixels, the paper's best for CIFAR-10: 0.71 M."""
-    sizes: dict[str, Any] = {"d_model": 256, "n_layers": 8, "kernel_size": 9, "patch_size": 1}
-    return _create_convmixer("convmixer_256_8_ks9_p1", pretrained, **sizes, **kwargs)
+    return _create_convmixer("convmixer_256_8_ks9_p1", pretrained, **kwargs)
 
 
 @register_model
 def convmixer_96_8_ks5_p1(pretrained: bool = False, **kwargs: Any) -> ConvMixer:
-    """ConvMixer-96/8 with kernel 5 on single pixels, for tests and small devices: 0.10 M."""
-    sizes: dict[str, Any] = {"d_model": 96, "n_layers": 8, "kernel_size": 5, "patch_size": 1}
-    return _create_convmixer("convmixer_96_8_ks5_p1", pretrained, **sizes, **kwargs)
+    """ConvMixer-96/8 with kernel 5 on single pixels, for small devices: 0.10 M parameters."""
+    return _create_convmixer("convmixer_96_8_ks5_p1", pretrained, **kwargs)
 
 
 def _create_convmixer(
@@ -110,6 +142,7 @@ def _create_convmixer(
     With `label_names`, the model is for these classes, and its head keeps the rows of those that
     the checkpoint knows by the same name.
     """
+    sizes = VARIANTS[variant]
     overlay = dict(pretrained_cfg_overlay or {})
     trained = resolve_pretrained_cfg(variant, pretrained_cfg, overlay)
     if overlay.get("url") and not trained.source:
@@ -152,6 +185,10 @@ def _create_convmixer(
             changes=changes,
         ),
         feature_cfg={"feature_cls": "getter", "out_indices": kwargs.pop("out_indices", 3)},
+        d_model=sizes.d_model,
+        n_layers=sizes.n_layers,
+        kernel_size=sizes.kernel_size,
+        patch_size=sizes.patch_size,
         **kwargs,
     )
     if changes:
@@ -186,52 +223,34 @@ def _choose_labels(
     return None if list(label_names) == list(trained.label_names or ()) else label_names
 
 
-def get_config(model: nn.Module) -> dict[str, Any]:
-    """Return timm's configuration of a model: input, labels, where its weights came from."""
-    return cast("dict[str, Any]", model.pretrained_cfg)
-
-
-def get_label_names(model: nn.Module) -> list[str] | None:
-    """Name the classes of a model by index; None if its configuration is not about its classes."""
-    names = get_config(model).get("label_names")
-    return list(names) if names and len(names) == model.num_classes else None
-
-
-def load_trained(name: str | Path, label_names: Sequence[str] | None = None) -> nn.Module:
-    """Build a trained model from its name, or from a folder with `config.json` and weights.
-
-    A known name is never taken for a folder; write `./name` for a folder that is called like one.
+def load_trained(name: str | Path | Source, label_names: Sequence[str] | None = None) -> nn.Module:
+    """Build a trained model from what names it.
 
     Args:
-        name: `arch.tag`, an arch alone for its first tag, or the path of a folder, such as a run
-            of `train`; a `Path` is always a folder.
+        name: As in `checkpoints.resolve.resolve`, or what that gave: a trained model's name, a
+            folder such as a run of `train`, or a repository of the Hub. A `Path` is always a path.
         label_names: Classes that the model is to tell apart instead of those it was trained on, if
             it is one of this package.
 
     Raises:
-        UnknownModelError: If it is neither a trained model's name nor a folder.
+        UnknownModelError: If there is nothing of this name.
         CheckpointError: If the weights cannot be had, are damaged or do not fit.
         ModelSizeError: If a name stands twice in `label_names`.
     """
-    if isinstance(name, Path):
-        name = str(name.absolute())  # which no model is called
-    folder = Path(name)
+    source = name if isinstance(name, Source) else resolve(name)
     options: dict[str, Any] = {"label_names": label_names} if label_names else {}
-    try:
-        known = get_record(name)
-    except UnknownModelError:
-        if not os.path.isdir(folder):  # no error where one may not look, unlike Path.is_dir
-            raise
-    else:
-        return timm.create_model(known.name, pretrained=True, **options)
-    config_file = folder / CONFIG_FILE
-    try:
-        arch = json.loads(config_file.read_text())["architecture"]
-    except (OSError, ValueError, KeyError, TypeError):
+    if source.record:  # verified by `resolve`, so timm gets the file
+        overlay = {"file": str(source.file)}
+        return timm.create_model(
+            source.record.name, pretrained=True, pretrained_cfg_overlay=overlay, **options
+        )
+    config_file = source.folder / CONFIG_FILE
+    arch = source.config.get("architecture")
+    if not source.name or "architecture" not in source.config:
         raise CheckpointError(
             f"{config_file}: missing, or not a model's configuration; "
             "name a folder that `convmixer train` or timm wrote"
-        ) from None
+        )
     if not isinstance(arch, str) or not timm.is_model(arch):
         raise CheckpointError(
             f"{config_file}: neither timm nor this package has the architecture {arch!r}; "
@@ -239,16 +258,17 @@ def load_trained(name: str | Path, label_names: Sequence[str] | None = None) -> 
         )
     if label_names and arch not in default_cfgs:
         raise CheckpointError(
-            f"{folder}: holds timm's {arch}, which takes no label_names; name one of this package"
+            f"{source.folder}: holds timm's {arch}, which takes no label_names; "
+            "name one of this package"
         )
-    check_safetensors(folder / WEIGHTS_FILE)
+    check_safetensors(source.file)
     try:
-        return timm.create_model(f"local-dir:{folder}", pretrained=True, **options)
+        return timm.create_model(source.name, pretrained=True, **options)
     except ConvMixerHubError:
         raise
     except Exception as error:  # of timm or torch, which have none of their own
         raise CheckpointError(
-            f"{folder}: cannot be loaded as {arch} ({first_line(error)}); "
+            f"{source.folder}: cannot be loaded as {arch} ({first_line(error)}); "
             f"mend its {CONFIG_FILE}, or name a folder that `convmixer train` or timm wrote"
         ) from None
 

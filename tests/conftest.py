@@ -21,7 +21,7 @@ from PIL import Image
 from pyarrow import parquet
 
 import convmixer_hub  # noqa: F401  (registers the models)
-from convmixer_hub.records import CIFAR10
+from convmixer_hub.hub.records import CIFAR10
 
 from .hub_server import HubServer
 

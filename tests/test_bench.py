@@ -5,13 +5,9 @@ import timm
 import torch
 
 from convmixer_hub import TrainingError
-from convmixer_hub.bench import (
-    _make_sequential,
-    _make_timms,
-    bench_load,
-    bench_train,
-)
-from convmixer_hub.cpu import speed_up_on_cpu
+from convmixer_hub.bench.inference import bench_load
+from convmixer_hub.bench.training import _make_sequential, _make_timms, bench_train
+from convmixer_hub.model.cpu import speed_up_on_cpu
 
 ARCH = "convmixer_96_8_ks5_p1"
 

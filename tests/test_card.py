@@ -12,14 +12,15 @@ from huggingface_hub import ModelCard
 from PIL import Image
 
 from convmixer_hub import CheckpointError, DataError
-from convmixer_hub.card import write_card
-from convmixer_hub.checkpoint import save_model
-from convmixer_hub.data import eval_transform, load_images
-from convmixer_hub.finetune import FINETUNE_OPTIONS, choose_settings
-from convmixer_hub.golden import verify
-from convmixer_hub.records import CIFAR10
-from convmixer_hub.settings import RECIPE, TrainingSettings
-from convmixer_hub.train_commands import finetune_command, train_command
+from convmixer_hub.checkpoints.files import save_model
+from convmixer_hub.cli.train import finetune_command, train_command
+from convmixer_hub.data.images import eval_transform
+from convmixer_hub.data.reader import load_images
+from convmixer_hub.hub.records import CIFAR10
+from convmixer_hub.release.card import write_card
+from convmixer_hub.release.golden import verify
+from convmixer_hub.training.finetune import FINETUNE_OPTIONS, choose_settings
+from convmixer_hub.training.settings import RECIPE, TrainingSettings
 
 from .test_evaluate import calibration_error
 

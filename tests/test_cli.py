@@ -8,10 +8,10 @@ import torch
 from click.testing import CliRunner
 
 from convmixer_hub import ConvMixer, __version__, find_checkpoint, get_record
-from convmixer_hub.checkpoint import check_safetensors
-from convmixer_hub.cli import main
-from convmixer_hub.data import open_image
-from convmixer_hub.records import CIFAR10, RECORDS
+from convmixer_hub.checkpoints.files import check_safetensors
+from convmixer_hub.cli.main import main
+from convmixer_hub.data.images import open_image
+from convmixer_hub.hub.records import CIFAR10, RECORDS
 from convmixer_hub.zoo import default_cfgs
 
 from .conftest import CHECKOUT, IMAGES
@@ -99,7 +99,7 @@ def test_card_is_written_for_a_name(convmixer, cifar_sample, tmp_path):
     assert result.stdout == f"{tmp_path / 'card' / 'README.md'}\n"
     assert "of the 10 test images" in (tmp_path / "card" / "README.md").read_text()
     assert convmixer("card", "nothing", "--data", cifar_sample).stderr.startswith(
-        "Error: no trained weights are named 'nothing'; known are"
+        "Error: no file or folder, and no trained weights are named 'nothing'; known are"
     )
 
 
@@ -118,7 +118,8 @@ def test_an_unknown_model_proposes_the_nearest(convmixer, arguments):
     result = convmixer(*arguments, "convmixer_cifr")
     assert result.exit_code == 1
     assert result.stderr == (
-        f"Error: no trained weights are named 'convmixer_cifr'; did you mean {NAME}?\n"
+        "Error: no file or folder, and no trained weights are named 'convmixer_cifr'; "
+        f"did you mean {NAME}?\n"
     )
 
 
@@ -241,7 +242,7 @@ def test_a_script_of_anybodys_knows_the_models(run_python, tmp_path):
         "    print(timm.list_models(helper.NAMES), sys.argv)\n"
         "    sys.exit(int('--fail' in sys.argv))\n"
     )
-    code = "import sys; sys.argv = {}; from convmixer_hub.cli import main; main()"
+    code = "import sys; sys.argv = {}; from convmixer_hub.cli.main import main; main()"
     command = ["convmixer", "run-script", str(script), "--help", "-x", "1"]
     output = run_python(code.format(command), PYTHONPATH=str(CHECKOUT))
     assert output == f"['convmixer_cifar'] {command[2:]}"

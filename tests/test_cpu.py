@@ -12,9 +12,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from convmixer_hub import cpu
-from convmixer_hub.cpu import GELUBatchNorm2d, choose_dtype, load_passes, speed_up_on_cpu
-from convmixer_hub.model import ConvMixer
+from convmixer_hub.model import cpu
+from convmixer_hub.model.convmixer import ConvMixer
+from convmixer_hub.model.cpu import GELUBatchNorm2d, choose_dtype, load_passes, speed_up_on_cpu
 
 from .conftest import CHECKOUT
 
@@ -66,7 +66,7 @@ def test_two_processes_share_the_statistics_of_their_batches(tmp_path):
 import torch
 from torch import nn
 from torch.nn import functional as F
-from convmixer_hub.cpu import GELUBatchNorm2d, load_passes
+from convmixer_hub.model.cpu import GELUBatchNorm2d, load_passes
 from convmixer_hub.machine import get_rank, join_processes, sum_over_processes
 
 assert load_passes()

@@ -2,9 +2,9 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from convmixer_hub import depthwise
-from convmixer_hub.cpu import load_passes
-from convmixer_hub.depthwise import DepthWiseConv2d
+from convmixer_hub.model import depthwise
+from convmixer_hub.model.cpu import load_passes
+from convmixer_hub.model.depthwise import DepthWiseConv2d
 
 
 def result_and_gradients(conv, x):

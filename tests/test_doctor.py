@@ -8,7 +8,7 @@ from click.testing import CliRunner
 from huggingface_hub import constants
 
 from convmixer_hub import find_checkpoint
-from convmixer_hub.cli import main
+from convmixer_hub.cli.main import main
 
 from .conftest import CHECKOUT, as_ordinary_user, use_endpoint
 from .hub_server import error, headers, other_body
@@ -171,7 +171,7 @@ def no_network(hub, monkeypatch):
 
 def no_embedded_copy(hub, monkeypatch):
     monkeypatch.setenv("CONVMIXER_HUB_SOURCE", "embedded")
-    monkeypatch.setattr("convmixer_hub.checkpoint.__file__", "/nowhere/convmixer_hub/checkpoint.py")
+    monkeypatch.setattr("convmixer_hub.hub.find.__file__", "/nowhere/convmixer_hub/hub/find.py")
 
 
 def no_cache(hub, monkeypatch):

@@ -4,15 +4,16 @@ import torch
 from PIL import Image
 
 from convmixer_hub import DataError
-from convmixer_hub.data import eval_transform
+from convmixer_hub.data.images import eval_transform
 from convmixer_hub.evaluate import (
     count_confusions,
     evaluate_on,
     fit_temperature,
     measure_calibration,
 )
-from convmixer_hub.records import CIFAR10
-from convmixer_hub.zoo import get_config, load_trained
+from convmixer_hub.hub.records import CIFAR10
+from convmixer_hub.model.config import get_config
+from convmixer_hub.zoo import load_trained
 
 from .conftest import IMAGES
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from PIL import Image
 
-from convmixer_hub.data import open_image
+from convmixer_hub.data.images import open_image
 from convmixer_hub.figures import draw_confusion, draw_kernels, draw_predictions
 from convmixer_hub.predict import Prediction
 

@@ -13,16 +13,17 @@ from PIL import Image
 from timm.optim import create_optimizer_v2
 
 from convmixer_hub import CheckpointError, DataError, TrainingError, UnknownModelError
-from convmixer_hub import finetune as finetune_module
-from convmixer_hub import train as train_module
-from convmixer_hub.card import write_card
-from convmixer_hub.data import open_image
+from convmixer_hub.data.images import open_image
 from convmixer_hub.evaluate import Evaluation, evaluate_on
-from convmixer_hub.finetune import choose_settings, finetune
+from convmixer_hub.model.config import get_label_names
 from convmixer_hub.predict import predict
-from convmixer_hub.publish import list_uploads
-from convmixer_hub.settings import OPTIMIZERS
-from convmixer_hub.zoo import get_label_names, load_trained
+from convmixer_hub.release.card import write_card
+from convmixer_hub.release.publish import list_uploads
+from convmixer_hub.training import finetune as finetune_module
+from convmixer_hub.training import run as run_module
+from convmixer_hub.training.finetune import choose_settings, finetune
+from convmixer_hub.training.settings import OPTIMIZERS
+from convmixer_hub.zoo import load_trained
 
 from .conftest import CHECKOUT, IMAGES
 
@@ -118,7 +119,7 @@ def test_the_best_epoch_is_kept(split_photos, tmp_path, monkeypatch):
         seen.append({name: value.clone() for name, value in model.state_dict().items()})
         return Evaluation([10, 15, 12][len(seen) - 1], 20)
 
-    monkeypatch.setattr(train_module, "evaluate", evaluate)
+    monkeypatch.setattr(run_module, "evaluate", evaluate)
     settings = choose_settings("convmixer_cifar", split_photos, **QUICK | {"epochs": 3})
     run(settings, split_photos, tmp_path / "run")
     assert len(seen) == 3
@@ -251,16 +252,16 @@ def test_a_run_goes_on_without_what_it_began_with(split_photos, tmp_path, monkey
     settings = choose_settings("start", split_photos, **quick)
     assert settings.model == str(start)
     whole = run(settings, split_photos, tmp_path / "whole")
-    save_all = train_module._Run._save_all
+    save_all = run_module._Run._save_all
 
     def save_and_stop(self):
         save_all(self)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(train_module._Run, "_save_all", save_and_stop)
+    monkeypatch.setattr(run_module._Run, "_save_all", save_and_stop)
     with pytest.raises(KeyboardInterrupt):
         run(settings, split_photos, tmp_path / "parts")
-    monkeypatch.setattr(train_module._Run, "_save_all", save_all)
+    monkeypatch.setattr(run_module._Run, "_save_all", save_all)
     start.rename(tmp_path / "elsewhere")
     assert run(settings, split_photos, tmp_path / "parts") == whole
     torch.testing.assert_close(

@@ -8,10 +8,10 @@ import torch
 from click.testing import CliRunner
 
 from convmixer_hub import CheckpointError, find_checkpoint
-from convmixer_hub.checkpoint import save_model
-from convmixer_hub.cli import main
-from convmixer_hub.golden import TOLERANCES, make_golden_input, verify, write_golden
-from convmixer_hub.records import RECORDS
+from convmixer_hub.checkpoints.files import save_model
+from convmixer_hub.cli.main import main
+from convmixer_hub.hub.records import RECORDS
+from convmixer_hub.release.golden import TOLERANCES, make_golden_input, verify, write_golden
 
 from .test_doctor import cached_and_offline
 

@@ -21,7 +21,7 @@ import torch
 from huggingface_hub import constants, hf_hub_download
 
 from convmixer_hub import CheckpointError, find_checkpoint, get_record
-from convmixer_hub.checkpoint import locate
+from convmixer_hub.hub.find import locate
 
 from .conftest import CHECKOUT, as_ordinary_user, use_endpoint
 from .hub_server import HubServer, cut, drip, error, headers, other_body, redirect

@@ -14,9 +14,10 @@ import torch
 from huggingface_hub import constants
 from timm.models.convmixer import ConvMixer as TimmConvMixer
 
-from convmixer_hub import CheckpointError, UnknownModelError, checkpoint, get_record
-from convmixer_hub.checkpoint import save_model
-from convmixer_hub.info import describe
+from convmixer_hub import CheckpointError, UnknownModelError, get_record
+from convmixer_hub.checkpoints.files import save_model
+from convmixer_hub.checkpoints.info import describe
+from convmixer_hub.hub import find
 
 from .conftest import use_endpoint
 from .hub_server import error
@@ -195,9 +196,9 @@ def test_a_file_of_a_training_program_is_read_with_weights_only(tmp_path):
 
 def test_a_file_on_record_is_hashed_once(monkeypatch):
     hashed = []
-    find_fault = checkpoint._find_fault
+    find_fault = find._find_fault
     monkeypatch.setattr(
-        checkpoint,
+        find,
         "_find_fault",
         lambda *arguments: hashed.append(arguments) or find_fault(*arguments),
     )

@@ -10,12 +10,12 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 from convmixer_hub import CheckpointError, ConvMixer, ModelSizeError, UnknownModelError
-from convmixer_hub.checkpoint import save_model
-from convmixer_hub.convert import convert
-from convmixer_hub.layouts import convert_layout, detect_layout
+from convmixer_hub.checkpoints.convert import convert
+from convmixer_hub.checkpoints.files import save_model
+from convmixer_hub.model.layouts import convert_layout, detect_layout
 from convmixer_hub.zoo import load_trained
 
-from .test_model import randomise_norms
+from .test_convmixer import randomise_norms
 
 ACTIVATIONS = {"gelu": nn.GELU, "relu": nn.ReLU}
 ARCH = "convmixer_96_8_ks5_p1"

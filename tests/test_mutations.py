@@ -13,8 +13,9 @@ import torch
 from hypothesis import Phase, assume, given, settings
 from hypothesis import strategies as st
 
-from convmixer_hub import CheckpointError, CheckpointRecord, checkpoint, find_checkpoint, records
-from convmixer_hub.checkpoint import save_model
+from convmixer_hub import CheckpointError, CheckpointRecord, find_checkpoint
+from convmixer_hub.checkpoints.files import save_model
+from convmixer_hub.hub import find, records
 from convmixer_hub.zoo import load_trained
 
 ARCH = "convmixer_96_8_ks5_p1"
@@ -29,7 +30,7 @@ def record(tmp_path, monkeypatch):
     content = (folder / "model.safetensors").read_bytes()
     record = CheckpointRecord(NAME, hashlib.sha256(content).hexdigest(), len(content), "none", 0.0)
     monkeypatch.setitem(records.RECORDS, NAME, record)
-    monkeypatch.setattr(checkpoint, "__file__", str(folder.parent.parent / "checkpoint.py"))
+    monkeypatch.setattr(find, "__file__", str(folder.parent.parent / "hub" / "find.py"))
     monkeypatch.setenv("CONVMIXER_HUB_SOURCE", "embedded")
     return record
 

@@ -6,9 +6,9 @@ import torch
 from PIL import Image
 
 from convmixer_hub import CheckpointError
-from convmixer_hub.data import eval_transform, open_image
+from convmixer_hub.data.images import eval_transform, open_image
+from convmixer_hub.hub.records import CIFAR10
 from convmixer_hub.predict import predict
-from convmixer_hub.records import CIFAR10
 from convmixer_hub.zoo import load_trained
 
 from .conftest import CHECKOUT, IMAGES

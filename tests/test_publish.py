@@ -13,11 +13,12 @@ from click.testing import CliRunner
 from huggingface_hub import constants
 
 from convmixer_hub import CheckpointError, PublishError, UnknownModelError, find_checkpoint
-from convmixer_hub.checkpoint import find_embedded, read_model_files, save_model
-from convmixer_hub.cli import main
-from convmixer_hub.golden import write_golden
-from convmixer_hub.publish import list_uploads, publish
-from convmixer_hub.records import RECORDS
+from convmixer_hub.checkpoints.files import read_model_files, save_model
+from convmixer_hub.cli.main import main
+from convmixer_hub.hub.find import find_embedded
+from convmixer_hub.hub.records import RECORDS
+from convmixer_hub.release.golden import write_golden
+from convmixer_hub.release.publish import list_uploads, publish
 from convmixer_hub.zoo import load_trained
 
 from .conftest import as_ordinary_user, use_endpoint

@@ -3,9 +3,9 @@ from functools import partial
 import pytest
 
 from convmixer_hub import DataError
-from convmixer_hub import transfer as transfer_module
-from convmixer_hub.finetune import choose_settings
-from convmixer_hub.transfer import bench_finetune
+from convmixer_hub.bench import transfer as transfer_module
+from convmixer_hub.bench.transfer import bench_finetune
+from convmixer_hub.training.finetune import choose_settings
 
 from .test_finetune import ANIMALS, MACHINES, write_class
 

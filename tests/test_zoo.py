@@ -7,9 +7,11 @@ import safetensors.torch
 import timm
 import torch
 
-from convmixer_hub import CheckpointError, UnknownModelError, checkpoint
-from convmixer_hub.checkpoint import find_checkpoint, save_model
-from convmixer_hub.records import CIFAR10, RECORDS
+from convmixer_hub import CheckpointError, UnknownModelError
+from convmixer_hub.checkpoints import files
+from convmixer_hub.checkpoints.files import save_model
+from convmixer_hub.hub.find import find_checkpoint
+from convmixer_hub.hub.records import CIFAR10, RECORDS
 from convmixer_hub.zoo import list_models, load_trained
 
 from .conftest import CHECKOUT
@@ -256,8 +258,8 @@ def test_two_processes_may_save_into_one_folder(tmp_path, monkeypatch):
         monkeypatch.undo()
         save_model(model, tmp_path, {})
 
-    save_for_hf = checkpoint.save_for_hf
-    monkeypatch.setattr(checkpoint, "save_for_hf", save_between)
+    save_for_hf = files.save_for_hf
+    monkeypatch.setattr(files, "save_for_hf", save_between)
     save_model(timm.create_model("convmixer_96_8_ks5_p1"), tmp_path, {})
     load_trained(str(tmp_path))
     assert {file.name for file in tmp_path.iterdir()} == SAVED

@@ -1,0 +1,260 @@
+"""How fast a model trains and loads, beside others of the same size.
+
+Each variant of a step lives in a process of its own, so that neither its memory nor its settings
+touch the others, and the variants take their steps in turns, so that a busy machine slows them all
+alike.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from typing import Any
+
+import timm
+import torch
+from timm.models.convmixer import ConvMixer as TimmConvMixer
+from torch import nn
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from ..errors import TrainingError, first_line
+from ..machine import find_device
+from ..model.config import get_config
+from ..model.convmixer import ConvMixer
+from ..model.cpu import choose_dtype, keep_freed_memory, speed_up_on_cpu
+
+SECONDS_TO_END = 10.0
+
+
+@dataclass(frozen=True)
+class Speed:
+    """What one variant took.
+
+    Attributes:
+        variant: Its name.
+        images_per_second: Median over the rounds.
+        dtype: What most of it computed in, `fp32` or `bf16`; for ours, and why.
+        peak_memory: The most memory its process held, in MiB; on a GPU, of the GPU.
+    """
+
+    variant: str
+    images_per_second: float
+    dtype: str
+    peak_memory: float
+
+
+def _make_ours(model: ConvMixer) -> nn.Module:
+    """Prepare our model as `train` does."""
+    if not torch.cuda.is_available():
+        keep_freed_memory()
+        speed_up_on_cpu(model)
+    return model
+
+
+def _make_timms(model: ConvMixer) -> nn.Module:
+    """Make timm's ConvMixer of the same size."""
+    return TimmConvMixer(
+        dim=model.num_features,
+        depth=len(model.conv_mixer_layers),
+        kernel_size=model.kernel_size,
+        patch_size=model.patch_emb.patch_size,
+        num_classes=model.num_classes,
+    )
+
+
+class _Residual(nn.Module):
+    def __init__(self, function: nn.Module) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.function(x) + x
+
+
+def _make_sequential(model: ConvMixer) -> nn.Module:
+    """Make the `nn.Sequential` of the paper's appendix, of the same size."""
+    dim, kernel_size, patch_size = (
+        model.num_features,
+        model.kernel_size,
+        model.patch_emb.patch_size,
+    )
+
+    def then_norm(conv: nn.Module) -> nn.Sequential:
+        return nn.Sequential(conv, nn.GELU(), nn.BatchNorm2d(dim))
+
+    layers = [
+        nn.Sequential(
+            _Residual(then_norm(nn.Conv2d(dim, dim, kernel_size, groups=dim, padding="same"))),
+            then_norm(nn.Conv2d(dim, dim, kernel_size=1)),
+        )
+        for _ in model.conv_mixer_layers
+    ]
+    return nn.Sequential(
+        then_norm(nn.Conv2d(3, dim, patch_size, stride=patch_size)),
+        *layers,
+        nn.AdaptiveAvgPool2d((1, 1)),
+        nn.Flatten(),
+        nn.Linear(dim, model.num_classes),
+    )
+
+
+@dataclass(frozen=True)
+class _Variant:
+    make: Callable[[ConvMixer], nn.Module]
+    channels_last: bool = False
+    bf16: bool | None = False  # None: where it is faster
+    compiled: bool = False
+
+
+VARIANTS: dict[str, _Variant] = {
+    "timm": _Variant(_make_timms),
+    "timm-compiled": _Variant(_make_timms, channels_last=True, compiled=True),
+    "timm-bf16": _Variant(_make_timms, channels_last=True, bf16=True),
+    "timm-bf16-compiled": _Variant(_make_timms, channels_last=True, bf16=True, compiled=True),
+    "sequential": _Variant(_make_sequential),
+    "ours": _Variant(_make_ours, bf16=None),
+}
+
+
+def bench_train(
+    arch: str,
+    variants: Sequence[str] = tuple(VARIANTS),
+    batch_size: int = 128,
+    rounds: int = 5,
+    progress: bool = True,
+) -> list[Speed]:
+    """Time training steps (forward, backward, AdamW) of several implementations of one ConvMixer.
+
+    Args:
+        arch: One of this package's.
+        variants: Keys of `VARIANTS`. `timm` and `sequential` (the authors' code) are as a user gets
+            them, in fp32, NCHW and eager; `compiled` and `bf16` go with channels_last memory.
+            `ours` is prepared as in `train`, in bf16 where that is faster.
+        batch_size: Images a step.
+        rounds: Steps of each variant that count, in turns, after two that do not.
+        progress: Show a progress bar, if there is a terminal.
+
+    Returns:
+        The speeds, in the order of the variants.
+
+    Raises:
+        TrainingError: If the arch is no ConvMixer, or a variant fails.
+    """
+    if not timm.is_model(arch) or not isinstance(timm.create_model(arch), ConvMixer):
+        raise TrainingError(f"{arch}: is no ConvMixer of this package; name one of its archs")
+    context = multiprocessing.get_context("spawn")
+    workers = []
+    for name in variants:
+        connection, other_end = context.Pipe()
+        process = context.Process(
+            target=_serve_steps, args=(other_end, arch, name, batch_size), daemon=True
+        )
+        process.start()
+        other_end.close()
+        workers.append((name, connection, process))
+    seconds: dict[str, list[float]] = {name: [] for name in variants}
+    try:
+        with tqdm(
+            total=len(variants) * (rounds + 2), leave=False, disable=None if progress else True
+        ) as bar:
+            for _ in range(rounds + 2):
+                for name, connection, _ in workers:
+                    bar.set_description(name)
+                    seconds[name].append(_ask(name, connection, "step"))
+                    bar.update()
+        return [
+            Speed(
+                name,
+                batch_size / statistics.median(seconds[name][2:]),
+                _ask(name, connection, "dtype"),
+                _ask(name, connection, "memory"),
+            )
+            for name, connection, _ in workers
+        ]
+    finally:
+        for _, connection, _ in workers:
+            connection.close()  # upon which the process ends, and what it started
+        for _, _, process in workers:
+            process.join(SECONDS_TO_END)
+            process.kill()
+
+
+class _Failure(str):
+    """Why a variant cannot be timed."""
+
+
+def _ask(name: str, connection: Connection, question: str) -> Any:
+    try:
+        connection.send(question)
+        answer = connection.recv()
+    except (EOFError, OSError):
+        answer = _Failure("its process died, perhaps for want of memory")
+    if isinstance(answer, _Failure):
+        raise TrainingError(
+            f"{name}: cannot be timed ({answer}); leave it out, or give a smaller --batch-size"
+        )
+    return answer
+
+
+def _serve_steps(connection: Connection, arch: str, name: str, batch_size: int) -> None:
+    """Be the process of one variant: take a step when asked to, and tell how long it took."""
+    try:
+        question = connection.recv()  # wait for the first turn, as getting ready takes all cores
+        step, dtype = _make_step(arch, VARIANTS[name], batch_size)
+        answers = {"step": step, "dtype": lambda: dtype, "memory": _peak_memory}
+        while True:
+            connection.send(answers[question]())
+            question = connection.recv()
+    except EOFError:
+        pass
+    except Exception as error:
+        connection.send(_Failure(f"{type(error).__name__}: {first_line(error)}"))
+
+
+def _make_step(arch: str, variant: _Variant, batch_size: int) -> tuple[Callable[[], float], str]:
+    torch.manual_seed(0)
+    device = find_device()
+    base = timm.create_model(arch)
+    assert isinstance(base, ConvMixer)
+    size = get_config(base)["input_size"][-1]
+    model = variant.make(base).to(device).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
+    images = torch.randn(batch_size, 3, size, size, device=device)
+    if variant.compiled:
+        model.compile()
+    if variant.channels_last:
+        model = model.to(memory_format=torch.channels_last)
+        images = images.contiguous(memory_format=torch.channels_last)
+    labels = torch.randint(base.num_classes, (batch_size,), device=device)
+    if variant.bf16 is None:
+        dtype, reason = choose_dtype(base, device, size)
+        bf16 = dtype is torch.bfloat16
+    else:
+        bf16, reason = variant.bf16, "bf16" if variant.bf16 else "fp32"
+
+    def step() -> float:
+        start = time.perf_counter()
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16):
+            loss = F.cross_entropy(model(images).float(), labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        loss.item()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - start
+
+    return step, reason
+
+
+def _peak_memory() -> float:
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**20
+    import resource  # not on Windows
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10

@@ -1,0 +1,1 @@
+"""Files of weights: reading, checking, adapting, converting and saving them."""

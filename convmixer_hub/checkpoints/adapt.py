@@ -1,0 +1,151 @@
+"""What a checkpoint has to go through between timm's reading it and timm's loading it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, cast
+
+from huggingface_hub import try_to_load_from_cache
+from timm.models import PretrainedCfg
+from torch import Tensor
+
+from ..errors import CheckpointError
+from ..hub.records import WEIGHTS_FILE
+from ..model.config import CLASSIFIER, FIRST_CONV
+from ..model.convmixer import ConvMixer, name_activation
+from ..model.layouts import OURS, check_fit, convert_layout, detect_layout
+from .files import check_finite, check_safetensors
+
+
+def adapt_checkpoint(
+    state_dict: dict[str, Tensor],
+    model: ConvMixer,
+    trained: PretrainedCfg,
+    activation: str | None,
+    label_names: Sequence[str] | None,
+    features_only: bool,
+    cache_dir: str | Path | None,
+    changes: list[str],
+) -> dict[str, Tensor]:
+    """Make a checkpoint one that timm can load into the model, or refuse it.
+
+    Nothing but the head and the stem may differ, and these only where they are adapted: timm
+    loads leniently as soon as the number of classes differs, whatever the checkpoint holds.
+
+    Args:
+        state_dict: What timm read, in any layout.
+        model: As timm built it; its configuration says where the weights come from.
+        trained: The configuration of the checkpoint, not yet that of the model.
+        activation: What the checkpoint was trained with, where its file does not tell.
+        label_names: Classes of the model, if it was asked for by their names.
+        features_only: The model has no head.
+        cache_dir: Of the Hub's files, if it is not the usual one.
+        changes: Gets what the model will not have as the checkpoint has it, as clauses.
+
+    Returns:
+        The state dict in our layout, with a stem that timm adapts to the model's channels.
+
+    Raises:
+        CheckpointError: Naming what does not fit, and the remedy.
+    """
+    cfg = cast("dict[str, Any]", model.pretrained_cfg)
+    if trained.state_dict and not trained.source:
+        source = "the state dict"
+    else:
+        source = cfg.get("file") or cfg.get("hf_hub_id") or cfg.get("url") or "the checkpoint"
+        activation = _read_activation(cfg, cache_dir) or activation
+    if activation not in (None, name_activation(model)):
+        raise CheckpointError(
+            f"{source}: was trained with {activation}, the model has "
+            f"{name_activation(model) or 'another activation'}; give act_layer='{activation}'"
+        )
+    given, state_dict = state_dict, convert_layout(state_dict)
+
+    own = model.state_dict()
+    expected = {key: tuple(tensor.shape) for key, tensor in own.items()}
+    stem, weight, bias = f"{FIRST_CONV}.weight", f"{CLASSIFIER}.weight", f"{CLASSIFIER}.bias"
+    d_model, _, *patch = expected[stem]
+    if stem in state_dict and tuple(state_dict[stem].shape) != expected[stem]:
+        expected[stem] = (d_model, trained.input_size[0], *patch)
+    if label_names:
+        expected[weight] = (trained.num_classes, *expected[weight][1:])
+        expected[bias] = (trained.num_classes,)
+    known_head = trained.num_classes if label_names else trained.num_classes == model.num_classes
+    ignored = set() if known_head and not features_only else {weight, bias}
+    check_fit(state_dict, expected, source, given, ignored)
+    check_finite(state_dict, source)
+
+    if given.keys() != state_dict.keys() and (layout := detect_layout(given)) != OURS:
+        changes.append(f"keys renamed from layout {layout}")
+    dtypes = {
+        str(tensor.dtype)
+        for key, tensor in state_dict.items()
+        if key in own and tensor.dtype != own[key].dtype
+    }
+    if dtypes:
+        changes.append(f"{', '.join(sorted(dtypes))} turned into {own[stem].dtype}")
+    if tuple(own[stem].shape) != expected[stem]:
+        changes.append(f"{stem} adapted from {trained.input_size[0]} to {model.in_chans} channels")
+    if features_only:
+        pass  # timm leaves the head out
+    elif label_names:
+        kept = _keep_rows(state_dict, model, trained, label_names)
+        changes.append(
+            f"{CLASSIFIER} keeps the rows of {kept} classes, "
+            f"{len(label_names) - kept} newly initialised"
+        )
+    elif ignored and model.num_classes:
+        classes = len(state_dict[weight]) if weight in state_dict else 0
+        if classes == model.num_classes:
+            raise CheckpointError(
+                f"{source}: has a head for {classes} classes, but its configuration says "
+                f"{trained.num_classes}; put num_classes={classes} into pretrained_cfg_overlay, too"
+            )
+        changes.append(
+            f"{CLASSIFIER} newly initialised for {model.num_classes} classes, "
+            f"not the {classes} of the checkpoint"
+        )
+    elif ignored:
+        changes.append(f"{CLASSIFIER} left out")
+    if changes:
+        loaded = expected.keys() & state_dict.keys() - ignored
+        changes.insert(0, f"loaded {len(loaded)} tensors from {source}")
+    return state_dict
+
+
+def _read_activation(cfg: dict[str, Any], cache_dir: str | Path | None) -> str | None:
+    """Read from the metadata of the file that timm loaded what no tensor tells."""
+    found = cfg.get("file")
+    if cfg.get("source") == "hf-hub" or (cfg.get("hf_hub_id") and not found):
+        repository, _, revision = cfg["hf_hub_id"].partition("@")
+        name = cfg.get("hf_hub_filename", WEIGHTS_FILE)
+        found = try_to_load_from_cache(repository, name, cache_dir, revision or None)
+    if not isinstance(found, (str, os.PathLike)):
+        return None
+    file = Path(found)
+    if file.is_dir():
+        file = file / WEIGHTS_FILE
+    if file.suffix != ".safetensors" or not file.is_file():
+        return None
+    return check_safetensors(file).get("activation")
+
+
+def _keep_rows(
+    state_dict: dict[str, Tensor],
+    model: ConvMixer,
+    trained: PretrainedCfg,
+    label_names: Sequence[str],
+) -> int:
+    """Replace the head by the model's fresh one with the rows of the classes that stay; count."""
+    known = trained.label_names or ()
+    rows = {name: row for row, name in enumerate(known) if len(known) == trained.num_classes}
+    kept = [name for name in label_names if name in rows]
+    for key, fresh in model.get_classifier().state_dict(prefix=f"{CLASSIFIER}.").items():
+        head = fresh.clone()
+        for row, name in enumerate(label_names):
+            if name in rows:
+                head[row] = state_dict[key][rows[name]]
+        state_dict[key] = head
+    return len(kept)

@@ -1,0 +1,253 @@
+"""From a checkpoint of any ConvMixer, in any layout, to a safetensors file in the layout wanted."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import timm
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from ..errors import CheckpointError, first_line
+from ..files import replacing
+from ..hub.records import CONFIG_FILE
+from ..model.convmixer import ACTIVATIONS, ConvMixer, name_activation
+from ..model.layouts import ALIASES, LAYOUTS, check_fit, convert_layout, detect_layout
+from .files import check_finite, check_safetensors
+from .resolve import Source, resolve
+
+# Where training programs keep the state dict in a file of theirs; like timm, averages first.
+WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model_state_dict", "model", "net")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A state dict as it stands in a file, and what is known of it.
+
+    Attributes:
+        source: The file.
+        tensors: The state dict, in its own layout.
+        layout: A key of `LAYOUTS`.
+        part: Where in the file the state dict is, such as `model_ema`; empty if it is all of it.
+        arch: The architecture, if a name, a configuration, the file or its metadata tells it.
+        activation: A key of `ACTIVATIONS`, if metadata or the architecture tells it.
+        metadata: The metadata of a safetensors file.
+    """
+
+    source: Source
+    tensors: dict[str, Tensor]
+    layout: str
+    part: str = ""
+    arch: str | None = None
+    activation: str | None = None
+    metadata: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def parameters(self) -> int:
+        """The number of parameters: of all numbers but the statistics of norms."""
+        statistics = ("running_mean", "running_var", "num_batches_tracked")
+        return sum(t.numel() for key, t in self.tensors.items() if not key.endswith(statistics))
+
+
+def read_checkpoint(name: str) -> Checkpoint:
+    """Read the weights of a trained model, a folder, a file or a repository, in any layout.
+
+    Args:
+        name: A trained model's name, a folder with `config.json` and `model.safetensors`, such a
+            repository of the Hub (`hf-hub:OWNER/NAME[@REVISION]`, or without the prefix), or a
+            file: safetensors, or of `torch.save`, which is opened with `weights_only=True`.
+
+    Raises:
+        UnknownModelError: If there is nothing of this name.
+        CheckpointError: If there is no whole ConvMixer of any layout in it; the first tensor that
+            is wrong is named.
+    """
+    source = resolve(name)
+    file, config = source.file, source.config
+    content: dict[str, Any] = {}
+    part, metadata = "", {}
+    if file.suffix == ".safetensors":
+        metadata = check_safetensors(file)
+        tensors = safetensors.torch.load_file(file)
+    else:
+        content = _unpickle(file)
+        part, tensors = _unwrap(file, content)
+    arch = config.get("architecture") or content.get("arch") or metadata.get("arch")
+    if not isinstance(arch, str) or not timm.is_model(arch):
+        arch = None
+    activation = metadata.get("activation") or (config.get("model_args") or {}).get("act_layer")
+    if activation is None and arch is not None:
+        activation = name_activation(timm.create_model(arch, device="meta"))
+    if activation not in (None, *ACTIVATIONS):
+        raise CheckpointError(
+            f"{file}: is said to have the activation {activation!r}, which is none of "
+            f"{', '.join(ACTIVATIONS)}; mend its metadata, or {CONFIG_FILE} beside it"
+        )
+    layout = detect_layout(tensors)
+    if layout is None:
+        raise CheckpointError(
+            f"{file}: tensor '{next(iter(tensors), '')}' is of no ConvMixer; "
+            f"give a state dict in one of the layouts {', '.join(LAYOUTS)}"
+        )
+    converted = convert_layout(tensors)
+    model = build_like(converted, str(file))
+    shapes = {key: tensor.shape for key, tensor in model.state_dict().items()}
+    check_fit(converted, shapes, str(file), tensors)
+    check_finite(tensors, str(file))
+    return Checkpoint(source, tensors, layout, part, arch, activation, metadata)
+
+
+def _unpickle(file: Path) -> dict[str, Any]:
+    try:
+        # timm keeps the options of its training script, a Namespace, beside the weights.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            content = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch.load has no error of its own
+        raise CheckpointError(
+            f"{file}: cannot be read with weights_only=True ({first_line(error)}); "
+            "save the state dict alone with torch.save or safetensors.torch.save_file"
+        ) from None
+    if not isinstance(content, Mapping):
+        raise CheckpointError(
+            f"{file}: holds a {type(content).__name__}, not a state dict; "
+            "save the state dict of the model"
+        )
+    return dict(content)
+
+
+def _unwrap(file: Path, content: Mapping[str, Any]) -> tuple[str, dict[str, Tensor]]:
+    """Find the state dict in what a training program saved, and tell where it was."""
+    path = []
+    for _ in WRAPPERS:  # no more: a dict may hold itself
+        wrapper = next((w for w in WRAPPERS if isinstance(content.get(w), Mapping)), None)
+        if wrapper is None:
+            break
+        path.append(wrapper)
+        content = content[wrapper]
+    for key, value in content.items():
+        if not isinstance(key, str) or not isinstance(value, Tensor):
+            raise CheckpointError(
+                f"{file}: '{key}' is a {type(value).__name__}, not a tensor with a name; "
+                f"save the state dict alone, or under one of {', '.join(WRAPPERS)}"
+            )
+    return ".".join(path), dict(content)
+
+
+def build_like(state_dict: Mapping[str, Tensor], source: str) -> ConvMixer:
+    """Build the model that a state dict in our layout is of, on the meta device, with GELU.
+
+    Args:
+        state_dict: Tensors by key.
+        source: Where the state dict comes from, for the message.
+
+    Raises:
+        CheckpointError: If a tensor is missing, or is of no possible ConvMixer.
+    """
+    stem, kernel = "patch_emb.conv.weight", "conv_mixer_layers.0.depth_wise_conv.weight"
+    head = state_dict.get("classification.linear.weight")
+    dimensions = {stem: 4, kernel: 4}
+    if head is not None:
+        dimensions["classification.linear.weight"] = 2
+    for key, count in dimensions.items():
+        if key not in state_dict or state_dict[key].dim() != count:
+            raise CheckpointError(
+                f"{source}: tensor '{key}' is missing or has not {count} dimensions; "
+                f"give a whole state dict in one of the layouts {', '.join(LAYOUTS)}"
+            )
+    d_model, in_chans, patch_size, _ = state_dict[stem].shape
+    layers = {key.split(".")[1] for key in state_dict if key.startswith("conv_mixer_layers.")}
+    doubled = head is not None and head.shape[-1] == 2 * d_model
+    return ConvMixer(
+        d_model,
+        len(layers),
+        kernel_size=state_dict[kernel].shape[-1],
+        patch_size=patch_size,
+        num_classes=0 if head is None else len(head),
+        in_chans=in_chans,
+        global_pool="catavgmax" if doubled else "avg",
+        device="meta",
+    )
+
+
+def choose_activation(checkpoint: Checkpoint, activation: str | None) -> str:
+    """Tell the activation of a checkpoint: no tensor does, and it is never guessed.
+
+    Args:
+        checkpoint: What was read.
+        activation: What the caller says, if anything.
+
+    Raises:
+        CheckpointError: If nothing tells it, or the caller says another than the checkpoint.
+    """
+    file = checkpoint.source.file
+    if activation and checkpoint.activation and activation != checkpoint.activation:
+        raise CheckpointError(
+            f"{file}: was trained with {checkpoint.activation}, not {activation}; "
+            "leave --activation out"
+        )
+    chosen = activation or checkpoint.activation
+    if chosen is None:
+        raise CheckpointError(
+            f"{file}: nothing in it tells the activation; "
+            f"give --activation {' or '.join(ACTIVATIONS)}"
+        )
+    return chosen
+
+
+def convert(name: str, output: Path, layout: str, activation: str | None = None) -> Checkpoint:
+    """Write the weights of any ConvMixer as a safetensors file in the layout wanted.
+
+    The file's metadata says the activation, the layout and, where it is known, the architecture.
+
+    Args:
+        name: As in `read_checkpoint`.
+        output: The file to write, replaced whole or not at all.
+        layout: A key of `LAYOUTS` or `ALIASES`.
+        activation: A key of `ACTIVATIONS`; needed where nothing in the checkpoint tells it.
+
+    Returns:
+        What was written.
+
+    Raises:
+        UnknownModelError: If there is nothing of this name.
+        CheckpointError: If the checkpoint is no whole ConvMixer, its activation is not known, or
+            the file cannot be written.
+    """
+    if output.suffix != ".safetensors":
+        raise CheckpointError(
+            f"{output}: is written as safetensors; give it a name in .safetensors"
+        )
+    checkpoint = read_checkpoint(name)
+    layout = ALIASES.get(layout, layout)
+    metadata = {
+        "format": "pt",
+        "layout": layout,
+        "activation": choose_activation(checkpoint, activation),
+    }
+    if checkpoint.arch:
+        metadata["arch"] = checkpoint.arch
+    tensors = {
+        key: tensor.clone(memory_format=torch.contiguous_format)
+        for key, tensor in convert_layout(checkpoint.tensors, layout).items()
+    }
+    try:
+        with replacing(output) as temporary:
+            temporary.write_bytes(safetensors.torch.save(tensors, metadata))
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(
+            f"{output}: cannot be written ({first_line(error)}); make room, or name another place"
+        ) from None
+    return replace(
+        checkpoint,
+        source=Source(output),
+        tensors=tensors,
+        layout=layout,
+        activation=metadata["activation"],
+        metadata=metadata,
+    )

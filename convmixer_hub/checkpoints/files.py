@@ -1,0 +1,97 @@
+"""Files of weights in the safetensors format: checking them, and saving a model as timm does."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path, PurePath
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from timm.models import save_for_hf
+from torch import Tensor, nn
+
+from ..errors import CheckpointError, first_line
+from ..files import replacing
+from ..hub.records import CONFIG_FILE, WEIGHTS_FILE, is_model_file
+from ..model.convmixer import ConvMixer, name_activation
+
+
+def read_model_files(folder: Path) -> dict[Path, bytes]:
+    """Read the `MODEL_FILES` of a folder, each once, sorted by name.
+
+    Raises:
+        CheckpointError: If one cannot be read.
+    """
+    try:
+        files = sorted(f for f in folder.iterdir() if is_model_file(PurePath(f.name)))
+        return {file: file.read_bytes() for file in files if file.is_file()}
+    except OSError as error:
+        raise CheckpointError(
+            f"{folder}: cannot be read whole ({first_line(error)}); make all in it readable to you"
+        ) from None
+
+
+def check_safetensors(path: Path) -> dict[str, str]:
+    """Refuse a file that is not in the safetensors format; a pickle is never opened.
+
+    Returns:
+        The metadata of the file.
+
+    Raises:
+        CheckpointError: With the fault and the remedy.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            return file.metadata() or {}
+    except FileNotFoundError:
+        reason, remedy = "no such file", "check the path"
+    except (SafetensorError, OSError) as error:
+        reason = f"not a whole safetensors file ({first_line(error)})"
+        remedy = "copy it again; pickles are not opened, `convmixer convert` rewrites them"
+    raise CheckpointError(f"{path}: {reason}; {remedy}")
+
+
+def check_finite(state_dict: Mapping[str, Tensor], source: str) -> None:
+    """Refuse a state dict with a tensor that holds anything but numbers.
+
+    Args:
+        state_dict: What is about to be loaded.
+        source: Where the state dict comes from, for the message.
+
+    Raises:
+        CheckpointError: Naming the first such tensor, and the remedy.
+    """
+    for key, tensor in state_dict.items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise CheckpointError(
+                f"{source}: tensor {key!r} holds NaN or infinite numbers; "
+                "use another copy, or a checkpoint of an earlier epoch"
+            )
+
+
+def save_model(model: nn.Module, folder: Path, extra_config: Mapping[str, Any]) -> None:
+    """Write `config.json` and `model.safetensors` as timm and the Hub read them.
+
+    Each file is replaced whole or not at all.
+
+    Args:
+        model: A model made by `timm.create_model`.
+        folder: Where the two files go; made if missing.
+        extra_config: Entries added to `config.json`.
+    """
+    activation = name_activation(model) if isinstance(model, ConvMixer) else None
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as temporary:
+        save_for_hf(
+            model,
+            temporary,
+            model_config=dict(extra_config),
+            model_args={"act_layer": activation} if activation else None,  # a class is no JSON
+            safe_serialization=True,
+        )
+        for name in (WEIGHTS_FILE, CONFIG_FILE):
+            Path(temporary, name).chmod(0o644)  # safetensors lets nobody but the writer read
+            with replacing(folder / name) as file:
+                Path(temporary, name).rename(file)

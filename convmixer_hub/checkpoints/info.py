@@ -1,0 +1,40 @@
+"""What a checkpoint holds."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from ..files import hash_file
+from ..model.layouts import convert_layout
+from .convert import build_like, read_checkpoint
+
+
+def describe(name: str) -> dict[str, str]:
+    """Describe a checkpoint, one fact a line.
+
+    Args:
+        name: As in `read_checkpoint`.
+
+    Raises:
+        UnknownModelError: If there is nothing of this name.
+        CheckpointError: If it cannot be had, or is no whole ConvMixer.
+    """
+    checkpoint = read_checkpoint(name)
+    file, record = checkpoint.source.file, checkpoint.source.record
+    sha256 = record.sha256 if record else hash_file(file)
+    like = build_like(convert_layout(checkpoint.tensors), name)
+    dtypes = Counter(str(t.dtype).removeprefix("torch.") for t in checkpoint.tensors.values())
+    return {
+        "file": f"{file} ({checkpoint.part} of it)" if checkpoint.part else str(file),
+        "bytes": f"{file.stat().st_size:,}",
+        "sha256": f"{sha256}, {'as' if record else 'not'} on record",
+        "layout": checkpoint.layout,
+        "size": f"{len(like.conv_mixer_layers)} layers × {like.num_features} channels, "
+        f"kernel {like.kernel_size}, patch {like.patch_emb.patch_size}, "
+        f"{like.in_chans} image channels, {like.num_classes} classes",
+        "arch": checkpoint.arch or "not told",
+        "activation": checkpoint.activation or "not told, and no tensor would tell it",
+        "tensors": ", ".join(f"{count} {dtype}" for dtype, count in dtypes.most_common()),
+        "parameters": f"{checkpoint.parameters:,}",
+        "metadata": ", ".join(f"{k}={v}" for k, v in sorted(checkpoint.metadata.items())) or "none",
+    }

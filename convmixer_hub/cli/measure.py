@@ -1,0 +1,168 @@
+"""The commands `convmixer bench ...`: they measure on this machine what is claimed."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+import timm
+import torch
+
+from ..bench.ablation import CHANGES, Outcome, compare_changes
+from ..bench.inference import bench_load
+from ..bench.training import VARIANTS, bench_train
+from ..bench.transfer import bench_finetune
+from ..hub.find import locate
+from ..hub.records import get_record
+from ..machine import describe_machine, find_device, get_rank
+from ..training.settings import TrainingSettings
+from .options import DEFAULT_MODEL, NOT_NEGATIVE, POSITIVE, data_option, print_table
+
+
+def _describe_setting() -> str:
+    """Say what a figure was measured on and with."""
+    return f"{describe_machine(find_device())}, torch {torch.__version__}, timm {timm.__version__}"
+
+
+@click.group("bench")
+def bench_group() -> None:
+    """Measure on this machine what is claimed: speed, memory, and what choices are worth."""
+
+
+@bench_group.command("train")
+@click.argument("model", default=DEFAULT_MODEL)
+@click.option("--batch-size", default=128, show_default=True, type=click.IntRange(min=2))
+@click.option("--rounds", default=5, show_default=True, type=POSITIVE, help="Steps that count.")
+@click.option(
+    "--variant",
+    "variants",
+    multiple=True,
+    type=click.Choice(list(VARIANTS)),
+    help="Only this one; may be repeated.",
+)
+def bench_train_command(
+    model: str, batch_size: int, rounds: int, variants: tuple[str, ...]
+) -> None:
+    """Time training steps of MODEL and of other implementations of it, in turns.
+
+    timm: its ConvMixer as a user gets it (fp32, NCHW, eager); timm-bf16, timm-compiled: with bf16
+    autocast or torch.compile, and channels_last; sequential: the code in the paper's appendix;
+    ours: as convmixer train prepares it, in bf16 where that is faster.
+    """
+    speeds = bench_train(model, variants or tuple(VARIANTS), batch_size, rounds)
+    rows = [["variant", "images/s", f"× {speeds[0].variant}", "type", "peak memory"]]
+    for speed in speeds:
+        ratio = speed.images_per_second / speeds[0].images_per_second
+        rows.append(
+            [
+                speed.variant,
+                f"{speed.images_per_second:.1f}",
+                f"{ratio:.2f}",
+                speed.dtype.partition(":")[0],
+                f"{speed.peak_memory:.0f} MiB",
+            ]
+        )
+    click.echo(
+        f"{model}, batch {batch_size}, median of {rounds} steps each in turns, "
+        f"{_describe_setting()}"
+    )
+    print_table(rows)
+    for speed in speeds:
+        if speed.variant == "ours":
+            click.echo(f"ours computes in {speed.dtype}")
+
+
+@bench_group.command("load")
+@click.argument("name", default=DEFAULT_MODEL)
+@click.option("--rounds", default=30, show_default=True, type=POSITIVE)
+def bench_load_command(name: str, rounds: int) -> None:
+    """Time building NAME without its weights and with them, in turns."""
+    without, with_weights = bench_load(name, rounds)
+    click.echo(
+        f"{name}: {1000 * without:.1f} ms without weights, {1000 * with_weights:.1f} ms with "
+        f"them, × {with_weights / without:.2f} (medians of {rounds}), from "
+        f"{locate(get_record(name))}, {describe_machine(torch.device('cpu'))}"
+    )
+
+
+@bench_group.command("recipe")
+@click.argument("model", default=DEFAULT_MODEL)
+@data_option
+@click.option(
+    "--output", required=True, type=click.Path(path_type=Path), help="Folder for the run folders."
+)
+@click.option("--epochs", default=3, show_default=True, type=POSITIVE)
+@click.option(
+    "--train-images",
+    default=20000,
+    show_default=True,
+    type=NOT_NEGATIVE,
+    help="Train on so many of those that are not held out; 0 for all.",
+)
+@click.option("--held-out", default=5000, show_default=True, type=POSITIVE)
+@click.option(
+    "--change",
+    "changes",
+    multiple=True,
+    type=click.Choice(list(CHANGES)),
+    help="Only this one; may be repeated. The others are compared with the first.",
+)
+def bench_recipe_command(
+    model: str, data: Path, output: Path, changes: tuple[str, ...], **common: Any
+) -> None:
+    """Train MODEL with plain settings and with single changes to them, such as the recipe has.
+
+    The same command goes on where it was interrupted; the table has the runs that are finished.
+    """
+    outcomes: list[Outcome] = []
+    try:
+        for outcome in compare_changes(model, data, output, changes or tuple(CHANGES), **common):
+            outcomes.append(outcome)
+    finally:
+        if outcomes and get_rank() == 0:
+            _print_outcomes(model, outcomes, common)
+
+
+def _print_outcomes(model: str, outcomes: Sequence[Outcome], common: Mapping[str, Any]) -> None:
+    first = outcomes[0]
+    rows = [["run", "what differs", "held-out top-1", f"against {first.change}", "minutes"]]
+    for outcome in outcomes:
+        differs = ", ".join(f"{name} {value}" for name, value in CHANGES[outcome.change].items())
+        rows.append(
+            [
+                outcome.change,
+                differs or "nothing",
+                f"{outcome.top1:.2f} %",
+                f"{outcome.top1 - first.top1:+.2f}",
+                f"{outcome.seconds / 60:.1f}",
+            ]
+        )
+    shared = ", ".join(f"{name} {value}" for name, value in sorted(common.items()))
+    click.echo(f"{model}, {shared}, seed {TrainingSettings.seed}, {_describe_setting()}")
+    print_table(rows)
+
+
+@bench_group.command("finetune")
+@click.argument("name", default=DEFAULT_MODEL)
+@data_option
+@click.option("--images-a-class", default=50, show_default=True, type=click.IntRange(min=2))
+@click.option("--seeds", default=3, show_default=True, type=POSITIVE)
+def bench_finetune_command(name: str, data: Path, images_a_class: int, seeds: int) -> None:
+    """Fine-tune NAME on a few images of each class, and train one like it from scratch on them.
+
+    For as many steps on the same images; top-1 is on the test images of the data set.
+    """
+    results = list(bench_finetune(name, data, images_a_class, seeds))
+    columns = [[r.finetuned for r in results], [r.from_scratch for r in results]]
+    columns.append([tuned - scratch for tuned, scratch in zip(*columns)])
+    rows = [["seed", *(str(result.seed) for result in results), "mean"]]
+    for title, values in zip(["fine-tuned", "from scratch", "gain"], columns):
+        rows.append([title, *(f"{value:.2f}" for value in [*values, statistics.mean(values)])])
+    click.echo(
+        f"{name}, {images_a_class} images a class, top-1 on the test images (%), "
+        f"{_describe_setting()}"
+    )
+    print_table([list(row) for row in zip(*rows)])

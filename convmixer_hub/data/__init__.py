@@ -1,0 +1,1 @@
+"""Images on disk, as models take them."""

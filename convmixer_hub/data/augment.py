@@ -1,0 +1,176 @@
+"""Training images: kept in memory, shuffled and augmented by the batch."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from timm.data.auto_augment import RandAugment, rand_augment_transform
+from torch.nn import functional as F
+from torch.utils.data import Subset
+from torchvision import transforms
+
+from .images import eval_transform
+from .reader import read_images
+
+FLIPS = ("alternating", "random")
+
+
+def is_rand_augment(description: str) -> bool:
+    """Tell whether timm can make a RandAugment of this; it makes none of an empty description."""
+    if not description:
+        return True
+    if not re.fullmatch(r"rand(-((m|n|p|mstd|mmax|inc)\d{1,3}(\.\d+)?|t\w+))*", description):
+        return False  # timm would pass over a part that it does not know
+    try:
+        _make_rand_augment(description)(Image.new("RGB", (32, 32)))
+    except (AssertionError, ValueError, KeyError, TypeError):
+        return False
+    return True
+
+
+def _make_rand_augment(description: str, channels: int = 3, image_size: int = 32) -> RandAugment:
+    grey = (128,) * channels  # what fills the corners of a turned image
+    hparams = {"translate_const": image_size // 3, "img_mean": grey}
+    transform = rand_augment_transform(description, hparams)
+    for operation in transform.ops:
+        if operation.name.startswith("Posterize"):
+            operation.level_fn = partial(_keep_one_bit, operation.level_fn)
+    return transform
+
+
+def _keep_one_bit(choose_bits: Callable, level: float, hparams: Mapping[str, Any]) -> tuple[int]:
+    # At its highest level timm leaves no bit of a colour, which Pillow 13 refuses.
+    return (max(1, choose_bits(level, hparams)[0]),)
+
+
+class TrainingImages:
+    """A training set in memory, served in shuffled and augmented batches.
+
+    The usual augmentation of CIFAR: reflected borders, random squares, and mirror images. Unless
+    they are mirrored at random, an image is mirrored every other epoch, starting with a random
+    half of them, so that two epochs show all images both ways ("alternating flip", Jordan 2024,
+    arXiv:2404.00498).
+
+    Args:
+        images: Some of a `LabelledImages`.
+        data_config: From `timm.data.resolve_model_data_config(model)`; images of other sizes are
+            scaled and cropped as in evaluation.
+        seed: The same seed gives the same batches everywhere, but for the RandAugment, which takes
+            its random numbers from `random` and `numpy.random`.
+        rand_augment: timm's description of a RandAugment, such as `rand-m9-n2-mstd0.5-inc1`.
+        flip: One of `FLIPS`.
+        skip_damaged: Leave out images that cannot be read.
+        device: Where the images are kept and augmented.
+        progress: Show a progress bar, if there is a terminal.
+
+    Attributes:
+        damaged: One line for each image that was left out.
+
+    Raises:
+        DataError: If images cannot be read, naming the first of them.
+    """
+
+    def __init__(
+        self,
+        images: Subset,
+        data_config: Mapping[str, Any],
+        seed: int = 0,
+        rand_augment: str = "",
+        flip: str = "alternating",
+        skip_damaged: bool = False,
+        device: torch.device | str = "cpu",
+        progress: bool = True,
+    ) -> None:
+        channels, _, self.image_size = data_config["input_size"]
+        self.seed = seed
+        self.flip = flip
+        self.rand_augment = (
+            _make_rand_augment(rand_augment, channels, self.image_size) if rand_augment else None
+        )
+        tensors, self.labels, self.damaged = read_images(
+            images, eval_transform(data_config, normalize=False), skip_damaged, progress
+        )
+        self.images = tensors.to(device)  # uint8 [count, channels, side, side]
+        self.mean = torch.tensor(data_config["mean"], device=device).view(-1, 1, 1)
+        self.std = torch.tensor(data_config["std"], device=device).view(-1, 1, 1)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def read_batch(
+        self,
+        epoch: int,
+        step: int,
+        batch_size: int,
+        crop_size: int,
+        augment: bool = True,
+        share: slice = slice(None),
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Give one batch; an epoch has `len(self) // batch_size` of them.
+
+        Args:
+            epoch: Number of the epoch, from 0.
+            step: Number of the batch in it, from 0.
+            batch_size: Images a batch.
+            crop_size: Side of the squares, in pixels; an eighth of it is padded on each side.
+            augment: Apply the RandAugment.
+            share: Part of the batch to give, for one process of several.
+
+        Returns:
+            Images `[batch_size, channels, crop_size, crop_size]` and their labels `[batch_size]`.
+        """
+        order = torch.randperm(len(self), generator=_generator(self.seed, epoch))
+        batch = order[step * batch_size : (step + 1) * batch_size]
+        border = crop_size // 8
+        places = self.image_size + 2 * border - crop_size + 1
+        generator = _generator(self.seed, epoch, step)
+        corners = torch.randint(places, (2, batch_size, 1), generator=generator)
+        if self.flip == "random":
+            mirrored = torch.rand(batch_size, generator=generator) < 0.5
+        else:
+            mirrored_first = torch.rand(len(self), generator=_generator(self.seed)) < 0.5
+            mirrored = mirrored_first[batch] ^ bool(epoch % 2)
+
+        batch = batch[share]
+        images = self.images[batch.to(self.images.device)]
+        if augment and self.rand_augment is not None:
+            pictures = [transforms.functional.to_pil_image(image) for image in images.cpu()]
+            images = torch.stack(
+                [transforms.functional.pil_to_tensor(self.rand_augment(p)) for p in pictures]
+            ).to(self.images.device)
+        images = _cut(images, border, crop_size, corners[:, share], mirrored[share])
+        return (images / 255.0 - self.mean) / self.std, self.labels[batch]
+
+
+def derive_seed(*numbers: int) -> int:
+    """Mix numbers, such as a run's seed, an epoch and a step, into a seed of 63 bits."""
+    # Their count goes in as well: a SeedSequence takes no note of zeros at the end.
+    state = np.random.SeedSequence((len(numbers), *numbers)).generate_state(1, np.uint64)
+    return int(state[0] >> 1)
+
+
+def _generator(*numbers: int) -> torch.Generator:
+    return torch.Generator().manual_seed(derive_seed(*numbers))
+
+
+def _cut(
+    images: torch.Tensor, border: int, size: int, corners: torch.Tensor, mirrored: torch.Tensor
+) -> torch.Tensor:
+    """Cut a square out of each image, bordered by its reflection; mirror some of them."""
+    count, channels = images.shape[:2]
+    images = F.pad(images.float(), (border,) * 4, mode="reflect")
+    rows, columns = corners + torch.arange(size)  # each [count, size]
+    columns = torch.where(mirrored[:, None], columns.flip(1), columns)
+    places = (
+        torch.arange(count)[:, None, None, None],
+        torch.arange(channels)[:, None, None],
+        rows[:, None, :, None],
+        columns[:, None, None, :],
+    )
+    return images[tuple(place.to(images.device) for place in places)]

@@ -1,0 +1,1 @@
+"""From the name of a trained model to a verified file on this machine."""

@@ -1,0 +1,175 @@
+"""What is known of each trained model: where its file is, what it must be, how good it is."""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import PurePath
+
+from ..errors import UnknownModelError
+from .repository import Repository
+
+WEIGHTS_FILE = "model.safetensors"
+CONFIG_FILE = "config.json"
+GOLDEN_FILE = "golden.json"
+
+# What of a model's folder goes to others; the states of a training run, for one, do not.
+MODEL_FILES = (
+    CONFIG_FILE,
+    WEIGHTS_FILE,
+    GOLDEN_FILE,
+    "README.md",
+    "NOTES.md",
+    "RECIPE.md",
+    "metrics.csv",
+    "*.png",
+)
+
+# The user's own images, which are nobody else's business.
+MISTAKES_FILE = "mistakes.png"
+
+DEFAULT_TAG = "cifar10"
+OWN_COPY = "reinstall the package and unset CONVMIXER_HUB_SOURCE to use its own copy"
+
+
+@dataclass(frozen=True)
+class DatasetRecord:
+    """A data set that models here are trained on.
+
+    Attributes:
+        name: As people call it.
+        hub_id: Its repository on the Hugging Face Hub.
+        classes: Names of its classes, by label.
+    """
+
+    name: str
+    hub_id: str
+    classes: tuple[str, ...]
+
+
+CIFAR10 = DatasetRecord(
+    "CIFAR-10",
+    "uoft-cs/cifar10",
+    ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"),
+)
+CIFAR100 = DatasetRecord(
+    "CIFAR-100",
+    "uoft-cs/cifar100",
+    tuple(
+        """
+        apple aquarium_fish baby bear beaver bed bee beetle bicycle bottle bowl boy bridge
+        bus butterfly camel can castle caterpillar cattle chair chimpanzee clock cloud
+        cockroach couch crab crocodile cup dinosaur dolphin elephant flatfish forest fox
+        girl hamster house kangaroo keyboard lamp lawn_mower leopard lion lizard lobster man
+        maple_tree motorcycle mountain mouse mushroom oak_tree orange orchid otter palm_tree
+        pear pickup_truck pine_tree plain plate poppy porcupine possum rabbit raccoon ray
+        road rocket rose sea seal shark shrew skunk skyscraper snail snake spider squirrel
+        streetcar sunflower sweet_pepper table tank telephone television tiger tractor train
+        trout tulip turtle wardrobe whale willow_tree wolf woman worm
+        """.split()
+    ),
+)
+DATASETS = (CIFAR10, CIFAR100)
+
+
+@dataclass(frozen=True)
+class CheckpointRecord:
+    """What is known of one trained model: where its file is, what it must be, how good it is.
+
+    Attributes:
+        name: `arch.tag`.
+        sha256: Digest of the safetensors file, in hexadecimal.
+        size: Length of the file, in bytes.
+        dataset: What the model was trained and measured on.
+        top1: Top-1 accuracy on the test images, in percent.
+        ece: Expected calibration error of its probabilities on them, in percent.
+        revision: Tag or commit of the Hub repository.
+    """
+
+    name: str
+    sha256: str
+    size: int
+    dataset: DatasetRecord
+    top1: float
+    ece: float
+    revision: str = "v1"
+
+    @property
+    def arch(self) -> str:
+        """The architecture, by its name in timm's registry."""
+        return self.name.partition(".")[0]
+
+    @property
+    def tag(self) -> str:
+        """Which training the weights are from."""
+        return self.name.partition(".")[2]
+
+    @property
+    def repo_id(self) -> str:
+        """The Hub repository; `CONVMIXER_HUB_NAMESPACE` moves it to another owner."""
+        return f"{os.environ.get('CONVMIXER_HUB_NAMESPACE') or 'convmixer-hub'}/{self.name}"
+
+    @property
+    def repository(self) -> Repository:
+        """The same, for asking the Hub."""
+        return Repository(
+            self.repo_id,
+            self.revision,
+            naming="check CONVMIXER_HUB_NAMESPACE and HF_ENDPOINT",
+            otherwise=f", or {OWN_COPY}",
+            offline=", or copy the Hub's cache folder from a machine where "
+            f"`convmixer pull {self.name}` was run",
+        )
+
+
+RECORDS: dict[str, CheckpointRecord] = {
+    record.name: record
+    for record in [
+        CheckpointRecord(
+            name="convmixer_cifar.cifar10",
+            sha256="ad3b51181995b6e010eec1efada4ab952d13637b475d37358017fc9088f8344a",
+            size=2620544,
+            dataset=CIFAR10,
+            top1=94.67,
+            ece=8.47,
+        ),
+    ]
+}
+
+# The trained model in each Hub repository, as timm may name it.
+REPOSITORIES = {
+    repository: record.name
+    for record in RECORDS.values()
+    for repository in (record.repo_id, f"{record.repo_id}@{record.revision}")
+}
+
+
+def is_model_file(path: PurePath) -> bool:
+    """Tell whether a path within a model's folder is that of one of `MODEL_FILES`."""
+    is_visible = len(path.parts) == 1 and not path.name.startswith(".")
+    return (
+        is_visible
+        and path.name != MISTAKES_FILE
+        and any(path.match(pattern) for pattern in MODEL_FILES)
+    )
+
+
+def suggest(name: str, known: Iterable[str]) -> str:
+    """Say which known names are nearest to this one, or else name them all."""
+    known = sorted(known)
+    near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+    return f"did you mean {' or '.join(near)}?" if near else f"known are: {', '.join(known)}"
+
+
+def get_record(name: str) -> CheckpointRecord:
+    """Look up the record of a trained model; a bare arch means its `DEFAULT_TAG`.
+
+    Raises:
+        UnknownModelError: If no trained model has this name.
+    """
+    record = RECORDS.get(name) or RECORDS.get(f"{name}.{DEFAULT_TAG}")
+    if record is None:
+        raise UnknownModelError(f"no trained weights are named '{name}'; {suggest(name, RECORDS)}")
+    return record

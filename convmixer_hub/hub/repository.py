@@ -1,0 +1,190 @@
+"""Model repositories of the Hugging Face Hub: what is in one, and why that cannot be had."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from huggingface_hub import (
+    HfFileMetadata,
+    constants,
+    get_hf_file_metadata,
+    get_token,
+    hf_hub_download,
+    hf_hub_url,
+)
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RemoteEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+from ..errors import CheckpointError, first_line
+
+PREFIX = "hf-hub:"
+_ID = re.compile(r"(\w[\w.-]*/\w[\w.-]*)(?:@(\S+))?")
+
+
+@dataclass(frozen=True)
+class Repository:
+    """A model repository of the Hub, and what its user can do where it cannot be read.
+
+    Attributes:
+        repo_id: `OWNER/NAME`.
+        revision: A branch, tag or commit; the main branch if None.
+        naming: What to check where another one may be meant, as a clause.
+        otherwise: How to do without it, as the end of a sentence.
+        offline: How to do without the network, likewise.
+    """
+
+    repo_id: str
+    revision: str | None = None
+    naming: str = "check its name, @REVISION and HF_ENDPOINT"
+    otherwise: str = ""
+    offline: str = ""
+
+    @classmethod
+    def parse(cls, name: str) -> Repository | None:
+        """Read `hf-hub:OWNER/NAME[@REVISION]`, the prefix being optional; None if it is no such."""
+        match = _ID.fullmatch(name.removeprefix(PREFIX))
+        return cls(*match.groups()) if match else None
+
+    @property
+    def address(self) -> str:
+        """Where it is."""
+        return f"{constants.ENDPOINT}/{self.repo_id}"
+
+    def __str__(self) -> str:
+        return f"{self.repo_id}@{self.revision}" if self.revision else self.repo_id
+
+    def find_file(self, name: str) -> Path | None:
+        """Find a file in the Hub's cache, downloading it if it is not there; None if there is none.
+
+        Raises:
+            CheckpointError: If nobody can say, in one line with the remedy.
+        """
+        try:
+            read_token()
+            return Path(hf_hub_download(self.repo_id, name, revision=self.revision))
+        except Exception as error:  # the client, its HTTP library and the disk each have their own
+            # The first is a kind of the second, but says nothing of the Hub.
+            is_local = isinstance(error, LocalEntryNotFoundError)
+            if isinstance(error, EntryNotFoundError) and not is_local:
+                return None
+            raise CheckpointError(self.explain(error, name)) from None
+
+    def ask_for(self, name: str, retry: bool = False) -> HfFileMetadata:
+        """Ask the Hub about a file; nothing is downloaded, and nothing written.
+
+        Args:
+            name: Of the file.
+            retry: Wait and ask again if the Hub is busy or fails.
+
+        Returns:
+            Among others `commit_hash`, the 40 hexadecimal digits of a commit, and `etag`, a word.
+
+        Raises:
+            Exception: One that `explain` explains.
+        """
+        read_token()
+        url = hf_hub_url(self.repo_id, name, revision=self.revision)
+        offered = get_hf_file_metadata(url, retry_on_errors=retry)
+        is_commit = re.fullmatch("[0-9a-f]{40}", offered.commit_hash or "")
+        if not is_commit or not re.fullmatch(r"[\w-]{1,128}", offered.etag or ""):
+            raise CheckpointError(
+                f"{url}: comes without a usable X-Repo-Commit or ETag, so not from a Hub; "
+                f"check HF_ENDPOINT{self.otherwise}"
+            )
+        return offered
+
+    def explain(self, error: Exception, name: str) -> str:
+        """Say in one line why the Hub did not give a file, and what to do."""
+        if isinstance(error, CheckpointError):
+            return str(error)
+        error = _unwrap(error)
+        if isinstance(error, HfHubHTTPError):
+            return self._explain_answer(error, name)
+        if isinstance(error, OfflineModeIsEnabled):
+            return (
+                f"{self.address} may not be asked for what the Hub's cache lacks "
+                f"(HF_HUB_OFFLINE); unset that{self.offline}{self.otherwise}"
+            )
+        if isinstance(error, HFValidationError):
+            return f"no repository is named {self.repo_id!r}; {self.naming}"
+        if isinstance(error, OSError) and error.errno is not None:
+            return (
+                f"the Hub's cache cannot be used ({first_line(error)}); make room there, or name "
+                "another folder with HF_HOME"
+            )
+        return (
+            f"{self.address} cannot be read ({first_line(error)}); check the network and "
+            f"HF_ENDPOINT{self.otherwise}"
+        )
+
+    def _explain_answer(self, error: HfHubHTTPError, name: str) -> str:
+        status = error.response.status_code
+        if isinstance(error, RevisionNotFoundError):
+            revision = self.revision or "main"
+            return f"{self.address} has no revision '{revision}'; {self.naming}{self.otherwise}"
+        if isinstance(error, RemoteEntryNotFoundError):
+            return f"{self.address} has no file '{name}'; {self.naming}{self.otherwise}"
+        if status == 403:
+            return (
+                f"{self.address} is closed to you (HTTP 403); ask its owner for access, or use a "
+                f"token that has it{self.otherwise}"
+            )
+        if isinstance(error, RepositoryNotFoundError) and status == 401:
+            return (
+                f"{self.address} is missing or private (HTTP 401); {self.naming}, or log in with "
+                "`hf auth login` or HF_TOKEN"
+            )
+        if isinstance(error, RepositoryNotFoundError):
+            return (
+                f"{self.address} does not exist, or is closed to your token (HTTP {status}); "
+                f"{self.naming}{self.otherwise}"
+            )
+        if status == 401:
+            return (
+                f"{constants.ENDPOINT} does not accept your token (HTTP 401); renew it with "
+                "`hf auth login`, or do without (`hf auth logout`, and unset HF_TOKEN)"
+            )
+        reason = f"HTTP {status} {error.response.reason_phrase}"
+        remedy = "try again later" if is_passing(status) else self.naming
+        return f"{self.address} cannot be read ({reason}); {remedy}{self.otherwise}"
+
+
+def _unwrap(error: Exception) -> Exception:
+    """Take an error out of the advice, which does not say what befell, that the client wraps it in.
+
+    It does that to whatever befell its first request.
+    """
+    wrapped = error.__cause__
+    if isinstance(error, HfHubHTTPError) or not isinstance(wrapped, Exception):
+        return error
+    return wrapped
+
+
+def is_passing(status: int) -> bool:
+    """Tell whether the same request may do better later, by the HTTP status of the answer."""
+    return status in (408, 429) or status >= 500
+
+
+def read_token() -> str | None:
+    """Read your token for the Hub; None if there is none.
+
+    Raises:
+        CheckpointError: If there may be one, but it cannot be read.
+    """
+    try:
+        return get_token()
+    except Exception as error:  # of the disk, or of where else the client looks for it
+        raise CheckpointError(
+            f"your token cannot be read ({first_line(error)}); mend or remove "
+            f"{constants.HF_TOKEN_PATH}, or set HF_TOKEN"
+        ) from None

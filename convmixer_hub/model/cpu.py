@@ -1,0 +1,260 @@
+"""Faster training on a CPU, for a model that is trained there: the same results, in less time.
+
+Next to the convolutions, GELU and BatchNorm are most of a training step, and what they cost is
+reading and writing memory. `cpu.cpp` has them in as few passes as there can be, and a fast weight
+gradient of the depth-wise convolutions; it is compiled the first time that it is needed.
+
+With several processes the statistics are those of all their batches together, which torch's own
+SyncBatchNorm computes on GPUs alone.
+"""
+
+from __future__ import annotations
+
+import copy
+import ctypes
+import hashlib
+import logging
+import os
+import platform
+import statistics
+import subprocess
+import time
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..errors import first_line
+from ..files import replacing
+from ..machine import get_world_size, sum_over_processes
+from .convmixer import ConvMixer, ConvMixerLayer, PatchEmbeddings
+from .depthwise import FAST_KERNEL_SIZES, DepthWiseConv2d
+
+CHANNELS_AT_A_TIME = 16
+FLAGS = ("-O3", "-march=native", "-std=c++20", "-fopenmp", "-fPIC", "-shared")
+
+_logger = logging.getLogger(__package__)
+
+
+@cache
+def load_passes() -> bool:
+    """Compile `cpu.cpp` (10 seconds, once a machine) and load it as `torch.ops.convmixer_hub`.
+
+    Returns:
+        Whether that worked; if not, one WARNING says why.
+    """
+    source = Path(__file__).with_suffix(".cpp")
+    torch_folder = Path(torch.__file__).parent
+    command = [os.environ.get("CXX", "c++"), *FLAGS]
+    command += [f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"]
+    command += [
+        f"-I{torch_folder / 'include'}",
+        f"-L{torch_folder / 'lib'}",
+        "-ltorch_cpu",
+        "-lc10",
+    ]
+    # What is compiled for one processor may not run on another that shares the folder.
+    made_of = [source.read_text(), *command, torch.__version__, _describe_processor()]
+    digest = hashlib.sha256("\0".join(made_of).encode()).hexdigest()
+    cache_folder = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+    library = cache_folder / "convmixer_hub" / f"cpu_{digest[:16]}.so"
+    try:
+        if not library.exists():
+            library.parent.mkdir(parents=True, exist_ok=True)
+            with replacing(library) as temporary:
+                command[1:1] = [str(source), "-o", str(temporary)]
+                _run_compiler(command)
+        torch.ops.load_library(str(library))
+    except OSError as error:
+        _logger.warning(
+            "training takes several times as long here as it need: cpu.cpp cannot be compiled (%s);"
+            " install a C++ compiler such as g++, or name one in CXX",
+            first_line(error),
+        )
+        return False
+    return True
+
+
+def _run_compiler(command: list[str]) -> None:
+    try:
+        subprocess.run(command, check=True, capture_output=True, text=True)
+    except subprocess.CalledProcessError as error:
+        lines = [line for line in error.stderr.splitlines() if "error" in line] or [error.stderr]
+        raise OSError(lines[0] or f"{command[0]} failed without a word") from None
+
+
+def _describe_processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    return next((line for line in lines if line.startswith(("flags", "Features"))), "")
+
+
+def keep_freed_memory() -> None:
+    """Let glibc reuse freed activations instead of giving their pages back to the kernel.
+
+    By default every tensor over 32 MiB is mapped, zeroed page by page, and unmapped again at each
+    step, which is a good part of its time. Elsewhere than on glibc this does nothing.
+    """
+    m_trim_threshold, m_top_pad, m_mmap_max = -1, -2, -4
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):
+        return
+    mallopt(m_mmap_max, 0)
+    mallopt(m_trim_threshold, -1)  # never
+    mallopt(m_top_pad, 2**28)  # grow in steps of 256 MiB
+
+
+def _count(x: Tensor) -> int:
+    """Number of values in a channel of `[batch, channels, height, width]`, in all processes."""
+    return x.numel() // x.shape[1] * get_world_size()
+
+
+class _GELUBatchNormFunction(torch.autograd.Function):
+    """BatchNorm of GELU with the statistics of the batch; also gives these statistics."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, z: Tensor, weight: Tensor, bias: Tensor, centre: Tensor, eps: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        passes = torch.ops.convmixer_hub
+        z = z.contiguous(memory_format=torch.channels_last)
+        # A centre near the mean keeps the variance from being a small difference of large numbers.
+        y, slope, sums = passes.activate(z, centre)
+        sums = sum_over_processes(sums)
+        result, mean, variance = passes.normalize(y, sums, centre, weight, bias, _count(z), eps)
+        ctx.save_for_backward(y, slope, weight, mean, variance)
+        ctx.eps = eps
+        ctx.mark_non_differentiable(mean, variance)
+        return result, mean, variance
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+        passes = torch.ops.convmixer_hub
+        y, slope, weight, mean, variance = ctx.saved_tensors
+        grad = grad.contiguous(memory_format=torch.channels_last)
+        sums = passes.sum_gradient(grad, y, mean)
+        grad_bias, grad_weight = sums[0].clone(), sums[1] * (variance + ctx.eps).rsqrt()
+        sums = sum_over_processes(sums)
+        grad_z = passes.input_gradient(
+            grad, y, slope, sums, weight, mean, variance, _count(y), ctx.eps
+        )
+        return grad_z, grad_weight, grad_bias, None, None
+
+
+class GELUBatchNorm2d(nn.BatchNorm2d):
+    """`nn.BatchNorm2d(gelu(x))`, with the parameters, buffers and state dict of the former.
+
+    In training it takes fp32 and bfloat16, and a multiple of 16 channels; `load_passes` comes
+    first.
+    """
+
+    running_mean: Tensor
+    running_var: Tensor
+    num_batches_tracked: Tensor
+    momentum: float
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map `[batch, channels, height, width]` to the same shape."""
+        if not self.training:
+            return super().forward(F.gelu(x))
+        x, mean, variance = _GELUBatchNormFunction.apply(
+            x, self.weight, self.bias, self.running_mean, self.eps
+        )
+        count = _count(x)
+        with torch.no_grad():
+            self.num_batches_tracked += 1
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(variance * (count / (count - 1)), self.momentum)
+        return x
+
+
+def _store_channels_last(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return tuple(x.contiguous(memory_format=torch.channels_last) for x in inputs)
+
+
+def speed_up_on_cpu(model: nn.Module) -> None:
+    """Let a ConvMixer and its layers compute what is above, in place.
+
+    Results, gradients and the state dict stay those of the separate modules, up to rounding, and
+    as with these, `torch.autocast` has all but statistics and parameters in bfloat16. Make the
+    optimizer after this: some parameters are new objects. Without a C++ compiler, images are
+    stored channels last and all else stays as it is.
+
+    Args:
+        model: On the CPU, in fp32. Layers with another activation, or whose number of channels is
+            no multiple of 16, stay as they are.
+    """
+    for module in list(model.modules()):
+        if isinstance(module, ConvMixerLayer | PatchEmbeddings):
+            # As oneDNN's convolutions take and give images, without reordering them.
+            module.register_forward_pre_hook(_store_channels_last)
+        if not load_passes():
+            continue
+        if isinstance(module, ConvMixerLayer):
+            _fuse(module, "act1", "norm1")
+            _fuse(module, "act2", "norm2")
+        elif isinstance(module, PatchEmbeddings):
+            _fuse(module, "act", "norm")
+        elif isinstance(module, DepthWiseConv2d):
+            module.fast_weight_gradient = (
+                module.kernel_size[0] in FAST_KERNEL_SIZES
+                and module.in_channels % CHANNELS_AT_A_TIME == 0
+            )
+
+
+def _fuse(module: nn.Module, act_name: str, norm_name: str) -> None:
+    act, norm = getattr(module, act_name), getattr(module, norm_name)
+    if type(act) is not nn.GELU or act.approximate != "none" or type(norm) is not nn.BatchNorm2d:
+        return
+    if norm.num_features % CHANNELS_AT_A_TIME:
+        return
+    fused = GELUBatchNorm2d(norm.num_features, norm.eps, norm.momentum)
+    fused.load_state_dict(norm.state_dict(), assign=True)
+    setattr(module, act_name, nn.Identity())
+    setattr(module, norm_name, fused.train(norm.training))
+
+
+def choose_dtype(
+    model: ConvMixer, device: torch.device, image_size: int
+) -> tuple[torch.dtype, str]:
+    """Find out in which type a model is trained faster: on a CPU by trying, half a second long.
+
+    What a CPU says of itself does not tell: some list instructions for bfloat16 and take longer in
+    it. Under torchrun all processes try at the same time, and come to the same answer.
+
+    Args:
+        model: On the device; on a CPU, prepared by `speed_up_on_cpu`. It stays as it is.
+        device: Where it will be trained.
+        image_size: Side of its images, in pixels.
+
+    Returns:
+        `torch.bfloat16` or `torch.float32`, and the reason in a few words.
+    """
+    if device.type == "cuda":
+        if torch.cuda.is_bf16_supported(including_emulation=False):
+            return torch.bfloat16, "bf16, which this GPU has"
+        return torch.float32, "fp32, as this GPU has no bf16"
+    layer = copy.deepcopy(model.conv_mixer_layers[0]).train()
+    side = image_size // model.patch_emb.patch_size
+    x = torch.rand(max(2, 8192 // side**2), model.num_features, side, side)
+    seconds: tuple[list[float], list[float]] = ([], [])
+    for _ in range(5):  # in turns, and the first of each does not count
+        for in_bf16, taken in enumerate(seconds):
+            dtype = torch.bfloat16 if in_bf16 else torch.float32
+            start = time.perf_counter()
+            with torch.autocast("cpu", torch.bfloat16, enabled=bool(in_bf16)):
+                y = layer(x.to(dtype).requires_grad_())
+            y.backward(y.detach())
+            taken.append(time.perf_counter() - start)
+    medians = sum_over_processes(torch.tensor([statistics.median(s[1:]) for s in seconds]))
+    fp32, bf16 = (1000 * medians / get_world_size()).tolist()
+    if bf16 < fp32:
+        return torch.bfloat16, f"bf16: a layer takes {bf16:.1f} ms, {fp32:.1f} ms in fp32"
+    return torch.float32, f"fp32: a layer takes {fp32:.1f} ms, {bf16:.1f} ms in bf16"

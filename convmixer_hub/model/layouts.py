@@ -1,0 +1,212 @@
+"""The layouts of a state dict: which implementation of ConvMixer gives which tensor what key.
+
+All of them have the same tensors in the same shapes, so any layout can be turned into any other.
+The activation is no tensor: no layout tells GELU from ReLU.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NoReturn
+
+from torch import Tensor
+
+from ..errors import CheckpointError
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How an implementation names the modules that hold tensors.
+
+    Attributes:
+        stem: Convolution and norm of the patch embedding.
+        layers: What stands before the number of a layer.
+        layer: Depth-wise convolution, norm, 1x1 convolution and norm, within a layer.
+        head: The linear map; `{}` is its place in an `nn.Sequential` of everything.
+        first_layer: Number of the first layer.
+    """
+
+    stem: tuple[str, str]
+    layers: str
+    layer: tuple[str, str, str, str]
+    head: str
+    first_layer: int = 0
+
+    @cached_property
+    def _layer_pattern(self) -> re.Pattern[str]:
+        names = "|".join(re.escape(name) for name in self.layer)
+        return re.compile(rf"{re.escape(self.layers)}(\d+)\.({names})")
+
+    def match_layer(self, module: str) -> re.Match[str] | None:
+        """Take a module's name apart into the number of its layer and its name within it."""
+        return self._layer_pattern.fullmatch(module)
+
+    def count_layers(self, modules: Iterable[str]) -> int:
+        """Count the layers up to the last one that these modules are of."""
+        matches = [self.match_layer(module) for module in modules]
+        numbers = [int(match[1]) - self.first_layer for match in matches if match]
+        return max(numbers, default=-1) + 1
+
+    def name_head(self, n_layers: int) -> str:
+        """Name the linear map; in an `nn.Sequential`, pooling and flattening stand before it."""
+        return self.head.format(self.first_layer + n_layers + 2)
+
+    def translate(self, module: str, target: Layout, n_layers: int) -> str | None:
+        """Name a module as another layout does; None if it has no place in this one."""
+        if module in self.stem:
+            return target.stem[self.stem.index(module)]
+        if match := self.match_layer(module):
+            number = int(match[1]) - self.first_layer + target.first_layer
+            return f"{target.layers}{number}.{target.layer[self.layer.index(match[2])]}"
+        return target.name_head(n_layers) if module == self.name_head(n_layers) else None
+
+
+OURS = "ours"
+LAYOUTS = {
+    OURS: Layout(
+        stem=("patch_emb.conv", "patch_emb.norm"),
+        layers="conv_mixer_layers.",
+        layer=("depth_wise_conv", "norm1", "point_wise_conv", "norm2"),
+        head="classification.linear",
+    ),
+    "timm": Layout(
+        stem=("stem.0", "stem.2"),
+        layers="blocks.",
+        layer=("0.fn.0", "0.fn.2", "1", "3"),
+        head="head",
+    ),
+    # The authors' convmixer.py.
+    "locuslab": Layout(
+        stem=("0", "2"),
+        layers="",
+        layer=("0.fn.0", "0.fn.2", "1", "3"),
+        head="{}",
+        first_layer=3,
+    ),
+    # The short form in the authors' paper and README.
+    "locuslab-short": Layout(
+        stem=("0.0", "0.2"),
+        layers="",
+        layer=("0.0.0", "0.0.2", "1.0", "1.2"),
+        head="{}",
+        first_layer=1,
+    ),
+}
+ALIASES = {"labml": OURS}
+
+# DistributedDataParallel and AveragedModel; torch.compile; Lightning; moving averages by others.
+PREFIXES = ("module.", "_orig_mod.", "model.", "ema.", "ema_model.", "model_ema.")
+_COUNTER = "n_averaged"  # AveragedModel's, beside the tensors of the model
+# The only whole numbers of a ConvMixer; torch does without them, as in checkpoints from before 0.4.
+_OPTIONAL = ".num_batches_tracked"
+
+
+def strip_prefixes(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Remove what wrappers of a model put before all of its keys."""
+    stripped = {key: tensor for key, tensor in state_dict.items() if key != _COUNTER}
+    while stripped:
+        for prefix in PREFIXES:
+            if all(key.startswith(prefix) for key in stripped):
+                stripped = {key.removeprefix(prefix): stripped[key] for key in stripped}
+                break
+        else:
+            break
+    return stripped
+
+
+def _get_module(key: str) -> str:
+    return key.rpartition(".")[0]
+
+
+def detect_layout(state_dict: Mapping[str, Tensor]) -> str | None:
+    """Find the layout that most keys belong to; None if no key belongs to any."""
+    modules = [_get_module(key) for key in strip_prefixes(state_dict)]
+    found = {}
+    for name, layout in LAYOUTS.items():
+        n_layers = layout.count_layers(modules)
+        places = [layout.translate(module, layout, n_layers) for module in modules]
+        found[name] = len(places) - places.count(None)
+        if found[name] == len(modules):
+            break  # no layout has more
+    best = max(found, key=lambda name: found[name])
+    return best if found[best] else None
+
+
+def convert_layout(state_dict: Mapping[str, Tensor], target: str = OURS) -> dict[str, Tensor]:
+    """Rename the keys of a state dict, whatever its layout, to those of another layout.
+
+    Prefixes of wrappers go; keys that have no place in the layout stay as they are.
+
+    Args:
+        state_dict: Tensors by key.
+        target: A key of `LAYOUTS` or `ALIASES`.
+
+    Raises:
+        CheckpointError: If two keys would become one, as in a mixture of layouts.
+    """
+    stripped = strip_prefixes(state_dict)
+    detected, target = detect_layout(stripped), ALIASES.get(target, target)
+    if detected in (None, target):
+        return stripped
+    source, wanted = LAYOUTS[detected], LAYOUTS[target]
+    n_layers = source.count_layers(map(_get_module, stripped))
+    converted: dict[str, Tensor] = {}
+    for key, tensor in stripped.items():
+        module, _, name = key.rpartition(".")
+        place = source.translate(module, wanted, n_layers)
+        new_key = key if place is None else f"{place}.{name}"
+        if new_key in converted:
+            raise CheckpointError(
+                f"the state dict has two tensors for {new_key!r}, as if layouts were mixed; "
+                "give the state dict of one model"
+            )
+        converted[new_key] = tensor
+    return converted
+
+
+def check_fit(
+    state_dict: Mapping[str, Tensor],
+    expected: Mapping[str, Sequence[int]],
+    source: str,
+    given: Mapping[str, Tensor],
+    ignored: Collection[str] = (),
+) -> None:
+    """Refuse a state dict in our layout unless every tensor is there, of its shape and kind.
+
+    Args:
+        state_dict: What is about to be loaded, from `convert_layout`.
+        expected: The shape that each tensor must have, by key.
+        source: Where the state dict comes from, for the message.
+        given: What it was before that, for the message.
+        ignored: Keys whose tensors are not going to be loaded.
+
+    Raises:
+        CheckpointError: Naming the first key that does not fit, and the layouts that were tried.
+    """
+
+    def refuse(problem: str) -> NoReturn:
+        layout, names = detect_layout(given), ", ".join(LAYOUTS)
+        tried = f"taken for layout {layout} of" if layout else "in none of the layouts"
+        raise CheckpointError(
+            f"{source}: {problem}; use the checkpoint of this architecture ({tried} {names})"
+        )
+
+    for key in [*expected, *(key for key in state_dict if key not in expected)]:
+        if key in ignored or (key.endswith(_OPTIONAL) and key not in state_dict):
+            continue
+        if key not in state_dict:
+            refuse(f"tensor {key!r} is missing")
+        if key not in expected:
+            refuse(f"the model has no tensor {key!r}")
+        tensor = state_dict[key]
+        found, wanted = tuple(tensor.shape), tuple(expected[key])
+        if found != wanted:
+            refuse(f"tensor {key!r} has shape {found}, the model's has {wanted}")
+        if not tensor.is_floating_point() and not key.endswith(_OPTIONAL):
+            raise CheckpointError(
+                f"{source}: tensor {key!r} is {tensor.dtype}, not floating point; "
+                "use the checkpoint that this one was quantised or converted from"
+            )

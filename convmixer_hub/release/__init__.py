@@ -1,0 +1,1 @@
+"""What is published with a model: card, reference logits, the upload itself."""

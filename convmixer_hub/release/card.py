@@ -1,0 +1,353 @@
+"""A trained model's card: `README.md` and its figures, from the files of the model and one test.
+
+No number of a card is written by hand. What only people know (choices, ablations, limits) stands
+in `NOTES.md` beside the weights and is appended as it is.
+"""
+
+from __future__ import annotations
+
+import json
+import operator
+import os
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, fields
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import EvalResult, ModelCardData
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from ..data.reader import has_split
+from ..errors import CheckpointError, DataError, first_line
+from ..evaluate import (
+    CALIBRATION_BINS,
+    Calibration,
+    Evaluation,
+    collect_logits,
+    count_confusions,
+    load_test_images,
+    measure_calibration,
+)
+from ..figures import (
+    draw_confusion,
+    draw_curve,
+    draw_kernels,
+    draw_patch_embedding,
+    draw_reliability,
+)
+from ..files import write_file
+from ..hub.records import CONFIG_FILE, DATASETS, RECORDS
+from ..machine import describe_machine
+from ..model.config import get_config, get_label_names
+from ..model.convmixer import ConvMixer
+from ..model.depthwise import DepthWiseConv2d
+from ..training.finetune import FINETUNE_OPTIONS
+from ..training.folder import METRICS_FILE, read_metrics
+from ..training.settings import RECIPE, TrainingSettings
+from ..zoo import load_trained
+from .golden import write_golden
+
+CARD_FILE = "README.md"
+NOTES_FILE = "NOTES.md"
+PREDICTIONS_CAPTION = (
+    "Images by their file names, above the three likeliest classes for each: "
+    "`convmixer predict IMAGES --figure predictions.png`"
+)
+
+
+def write_card(
+    folder: str | Path,
+    data_dir: str | Path,
+    output: str | Path | None = None,
+    batch_size: int = 64,
+    workers: int = 0,
+    today: date | None = None,
+) -> Path:
+    """Measure a trained model on the test images of a data set; write its card and figures.
+
+    Its logits for `verify` are written too, see `golden.write_golden`.
+
+    Args:
+        folder: Holds the model as `train` writes it; the card has the folder's name. Without
+            `metrics.csv` there is no curve and no training time.
+        data_dir: Folder of the data set, see `data.load_images`.
+        output: Where the files go, made if missing; the model's own folder if not given.
+        batch_size: Images at a time; changes the speed, not the result.
+        workers: Processes that read images.
+        today: Date of the measurement; the present day if not given.
+
+    Returns:
+        The card. Each file is replaced whole or not at all, the card last.
+
+    Raises:
+        UnknownModelError: If there is no such folder.
+        CheckpointError: If the model cannot be loaded or is no ConvMixer of this package, or its
+            metrics or notes cannot be read.
+        DataError: If the data cannot be read or has other classes than the model, if matplotlib is
+            not installed, or if the output cannot be written.
+    """
+    folder = Path(folder).resolve()
+    name = folder.name
+    model = load_trained(folder)
+    if not isinstance(model, ConvMixer):
+        raise CheckpointError(
+            f"{folder}: holds a {type(model).__name__}; name a ConvMixer of this package"
+        )
+    output = Path(output or folder)
+    _make_writable(output)
+    config = json.loads((folder / CONFIG_FILE).read_text())
+    settings = config.get("training", {})
+    chosen_on_validation = settings.get("keep_best") and not settings.get("held_out")
+    if chosen_on_validation and not has_split(data_dir, "test"):
+        raise DataError(
+            f"{data_dir}: has no test images but those for validation, by which the epoch was "
+            "chosen; give data with test images"
+        )
+    metrics = read_metrics(folder / METRICS_FILE)
+    notes = _read_notes(folder / NOTES_FILE)
+
+    # What needs no images comes first: its errors show before the minutes that a test takes.
+    kernels = [m.weight.detach() for m in model.modules() if isinstance(m, DepthWiseConv2d)]
+    figures = {
+        "patch_embedding.png": draw_patch_embedding(model.patch_emb.conv.weight.detach()),
+        "kernels.png": draw_kernels(kernels),
+    }
+    if metrics:
+        figures["curve.png"] = draw_curve(metrics)
+    loader = DataLoader(load_test_images(model, data_dir), batch_size, num_workers=workers)
+    logits, labels = collect_logits(model, loader)
+    probabilities = logits.softmax(dim=1)
+    confusion = count_confusions(probabilities, labels)
+    calibration = measure_calibration(probabilities, labels)
+    classes = get_label_names(model) or [str(i) for i in range(model.num_classes)]
+    figures["confusion.png"] = draw_confusion(confusion, classes)
+    figures["reliability.png"] = draw_reliability(calibration)
+
+    known = next((d for d in DATASETS if d.classes == tuple(classes)), None)
+    dataset_id = known.hub_id if known else None
+    dataset = known.name if known else Path(data_dir).resolve().name
+    result = Evaluation(int(confusion.trace()), int(confusion.sum()))
+    sections = [
+        _front_matter(name, model, dataset, dataset_id, result),
+        _introduction(name, model, result),
+        _picture("predictions.png", PREDICTIONS_CAPTION)
+        if (output / "predictions.png").is_file()
+        else "",
+        _training_section(config, metrics, result, get_config(model)["input_size"][-1]),
+        _test_section(confusion, calibration, classes),
+        f"Measured with `convmixer card {name} --data DIR` on {today or date.today()}, on the "
+        f"{result.count:,} test images of {dataset} ({describe_machine(torch.device('cpu'))}, "
+        f"torch {torch.__version__}).",
+        _weights_section(),
+        notes,
+    ]
+    for file_name, content in figures.items():
+        write_file(output / file_name, content)
+    write_golden(folder, output)
+    text = "\n\n".join(section for section in sections if section)
+    write_file(output / CARD_FILE, f"{text}\n".encode())
+    return output / CARD_FILE
+
+
+def _front_matter(
+    name: str, model: ConvMixer, dataset: str, dataset_id: str | None, result: Evaluation
+) -> str:
+    """Describe the model to the Hub, in YAML."""
+    top1 = EvalResult(
+        task_type="image-classification",
+        dataset_type=dataset_id or dataset,
+        dataset_name=dataset,
+        dataset_split="test",
+        metric_type="accuracy",
+        metric_name="top-1",
+        metric_value=round(result.top1, 2),
+    )
+    data = ModelCardData(
+        license=get_config(model).get("license"),
+        library_name="timm",
+        pipeline_tag="image-classification",
+        tags=["image-classification", "timm", "convmixer"],
+        datasets=[dataset_id] if dataset_id else None,
+        metrics=["accuracy"],
+        model_name=name,
+        eval_results=[top1],
+    )
+    return f"---\n{data.to_yaml()}\n---"
+
+
+def _introduction(name: str, model: ConvMixer, result: Evaluation) -> str:
+    """Say what the model is, how good it is, and how to use it."""
+    d_model, n_layers = model.num_features, len(model.conv_mixer_layers)
+    input_size = "×".join(str(side) for side in get_config(model)["input_size"])
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    source = name if name in RECORDS else "local-dir:RUN"  # not a path of the machine at hand
+    return f"""# {name}
+
+ConvMixer-{d_model}/{n_layers} for {input_size} images: {n_layers} layers × {d_model} channels, \
+kernel {model.kernel_size}, patch {model.patch_emb.patch_size}, {parameters:,} parameters. \
+The architecture is from "Patches Are All You Need?" (Trockman & Kolter, \
+[arXiv:2201.09792](https://arxiv.org/abs/2201.09792)).
+
+**Top-1: {result.top1:.2f} %** ({result.correct:,} of the {result.count:,} test images, \
+one view of each).
+
+```python
+import timm, convmixer_hub  # the import registers the models
+
+model = timm.create_model("{source}", pretrained=True).eval()
+transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
+```"""
+
+
+def _training_section(
+    config: Mapping[str, Any],
+    metrics: Mapping[str, Sequence[float]],
+    result: Evaluation,
+    image_size: int,
+) -> str:
+    """Say how the model was trained, as far as `config.json` and `metrics.csv` tell."""
+    settings: dict[str, Any] = config.get("training", {})
+    parts = []
+    defaults = {field.name: field.default for field in fields(TrainingSettings)}
+    # Settings that are younger than the run are off by default, so it need not have them.
+    plan = None
+    if settings and settings.keys() <= defaults.keys():
+        plan = TrainingSettings(**{**defaults, **settings})
+        parts.append(f"```sh\n{_write_command(asdict(plan), defaults | RECIPE)}\n```")
+    elif settings:
+        parts.append("Another version of `convmixer train` made it, with the settings below.")
+    facts = []
+    if settings.get("pretrained"):
+        facts.append(f"Start: the trained weights of `{settings['model']}`")
+    if metrics:
+        done, hours = len(metrics["epoch"]), sum(metrics["seconds"]) / 3600
+        planned = "" if settings.get("epochs", done) == done else f" of {settings['epochs']}"
+        facts.append(f"Epochs: {done}{planned}, in {hours:.2f} hours")
+    if "seed" in settings:
+        facts.append(f"Seed: {settings['seed']}")
+    if "machine" in config:
+        facts.append(f"Machine: {config['machine']}")
+    if "held_out_top1" in metrics:
+        choose = max if settings.get("keep_best") else operator.itemgetter(-1)
+        images = "held-out training" if settings.get("held_out", 1) else "validation"
+        facts.append(
+            f"Top-1 on {images} images: {choose(metrics['held_out_top1']):.2f} %"
+            + (", by which the epoch was chosen" if settings.get("keep_best") else "")
+        )
+    if config.get("temperature", 1.0) != 1.0:
+        facts.append(
+            "Probabilities: the weights of the head are divided by "
+            f"{config['temperature']:.3f}, a temperature fitted on the {images} images"
+        )
+    if facts:
+        facts.append(f"Top-1 on the test images: {result.top1:.2f} %")
+    if facts:
+        parts.append("\n".join(f"- {fact}" for fact in facts))
+    if settings:
+        rows = [(f"`{name}`", str(value) or "–") for name, value in settings.items()]
+        parts.append(_table(("setting", "value"), rows))
+    if metrics:
+        parts.append(_picture("curve.png", _describe_curve(plan, image_size)))
+    return "\n\n".join(["## How it was trained", *parts]) if parts else ""
+
+
+def _describe_curve(plan: TrainingSettings | None, image_size: int) -> str:
+    """Say what the curve shows, and why it jumps where it does."""
+    caption = "Loss and top-1 by epoch, the latter in training on augmented images."
+    if plan is None:
+        return caption
+    caption += f" From epoch {plan.peak_epochs + 1} on, the learning rate falls"
+    if plan.peak_epochs and plan.late_augmentation:
+        caption += " and images are augmented more"
+    if 0 < plan.whole_epochs < plan.epochs and plan.small_crop_size < image_size:
+        caption += f"; the last {plan.whole_epochs} epochs see whole images"
+    return f"{caption}."
+
+
+def _write_command(settings: Mapping[str, Any], defaults: Mapping[str, Any]) -> str:
+    """Write the command that trains with these settings."""
+    if settings["pretrained"] and settings["keep_best"]:
+        verb = "finetune"
+        names = [name for name in FINETUNE_OPTIONS if settings[name] is not False]
+    else:
+        verb, names = "train", [name for name in settings if settings[name] != defaults[name]]
+    command = ["convmixer", verb, settings["model"], "--data", "DIR", "--output", "RUN"]
+    for name in names:
+        option = "--lr" if name == "learning_rate" else f"--{name.replace('_', '-')}"
+        if isinstance(settings[name], bool):
+            command.append(option if settings[name] else f"--no-{option[2:]}")
+        elif name != "model":
+            command += [option, str(settings[name])]
+    return shlex.join(command)
+
+
+def _test_section(confusion: Tensor, calibration: Calibration, classes: Sequence[str]) -> str:
+    """Say how good the model is, class by class, and how far to trust its probabilities."""
+    rows = []
+    for name, correct, count in zip(
+        classes, confusion.diagonal().tolist(), confusion.sum(dim=1).tolist()
+    ):
+        top1 = f"{Evaluation(correct, count).top1:.2f} %" if count else "–"
+        rows.append((name, f"{correct:,}", f"{count:,}", top1))
+    caption = "Test images by label and first choice; the colour is the root of the share."
+    return f"""## Test images, class by class
+
+{_table(("class", "right", "images", "top-1"), rows)}
+
+{_picture("confusion.png", caption)}
+
+## Calibration
+
+Expected calibration error (ECE): {100 * calibration.error:.2f} % ({CALIBRATION_BINS} \
+equal-width bins of the probability of the first choice). Mean confidence: \
+{100 * calibration.mean_confidence:.2f} %.
+
+{_picture("reliability.png", "Accuracy by confidence, and how often each confidence occurs.")}"""
+
+
+def _weights_section() -> str:
+    stem = "Filters of the patch embedding, each scaled by its largest weight; mid-grey is 0."
+    kernels = (
+        "Depth-wise kernels of the first channels by layer, each scaled by its largest weight; "
+        "blue is below 0, white 0, red above."
+    )
+    return f"""## Weights
+
+{_picture("patch_embedding.png", stem)}
+
+{_picture("kernels.png", kernels)}"""
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _picture(file_name: str, caption: str) -> str:
+    return f"![{caption}]({file_name})\n\n*{caption}*"
+
+
+def _make_writable(output: Path) -> None:
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DataError(
+            f"{output}: cannot be made ({first_line(error)}); name another --output"
+        ) from None
+    if not os.access(output, os.W_OK):
+        raise DataError(f"{output}: may not be written to; name another --output")
+
+
+def _read_notes(file: Path) -> str:
+    if not file.exists():
+        return ""
+    try:
+        return file.read_text(encoding="utf-8").strip()
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{file}: cannot be read as text ({first_line(error)}); save it as UTF-8"
+        ) from None

@@ -1,0 +1,151 @@
+"""Whether a model computes here what it computed when it was made.
+
+`golden.json` beside the weights holds the logits for an input that anybody can make: it follows
+from a formula, needs no random generator and no image decoder, and every floating-point type has
+its numbers exactly. The logits were computed in float64, so they depend on no machine.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..checkpoints.resolve import resolve
+from ..errors import CheckpointError, first_line
+from ..files import hash_file, write_file
+from ..hub.find import find_embedded
+from ..hub.records import GOLDEN_FILE, WEIGHTS_FILE
+from ..model.config import get_config
+from ..zoo import load_trained
+
+# By how much logits may differ, as a share of the largest: several times what rounding does.
+TOLERANCES = {"float32": 2e-5, "bfloat16": 5e-2}
+
+_INPUT = "4 images, normalised; number n of them all, from 0: (n^3 mod 65521 mod 251 - 125) / 64"
+
+
+@dataclass(frozen=True)
+class Verification:
+    """How a model's logits compare with the recorded ones.
+
+    Attributes:
+        difference: The largest difference of a logit, as a share of the largest logit.
+        tolerance: The largest such difference that is put down to rounding.
+    """
+
+    difference: float
+    tolerance: float
+
+    @property
+    def holds(self) -> bool:
+        """Whether the model computes what it should; a logit that is no number says no."""
+        return self.difference <= self.tolerance
+
+
+def make_golden_input(input_size: tuple[int, int, int]) -> Tensor:
+    """Make four images of noise: multiples of 1/64 between -2 and 2, in float64.
+
+    Args:
+        input_size: Channels, height and width.
+    """
+    shape = (4, *input_size)
+    n = torch.arange(math.prod(shape))
+    return ((n**3 % 65521 % 251 - 125).double() / 64).reshape(shape)
+
+
+@torch.inference_mode()
+def _compute_logits(model: nn.Module, dtype: torch.dtype) -> Tensor:
+    images = make_golden_input(get_config(model)["input_size"])
+    logits: Tensor = model.eval().to(dtype)(images.to(dtype))
+    return logits.double()
+
+
+def write_golden(folder: str | Path, output: str | Path | None = None) -> Path:
+    """Record what the model of a folder computes, once its weights are final.
+
+    Args:
+        folder: Holds `config.json` and `model.safetensors`.
+        output: Folder to write to; the model's own if not given.
+
+    Returns:
+        The file, `golden.json`.
+
+    Raises:
+        CheckpointError: If the model cannot be loaded.
+        DataError: If the file cannot be written.
+    """
+    folder = Path(folder)
+    logits = _compute_logits(load_trained(folder), torch.float64)
+    golden = {
+        "sha256": hash_file(folder / WEIGHTS_FILE),
+        "input": _INPUT,
+        "logits": logits.tolist(),
+    }
+    file = Path(output or folder) / GOLDEN_FILE
+    write_file(file, f"{json.dumps(golden, indent=1)}\n".encode())
+    return file
+
+
+def verify(name: str, dtype: str = "float32") -> Verification:
+    """Compare what a model computes on this machine with what is recorded.
+
+    Args:
+        name: A trained model's name, or a folder, as in `load_trained`.
+        dtype: What to compute in, a key of `TOLERANCES`.
+
+    Raises:
+        UnknownModelError: If it is neither a trained model's name nor a folder.
+        CheckpointError: If the model cannot be loaded, or nothing is recorded of these weights.
+    """
+    source = resolve(name)
+    model = load_trained(source)
+    # Beside weights in the Hub's cache there may be no logits, or what nobody checked: for a model
+    # on record, the package's own count.
+    own = find_embedded(source.record) if source.record else None
+    file = (own or source.file).with_name(GOLDEN_FILE)
+    remedy = f"`convmixer card {name} --data DIR` writes it"
+    try:
+        content = file.read_bytes()
+    except FileNotFoundError:
+        raise CheckpointError(f"{file}: no such file; {remedy}") from None
+    except OSError as error:
+        raise CheckpointError(f"{file}: cannot be read ({first_line(error)}); {remedy}") from None
+    golden = parse_golden(content, file, hash_file(source.file), remedy)
+    logits = _compute_logits(model, getattr(torch, dtype))
+    if logits.shape != golden.shape:
+        raise CheckpointError(f"{file}: holds logits of another model; {remedy}")
+    difference = (logits - golden).abs().max() / golden.abs().max()
+    return Verification(difference.item(), TOLERANCES[dtype])
+
+
+def parse_golden(content: bytes, file: Path, digest: str, remedy: str) -> Tensor:
+    """Take the logits from the content of a `golden.json`.
+
+    Args:
+        content: The content.
+        file: Where it is from, for the message.
+        digest: SHA-256 of the weights that it has to be of.
+        remedy: What to do where it does not serve, for the message.
+
+    Raises:
+        CheckpointError: If it is no such file, or of other weights.
+    """
+    try:
+        golden: dict[str, Any] = json.loads(content)
+        made_with, made_from = golden["sha256"], golden["input"]
+        logits = torch.tensor(golden["logits"], dtype=torch.float64)
+    except (ValueError, LookupError, TypeError) as error:
+        raise CheckpointError(
+            f"{file}: cannot be read ({type(error).__name__}: {first_line(error)}); {remedy}"
+        ) from None
+    if made_with != digest:
+        raise CheckpointError(f"{file}: is of weights with another SHA-256; {remedy}")
+    if made_from != _INPUT:
+        raise CheckpointError(f"{file}: is for another input than this version's; {remedy}")
+    return logits

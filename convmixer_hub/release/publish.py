@@ -1,0 +1,213 @@
+"""From a model's folder to a repository on the Hugging Face Hub, and back, to see what arrived."""
+
+from __future__ import annotations
+
+import hashlib
+import tempfile
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from huggingface_hub import CommitOperationAdd, HfApi, constants, hf_hub_download
+from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled, RepositoryNotFoundError
+
+from ..checkpoints.files import read_model_files
+from ..checkpoints.resolve import resolve
+from ..errors import ConvMixerHubError, PublishError, UnknownModelError
+from ..files import hash_file
+from ..hub.records import GOLDEN_FILE, WEIGHTS_FILE, get_record
+from ..hub.repository import is_passing, read_token
+from ..zoo import load_trained
+from .golden import parse_golden
+
+
+@dataclass(frozen=True)
+class Upload:
+    """One file that is published, under its own name.
+
+    Attributes:
+        file: Where it is on this machine.
+        content: What was read there, once: this is checked, and this is uploaded.
+    """
+
+    file: Path
+    content: bytes = field(repr=False)
+
+    @property
+    def size(self) -> int:
+        """Its length, in bytes."""
+        return len(self.content)
+
+    @property
+    def sha256(self) -> str:
+        """Its digest, in hexadecimal."""
+        return hashlib.sha256(self.content).hexdigest()
+
+
+@dataclass(frozen=True)
+class Publication:
+    """What the Hub has.
+
+    Attributes:
+        uploads: The files; pulled back, each had its digest.
+        revision: The commit that they are in.
+        changed: False if the Hub had them all before.
+        tag: The tag that the commit has.
+    """
+
+    uploads: list[Upload]
+    revision: str
+    changed: bool
+    tag: str | None = None
+
+
+def list_uploads(name: str) -> list[Upload]:
+    """List what `publish` uploads. The network is not asked.
+
+    Args:
+        name: A trained model's name, for its folder in the package, or a run folder. Of the files
+            in it, those of `checkpoint.MODEL_FILES` are published.
+
+    Raises:
+        UnknownModelError: If it is neither a trained model's name nor a folder.
+        CheckpointError: If the model would not load, a file cannot be read, or `golden.json` is of
+            other weights.
+    """
+    source = resolve(name, embedded=True)
+    if not source.record:  # whose file is verified
+        load_trained(source)
+    files = read_model_files(source.folder.resolve())
+    uploads = {file.name: Upload(file, data) for file, data in files.items()}
+    if golden := uploads.get(GOLDEN_FILE):
+        remedy = f"`convmixer card {name} --data DIR` writes it"
+        parse_golden(golden.content, golden.file, uploads[WEIGHTS_FILE].sha256, remedy)
+    return list(uploads.values())
+
+
+def publish(name: str, repo_id: str, private: bool = False, tag: str | None = None) -> Publication:
+    """Upload a model to the Hub in one commit, and pull it back to compare every byte.
+
+    Files that the Hub has already are not sent again; if it has them all, there is no commit.
+    Other files of the repository stay as they are.
+
+    Args:
+        name: As in `list_uploads`.
+        repo_id: `OWNER/REPO`; made if there is no such model repository.
+        private: Let nobody else read it; an existing repository has to be private.
+        tag: A tag for the commit; one that exists is never moved. If not given, a model on record
+            gets its record's revision, by which the package will ask for it.
+
+    Raises:
+        UnknownModelError: If it is neither a trained model's name nor a folder.
+        CheckpointError: As in `list_uploads`, or if your token cannot be read.
+        PublishError: If the Hub does not take the files, or gives back others.
+    """
+    if repo_id.count("/") != 1:
+        raise PublishError(f"{repo_id}: is no model repository; give --repo-id as OWNER/REPO")
+    uploads = list_uploads(name)
+    if tag is None:
+        with suppress(UnknownModelError):
+            tag = get_record(name).revision
+    operations = [CommitOperationAdd(upload.file.name, upload.content) for upload in uploads]
+    message = f"Publish {uploads[0].file.parent.name}"
+    try:
+        if read_token() is None:
+            raise PublishError(
+                f"{repo_id}: there is no token; log in with `hf auth login`, or set HF_TOKEN to "
+                "one that may write"
+            )
+        hub = HfApi()
+        hub.create_repo(repo_id, private=private or None, exist_ok=True)
+        before = hub.model_info(repo_id)
+        if private and not before.private:
+            raise PublishError(
+                f"{repo_id}: exists and is public; make it private in its settings, or leave out "
+                "--private"
+            )
+        commit = hub.create_commit(repo_id, operations, commit_message=message).oid
+        _pull_back(uploads, repo_id, commit)
+        if tag is not None:
+            _set_tag(hub, repo_id, tag, commit)
+    except ConvMixerHubError:
+        raise
+    except Exception as error:  # the client, its HTTP library and the disk each have their own
+        raise PublishError(f"{repo_id}: {_explain(error, repo_id)}") from None
+    return Publication(uploads, commit, changed=commit != before.sha, tag=tag)
+
+
+def _pull_back(uploads: Sequence[Upload], repo_id: str, commit: str) -> None:
+    # Not through a cache, in which the client writes wherever the server's answers lead to.
+    with tempfile.TemporaryDirectory() as empty:
+        for upload in uploads:
+            name = upload.file.name
+            file = hf_hub_download(repo_id, name, revision=commit, local_dir=empty, cache_dir=empty)
+            digest = hash_file(Path(file))
+            if digest != upload.sha256:
+                raise PublishError(
+                    f"{repo_id}: {name} came back with SHA-256 {digest}, but {upload.sha256} was "
+                    f"published; do not use commit {commit}, check HF_ENDPOINT and publish again"
+                )
+
+
+def _set_tag(hub: HfApi, repo_id: str, tag: str, commit: str) -> None:
+    try:
+        hub.create_tag(repo_id, tag=tag, revision=commit)
+    except HfHubHTTPError as error:
+        if error.response.status_code in (400, 422):
+            raise PublishError(
+                f"{repo_id}: the files are there at commit {commit}, but the Hub refuses tag "
+                f"'{tag}' ({_describe(error)}); give another --tag"
+            ) from None
+        if error.response.status_code != 409:
+            raise
+        tagged = hub.model_info(repo_id, revision=tag).sha
+        if tagged != commit:
+            raise PublishError(
+                f"{repo_id}: the files are there at commit {commit}, but tag '{tag}' is at "
+                f"{tagged}; give another --tag"
+            ) from None
+
+
+def _explain(error: Exception, repo_id: str) -> str:
+    """Say in one line why the Hub did not take a model, and what to do."""
+    if isinstance(error, RuntimeError) and isinstance(error.__cause__, Exception):
+        # The client wraps what befell an upload into an error that does not say what.
+        error = error.__cause__
+    if isinstance(error, HfHubHTTPError):
+        status = error.response.status_code
+        if status == 403:
+            return (
+                "your token may not write there (HTTP 403); give it write permission at "
+                f"{constants.ENDPOINT}/settings/tokens, or name a repository of your own"
+            )
+        if isinstance(error, RepositoryNotFoundError):
+            return (
+                f"is no model repository that your token can see (HTTP {status}); name another "
+                "--repo-id, or use a token of its owner"
+            )
+        if status == 401:
+            return (
+                f"{constants.ENDPOINT} does not accept your token (HTTP 401); renew it with "
+                "`hf auth login`, or set HF_TOKEN to one that may write"
+            )
+        remedy = "wait" if is_passing(status) else "correct that, or check HF_ENDPOINT"
+        return (
+            f"{constants.ENDPOINT} refuses ({_describe(error)}); {remedy}, and give the same "
+            "command again"
+        )
+    if isinstance(error, OfflineModeIsEnabled):
+        return "the network may not be used; unset HF_HUB_OFFLINE"
+    reason = " ".join(str(error).split()) or type(error).__name__
+    if isinstance(error, ValueError):  # of the client itself: a bad repository id, tag or card
+        return f"cannot be published ({reason}); correct that, and give the same command again"
+    return (
+        f"cannot be published ({reason}); check the network and HF_ENDPOINT, and give the same "
+        "command again"
+    )
+
+
+def _describe(error: HfHubHTTPError) -> str:
+    """Give the status of an answer and what the Hub says about it, in one line."""
+    said = error.server_message or error.response.reason_phrase
+    return f"HTTP {error.response.status_code}: {' '.join(said.split())}"

@@ -1,0 +1,169 @@
+"""Fine-tuning: a trained model learns to tell apart other classes of images.
+
+It is a run of `train` that starts from trained weights, with settings that suit few images, and
+pictures of what the model still gets wrong.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from timm.data import resolve_model_data_config
+from torch import Tensor
+from torch.utils.data import DataLoader, TensorDataset
+from torchvision.transforms.functional import to_pil_image
+
+from ..checkpoints.resolve import resolve
+from ..data.images import eval_transform
+from ..data.reader import has_split, load_images, read_images
+from ..evaluate import Evaluation, collect_logits, count_confusions
+from ..figures import check_matplotlib, draw_confusion, draw_predictions
+from ..files import write_file
+from ..hub.records import MISTAKES_FILE
+from ..machine import get_rank, get_world_size
+from ..model.config import get_label_names
+from ..predict import Prediction
+from ..zoo import load_trained
+from .run import load_validation, train
+from .settings import TrainingSettings
+
+# The settings that one may choose for oneself.
+FINETUNE_OPTIONS = (
+    "held_out",
+    "epochs",
+    "batch_size",
+    "optimizer",
+    "learning_rate",
+    "weight_decay",
+    "layer_decay",
+    "freeze_batch_norm",
+    "label_smoothing",
+    "rand_augment",
+    "random_erasing",
+    "mixup",
+    "cutmix",
+    "ema_decay",
+    "seed",
+)
+CONFUSION_FILE = "validation_confusion.png"
+MISTAKES_SHOWN = 20
+FEW_IMAGES = 5000
+LEAST_STEPS = 200
+
+
+def choose_settings(name: str, data_dir: str | Path, **changes: Any) -> TrainingSettings:
+    """Choose how to fine-tune, for the data at hand.
+
+    Args:
+        name: The trained model, as in `zoo.load_trained`.
+        data_dir: Folder of the data set, see `data.load_images`.
+        changes: Settings to be different from what would be chosen; None for no change. By
+            default a fifth of the training images is held out, if there are none for validation.
+
+    Raises:
+        DataError: If the data cannot be read.
+        TrainingError: If a setting cannot be.
+    """
+    source = resolve(name)
+    is_folder = source.name.startswith("local-dir:")
+    name = str(source.folder.absolute()) if is_folder else source.name
+    changes = {setting: value for setting, value in changes.items() if value is not None}
+    count = len(load_images(data_dir, "train"))
+    fifth = 0 if has_split(data_dir, "validation") else max(1, round(count / 5))
+    held_out = changes.setdefault("held_out", fifth)
+    kept = changes.get("train_images") or max(1, count - held_out)
+    few = kept < FEW_IMAGES
+    unit = 2 * get_world_size()  # each process takes a share, and mixup and cutmix pairs
+    batch_size = changes.setdefault("batch_size", max(unit, min(50, kept // 4) // unit * unit))
+    settings: dict[str, Any] = {
+        "epochs": max(10, math.ceil(LEAST_STEPS / max(1, kept // max(1, batch_size)))),
+        "final_share": 1.0,  # the learning rate falls from the start, and images are seen whole
+        "optimizer": "adamw",
+        "learning_rate": 0.01,
+        "layer_decay": 0.8,
+        "rand_augment": "rand-m5-n1-mstd0.5-inc1" if few else "",
+        "random_erasing": 0.25 if few else 0.0,
+    }
+    return TrainingSettings(name, **settings | changes, pretrained=True, keep_best=True)
+
+
+def finetune(
+    settings: TrainingSettings,
+    data_dir: str | Path,
+    output: str | Path,
+    skip_damaged: bool = False,
+    progress: bool = True,
+) -> Evaluation:
+    """Fine-tune a trained model, or go on with that if it was interrupted.
+
+    Beside what `train` writes, the run folder gets `validation_confusion.png`, the counts of what
+    was taken for what among the validation images, and `mistakes.png`, where the model was surest
+    of a wrong class.
+
+    Args:
+        settings: From `choose_settings`.
+        data_dir: Folder of the data set, see `data.load_images`.
+        output: The run folder. If it holds a run with the same settings, that run is resumed.
+        skip_damaged: Leave out images that cannot be read, naming them on stderr.
+        progress: Show progress bars, if there is a terminal, and a line an epoch.
+
+    Returns:
+        How good the model is on the images for validation, by which its best epoch was chosen.
+
+    Raises:
+        UnknownModelError: If there is no such model.
+        CheckpointError: If its weights cannot be had, are damaged or do not fit.
+        TrainingError: As `train` does.
+        DataError: As `train` does, and if matplotlib is not installed.
+    """
+    check_matplotlib()
+    folder = train(settings, data_dir, output, skip_damaged, progress)
+    model = load_trained(folder)
+    config = resolve_model_data_config(model)
+    images, labels, _ = read_images(
+        load_validation(settings, data_dir, load_images(data_dir, "train")),
+        eval_transform(config),
+        skip_damaged,
+        progress,
+    )
+    loader = DataLoader(TensorDataset(images, labels), batch_size=64)
+    logits, _ = collect_logits(model, loader)
+    probabilities = logits.softmax(dim=1)
+    confusion = count_confusions(probabilities, labels)
+    if get_rank() == 0:
+        classes = get_label_names(model) or []
+        write_file(folder / CONFUSION_FILE, draw_confusion(confusion, classes))
+        mean, std = (torch.tensor(config[name]).view(-1, 1, 1) for name in ("mean", "std"))
+        pictures = (images * std + mean).clamp(0, 1)
+        _draw_mistakes(folder / MISTAKES_FILE, pictures, labels, probabilities, classes)
+    return Evaluation(int(confusion.trace()), len(labels))
+
+
+def _draw_mistakes(
+    file: Path, images: Tensor, labels: Tensor, probabilities: Tensor, classes: list[str]
+) -> None:
+    """Draw the images of a wrong first choice, the surest first; remove the file if all is right.
+
+    Args:
+        file: The PNG to write.
+        images: `[count, channels, height, width]`, 0 to 1.
+        labels: `[count]`.
+        probabilities: `[count, num_classes]`.
+        classes: Their names.
+    """
+    sureness, chosen = probabilities.max(dim=1)
+    order = sureness.argsort(descending=True)
+    wrong = order[(chosen != labels)[order]][:MISTAKES_SHOWN]
+    if not len(wrong):
+        file.unlink(missing_ok=True)  # what an earlier epoch got wrong
+        return
+    titles = [classes[label] for label in labels[wrong].tolist()]
+    first_choices = [
+        [Prediction(classes[i], p) for i, p in zip(best.indices.tolist(), best.values.tolist())]
+        for best in (probabilities[i].topk(min(3, len(classes))) for i in wrong)
+    ]
+    pictures = [to_pil_image(image) for image in images[wrong]]
+    write_file(file, draw_predictions(pictures, titles, first_choices))

@@ -1,0 +1,143 @@
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from timm.utils import random_seed
+from torch.utils.data import Subset
+
+from convmixer_hub import DataError
+from convmixer_hub.data.augment import TrainingImages, is_rand_augment
+from convmixer_hub.data.images import eval_transform
+from convmixer_hub.data.reader import load_images, read_images
+
+from .conftest import CONFIG, IMAGES, encode
+
+
+@pytest.fixture
+def training_images(cifar_sample):
+    """Make the forty training images of the sample, or some of them."""
+    images = load_images(cifar_sample, "train")
+
+    def make(indices=range(40), **options) -> TrainingImages:
+        return TrainingImages(Subset(images, indices), CONFIG, progress=False, **options)
+
+    return make
+
+
+def to_bytes(image):
+    """Undo the normalisation of CONFIG."""
+    return (image * 0.25 + 0.5).mul(255).round().byte()
+
+
+def test_training_crops_are_parts_of_the_image_or_its_mirror(training_images):
+    images = training_images([3])
+    whole = np.pad(images.images[0].numpy(), ((0, 0), (3, 3), (3, 3)), mode="reflect")
+    windows = np.lib.stride_tricks.sliding_window_view(whole, (24, 24), axis=(1, 2))
+    windows = windows.transpose(1, 2, 0, 3, 4).reshape(-1, 3, 24, 24)
+    patches = {window.tobytes() for window in windows}
+    seen, mirrored = set(), []
+    for epoch in range(20):
+        [crop], [label] = images.read_batch(epoch, 0, 1, 24)
+        assert label == 3
+        crop = to_bytes(crop)
+        seen.add(crop.numpy().tobytes())
+        mirrored.append(crop.numpy().tobytes() not in patches)
+        assert not mirrored[-1] or crop.flip(2).numpy().tobytes() in patches
+    assert len(seen) > 10
+    assert mirrored in ([True, False] * 10, [False, True] * 10)
+
+
+def test_mirror_images_by_chance(training_images):
+    images = training_images([3], flip="random")
+    images.images[:, :, :, :16] = 0  # so that the left half tells
+    mirrored = []
+    for epoch in range(20):
+        [crop], _ = images.read_batch(epoch, 0, 1, 32)
+        crop = to_bytes(crop).float()
+        mirrored.append(bool(crop[..., :12].sum() > crop[..., 20:].sum()))
+    assert 4 < sum(mirrored) < 16
+    assert mirrored[::2] != [mirrored[0]] * 10
+
+
+def test_rand_augment_of_the_highest_level(training_images):
+    random_seed(0)
+    images = training_images(rand_augment="rand-m10-n8-inc1")
+    batch, _ = images.read_batch(0, 0, 40, 32)
+    assert torch.isfinite(batch).all()
+    assert not torch.equal(batch, images.read_batch(0, 0, 40, 32, augment=False)[0])
+
+
+def test_an_epoch_shows_each_image_once_in_random_order(training_images):
+    images = training_images(range(10))
+    for epoch in range(2):
+        labels = torch.cat([images.read_batch(epoch, step, 2, 32)[1] for step in range(5)]).tolist()
+        assert sorted(labels) == list(range(10))
+        assert labels != list(range(10))
+
+
+def test_the_same_seed_gives_the_same_batches(training_images):
+    batches = [training_images(seed=seed).read_batch(1, 2, 8, 32)[0] for seed in (5, 5, 6)]
+    torch.testing.assert_close(batches[0], batches[1], atol=0, rtol=0)
+    assert not torch.equal(batches[0], batches[2])
+
+
+def test_processes_share_a_batch(training_images):
+    images = training_images()
+    whole, labels = images.read_batch(0, 3, 8, 24)
+    shares = [images.read_batch(0, 3, 8, 24, share=share) for share in (slice(0, 4), slice(4, 8))]
+    torch.testing.assert_close(torch.cat([share[0] for share in shares]), whole, atol=0, rtol=0)
+    assert torch.equal(torch.cat([share[1] for share in shares]), labels)
+
+
+def test_rand_augment_is_timms(training_images):
+    plain, _ = training_images().read_batch(0, 0, 40, 32)
+    random_seed(0)
+    augmented, _ = training_images(rand_augment="rand-m9-n2-p1").read_batch(0, 0, 40, 32)
+    changed = (plain != augmented).flatten(1).any(1)
+    assert changed.float().mean() > 0.8
+    assert is_rand_augment("") and is_rand_augment("rand-m9-n2-mstd0.5-inc1")
+    for other in ("random", "rand-n20-tweights", "rand-mx", "rand-m9-inc", f"rand-n{10**20}"):
+        assert not is_rand_augment(other), other
+
+
+def test_grey_images_are_augmented_too(cifar_sample):
+    images = Subset(load_images(cifar_sample, "train"), range(40))
+    grey = {**CONFIG, "input_size": (1, 32, 32), "mean": (0.5,), "std": (0.25,)}
+    random_seed(0)
+    augmented = TrainingImages(images, grey, rand_augment="rand-m9-n8-p1-inc1", progress=False)
+    batch, _ = augmented.read_batch(0, 0, 40, 24)
+    assert batch.shape == (40, 1, 24, 24) and torch.isfinite(batch).all()
+
+
+def test_images_of_other_sizes_and_modes_are_trained_on(write_parquet):
+    sizes = [(80, 40), (20, 30), (32, 32)]
+    images = [encode(Image.new("L", size, 128)) for size in sizes]
+    images = load_images(write_parquet("train", images, [0, 1, 2]), "train")
+    batch, labels = TrainingImages(Subset(images, range(3)), CONFIG).read_batch(0, 0, 3, 32)
+    assert batch.shape == (3, 3, 32, 32) and sorted(labels.tolist()) == [0, 1, 2]
+    assert (to_bytes(batch) == 128).all()
+
+
+def test_images_of_other_sizes_are_scaled_as_in_evaluation(write_parquet):
+    noise = np.random.default_rng(0).integers(0, 256, (40, 80, 3), dtype=np.uint8)
+    images = load_images(write_parquet("train", [encode(Image.fromarray(noise))], [0]), "train")
+    images = Subset(images, [0])
+    [in_evaluation], _, _ = read_images(images, eval_transform(CONFIG))
+    assert torch.equal(TrainingImages(images, CONFIG).images[0], to_bytes(in_evaluation))
+
+
+def test_damaged_images_are_counted_and_named_or_skipped(write_parquet):
+    good = (IMAGES / "cat.png").read_bytes()
+    folder = write_parquet("train", [good, good[:-900], b"", good], [3, 3, 3, 3])
+    images = Subset(load_images(folder, "train"), range(4))
+    message = (
+        r"^2 of 4 images cannot be read, the first is .*/plain_text, row 1 of its "
+        r"parquet files: damaged image \(.*\); replace the file; --skip-damaged trains on the oth"
+    )
+    with pytest.raises(DataError, match=message):
+        TrainingImages(images, CONFIG)
+    kept = TrainingImages(images, CONFIG, skip_damaged=True)
+    assert len(kept) == 2
+    assert [line.partition("row ")[2][:1] for line in kept.damaged] == ["1", "2"]
+    with pytest.raises(DataError, match="2 of 2 images cannot be read"):
+        TrainingImages(Subset(images, [1, 2]), CONFIG, skip_damaged=True)

@@ -1,0 +1,169 @@
+from functools import partial
+
+import pytest
+import torch
+from timm.models.convmixer import ConvMixer as TimmConvMixer
+from torch import nn
+
+from convmixer_hub import (
+    ClassificationHead,
+    ConvMixer,
+    ConvMixerLayer,
+    ModelSizeError,
+    PatchEmbeddings,
+)
+from convmixer_hub.model.convmixer import name_activation
+
+
+def randomise_norms(model: nn.Module) -> None:
+    """Give BatchNorm layers statistics that show whether they are used, and where."""
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.normal_(module.running_mean)
+            nn.init.uniform_(module.running_var, 0.5, 2.0)
+            nn.init.normal_(module.weight)
+            nn.init.normal_(module.bias)
+
+
+def make_pair(patch_size: int, kernel_size: int, act_layer: type[nn.Module]):
+    """Our model, and timm's with the same weights (their order of tensors is the same)."""
+    ours = ConvMixer(48, 3, kernel_size, patch_size, num_classes=7, act_layer=act_layer)
+    randomise_norms(ours)
+    timms = TimmConvMixer(48, 3, kernel_size, patch_size, num_classes=7, act_layer=act_layer)
+    weights = zip(timms.state_dict(), ours.state_dict().values(), strict=True)
+    timms.load_state_dict(dict(weights))
+    return ours, timms
+
+
+@pytest.mark.parametrize("act_layer", [nn.GELU, nn.ReLU])
+@pytest.mark.parametrize("kernel_size", [5, 9])
+@pytest.mark.parametrize("patch_size", [1, 2])
+class TestAgainstTimm:
+    def test_logits_are_equal(self, patch_size, kernel_size, act_layer, batch):
+        ours, timms = make_pair(patch_size, kernel_size, act_layer)
+        with torch.no_grad():
+            logits, expected = ours.eval()(batch), timms.eval()(batch)
+        torch.testing.assert_close(logits, expected, atol=1e-5, rtol=0)
+        assert logits.std() > 0.01
+
+    def test_gradients_are_equal(self, patch_size, kernel_size, act_layer, batch):
+        ours, timms = (
+            model.train().double() for model in make_pair(patch_size, kernel_size, act_layer)
+        )
+        for model in (ours, timms):
+            model(batch.double()).square().sum().backward()
+        for ours_parameter, timms_parameter in zip(ours.parameters(), timms.parameters()):
+            torch.testing.assert_close(ours_parameter.grad, timms_parameter.grad)
+
+
+def test_parts_fit_together_as_in_the_paper(batch):
+    patches = PatchEmbeddings(d_model=16, patch_size=4, in_channels=3)(batch)
+    assert patches.shape == (2, 16, 8, 8)
+    mixed = ConvMixerLayer(d_model=16, kernel_size=5)(patches)
+    assert mixed.shape == patches.shape
+    assert ClassificationHead(d_model=16, n_classes=10)(mixed).shape == (2, 10)
+
+
+def test_state_dict_has_the_keys_of_labml_nn():
+    keys = ConvMixer(8, 2, 3, 2, num_classes=5).state_dict().keys()
+    modules = list(dict.fromkeys(key.rpartition(".")[0] for key in keys))
+    layer = ["depth_wise_conv", "norm1", "point_wise_conv", "norm2"]
+    assert modules == [
+        "patch_emb.conv",
+        "patch_emb.norm",
+        *(f"conv_mixer_layers.{i}.{name}" for i in range(2) for name in layer),
+        "classification.linear",
+    ]
+
+
+def test_each_layer_is_initialised_on_its_own():
+    first, second = ConvMixer(8, 2, 3, 2).conv_mixer_layers
+    assert not torch.equal(first.point_wise_conv.weight, second.point_wise_conv.weight)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ({"kernel_size": 4}, "kernel_size is 4: an even kernel has no centre, give an odd one"),
+        ({"kernel_size": 0}, "kernel_size is 0: give a whole number of at least 1"),
+        ({"d_model": -8}, "d_model is -8: give a whole number of at least 1"),
+        ({"patch_size": 2.0}, "patch_size is 2.0: give a whole number of at least 1"),
+        ({"n_layers": 0}, "n_layers is 0: give a whole number of at least 1"),
+        ({"in_chans": 0}, "in_channels is 0: give a whole number of at least 1"),
+        ({"num_classes": -1}, "n_classes is -1: give 0 \\(no head\\) or more"),
+    ],
+)
+def test_impossible_sizes_are_refused(sizes, message):
+    with pytest.raises(ModelSizeError, match=message):
+        ConvMixer(**{"d_model": 8, "n_layers": 1, "kernel_size": 3, "patch_size": 2, **sizes})
+
+
+def test_unknown_arguments_are_refused():
+    with pytest.raises(TypeError, match="kernel"):
+        ConvMixer(8, 1, kernel=3)
+
+
+@pytest.mark.parametrize(("shape", "side"), [((3, 8), "lower"), ((8, 3), "narrower")])
+def test_an_image_smaller_than_a_patch_is_refused(shape, side):
+    with pytest.raises(AssertionError, match=f"the image is {side} than one patch: resize it"):
+        ConvMixer(8, 1, 3, patch_size=4)(torch.randn(1, 3, *shape))
+
+
+@pytest.mark.parametrize("act_layer", [nn.GELU, nn.ReLU])
+def test_scripted_and_traced_models_give_the_same_logits(act_layer, batch):
+    model = ConvMixer(8, 2, 5, 2, num_classes=4, act_layer=act_layer).eval()
+    expected = model(batch)
+    for copy in (
+        torch.jit.script(model),
+        torch.jit.trace(model, batch),
+        torch.fx.symbolic_trace(model),
+        torch.jit.script(torch.fx.symbolic_trace(model)),
+        torch.export.export(model, (batch,)).module(),
+    ):
+        torch.testing.assert_close(copy(batch), expected)
+
+
+@pytest.mark.filterwarnings("ignore:torch.ao.quantization:DeprecationWarning")
+def test_a_quantised_model_loads_its_own_state():
+    model = torch.ao.quantization.quantize_dynamic(ConvMixer(48, 2, 3, 2), {nn.Linear})
+    model.load_state_dict(model.state_dict())
+
+
+def test_only_exact_gelu_is_called_gelu():
+    assert name_activation(ConvMixer(48, 2, 3, 2)) == "gelu"
+    tanh = partial(nn.GELU, approximate="tanh")
+    assert name_activation(ConvMixer(48, 2, 3, 2, act_layer=tanh)) is None
+
+
+def test_a_model_on_the_meta_device_holds_no_memory():
+    model = ConvMixer(8, 2, 3, 2, device="meta")
+    assert {tensor.device.type for tensor in model.state_dict().values()} == {"meta"}
+
+
+def test_reset_classifier_keeps_pooling_type_and_mode(batch):
+    model = ConvMixer(8, 1, 3, 2, num_classes=4, global_pool="catavgmax", dtype=torch.float64)
+    model.eval().reset_classifier(6)
+    assert model.classification.pool.pool_type == "catavgmax"
+    assert not model.classification.training
+    assert model.head_hidden_size == 16
+    logits = model(batch.double())
+    assert logits.shape == (2, 6)
+    assert logits.dtype == torch.float64
+
+
+def test_without_classes_the_pooled_features_come_out(batch):
+    model = ConvMixer(8, 1, 3, 2, num_classes=0).eval()
+    features = model.forward_features(batch)
+    torch.testing.assert_close(model(batch), features.mean((2, 3)))
+    model.reset_classifier(0, "")
+    torch.testing.assert_close(model(batch), features)
+
+
+def test_intermediates_are_the_outputs_of_the_layers(batch):
+    model = ConvMixer(8, 3, 3, 2).eval()
+    final, [first, last] = model.forward_intermediates(batch, indices=[0, 2])
+    torch.testing.assert_close(first, model.conv_mixer_layers[0](model.patch_emb(batch)))
+    torch.testing.assert_close(last, final)
+    torch.testing.assert_close(final, model.forward_features(batch))
+    assert model.prune_intermediate_layers([1]) == [1]
+    assert len(model.conv_mixer_layers) == 2

@@ -1,0 +1,592 @@
+import csv
+import errno
+import json
+import multiprocessing
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import asdict, replace
+from functools import partial
+
+import pytest
+import safetensors.torch
+import timm
+import torch
+from timm.optim import muon
+
+from convmixer_hub import DataError, TrainingError, UnknownModelError
+from convmixer_hub.checkpoints.files import save_model
+from convmixer_hub.data.reader import hold_out
+from convmixer_hub.evaluate import evaluate_on
+from convmixer_hub.hub.records import CIFAR10
+from convmixer_hub.training import run as run_module
+from convmixer_hub.training.folder import lock_run
+from convmixer_hub.training.run import train
+from convmixer_hub.training.settings import TrainingSettings
+from convmixer_hub.zoo import load_trained
+
+from .conftest import CHECKOUT, IMAGES
+
+SETTINGS = TrainingSettings(
+    "convmixer_96_8_ks5_p1",
+    epochs=2,
+    final_share=0.5,
+    small_crop_size=16,
+    batch_size=10,
+    held_out=8,
+    precision="fp32",  # which is faster here, two runs might answer differently
+)
+
+
+def run(settings, data, output, **options):
+    return train(settings, data, output, progress=False, **options)
+
+
+@pytest.fixture
+def weights_after():
+    """Load the weights of a run folder."""
+    return lambda folder: safetensors.torch.load_file(folder / "model.safetensors")
+
+
+def test_a_run_folder_tells_everything(cifar_sample, tmp_path):
+    folder = run(SETTINGS, cifar_sample, tmp_path / "run")
+    assert {file.name for file in folder.iterdir()} == {
+        ".lock",
+        "config.json",
+        "metrics.csv",
+        "model.safetensors",
+        "training_state.pt",
+    }
+    config = json.loads((folder / "config.json").read_text())
+    assert config["training"] == asdict(SETTINGS)
+    assert "CPU cores" in config["machine"] or "×" in config["machine"]
+    with (folder / "metrics.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["epoch"], row["crop_size"]) for row in rows] == [("1", "16"), ("2", "32")]
+    assert all(0 <= float(row["held_out_top1"]) <= 100 for row in rows)
+    model = load_trained(str(folder))
+    assert tuple(model.pretrained_cfg["label_names"]) == CIFAR10.classes
+
+
+@pytest.mark.slow
+def test_a_model_learns(cifar_sample, tmp_path):
+    settings = replace(SETTINGS, epochs=12, held_out=0)
+    folder = run(settings, cifar_sample, tmp_path / "run")
+    with (folder / "metrics.csv").open(newline="") as file:
+        losses = [float(row["train_loss"]) for row in csv.DictReader(file)]
+    assert losses[-1] < losses[0] - 0.5
+
+
+def test_the_same_seed_gives_the_same_weights(cifar_sample, tmp_path, weights_after):
+    settings = replace(SETTINGS, epochs=1)
+    first, second, other = (
+        weights_after(run(replace(settings, seed=seed), cifar_sample, tmp_path / str(i)))
+        for i, seed in enumerate([1, 1, 2])
+    )
+    torch.testing.assert_close(first, second, atol=0, rtol=0)
+    name = "classification.linear.weight"
+    assert not torch.equal(first[name], other[name])
+
+
+def test_a_run_may_start_from_trained_weights(cifar_sample, tmp_path):
+    first = run(SETTINGS, cifar_sample, tmp_path / "first")
+    settings = replace(SETTINGS, model=str(first), pretrained=True, learning_rate=1e-9)
+    second = run(settings, cifar_sample, tmp_path / "second")
+    before, after = (dict(load_trained(folder).named_parameters()) for folder in (first, second))
+    torch.testing.assert_close(after, before, atol=1e-6, rtol=0)
+
+
+def test_a_run_gives_probabilities_fitted_to_its_held_out_images(cifar_sample, tmp_path):
+    settings = replace(SETTINGS, held_out=20, batch_size=5, label_smoothing=0.5)
+    folder = run(settings, cifar_sample, tmp_path / "run")
+    state = torch.load(folder / "training_state.pt", weights_only=True)
+    temperature = state["temperature"]
+    assert json.loads((folder / "config.json").read_text())["temperature"] == temperature != 1.0
+    found = load_trained(folder).state_dict()
+    for name, tensor in state["model"].items():
+        expected = tensor / temperature if "classification" in name else tensor
+        torch.testing.assert_close(found[name], expected, atol=0, rtol=0)
+    before = (folder / "model.safetensors").read_bytes()
+    run(settings, cifar_sample, folder)  # a finished run is only written out again
+    assert (folder / "model.safetensors").read_bytes() == before
+
+
+@pytest.fixture
+def stop_after(monkeypatch):
+    """Let the next run be stopped when it has saved its state so many times."""
+
+    def stop(saves: int) -> None:
+        save_state = run_module.save_state
+        count = iter(range(saves - 1))
+
+        def save_and_stop(*arguments):
+            save_state(*arguments)
+            if next(count, None) is None:
+                monkeypatch.setattr(run_module, "save_state", save_state)
+                raise KeyboardInterrupt
+
+        monkeypatch.setattr(run_module, "save_state", save_and_stop)
+
+    return stop
+
+
+def read_metrics(folder):
+    """Read what does not depend on the clock."""
+    with (folder / "metrics.csv").open(newline="") as file:
+        return [{k: v for k, v in row.items() if k != "seconds"} for row in csv.DictReader(file)]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {},
+        {"precision": "bf16"},
+        {"ema_decay": 0.9, "optimizer": "adamw"},
+        {"mixup": 0.5, "cutmix": 0.5, "random_erasing": 0.5, "rand_augment": "rand-m9-n2"},
+        {"keep_best": True, "layer_decay": 0.5, "freeze_batch_norm": True},
+        {"flip": "random", "train_images": 30, "covariance_init": True},
+    ],
+    ids=["defaults", "bf16", "ema and adamw", "all augmentations", "as in fine-tuning", "others"],
+)
+def test_a_run_stopped_at_every_save_goes_on_as_if_nothing_had_happened(
+    cifar_sample, tmp_path, weights_after, monkeypatch, stop_after, change
+):
+    settings = replace(SETTINGS, **change)
+    whole = run(settings, cifar_sample, tmp_path / "whole")
+    monkeypatch.setattr(run_module, "SECONDS_BETWEEN_SAVES", 0.0)
+    state_file = tmp_path / "parts" / "training_state.pt"
+    # An epoch saves after each of its three steps and at its end; a run resumed there saves first.
+    for saves, place in [(1, (0, 1)), (3, (1, 0)), (2, (1, 1))]:
+        stop_after(saves)
+        with pytest.raises(KeyboardInterrupt):
+            run(settings, cifar_sample, tmp_path / "parts")
+        state = torch.load(state_file, weights_only=True)
+        assert (state["epoch"], state["step"]) == place
+    parts = run(settings, cifar_sample, tmp_path / "parts")
+    torch.testing.assert_close(weights_after(parts), weights_after(whole), atol=0, rtol=0)
+    assert read_metrics(parts) == read_metrics(whole)
+
+
+def test_a_run_keeps_the_precision_it_began_with(
+    cifar_sample, tmp_path, monkeypatch, stop_after, capsys
+):
+    def choose(dtype):
+        monkeypatch.setattr(run_module, "choose_dtype", lambda *_: (dtype, "what is faster"))
+
+    settings = replace(SETTINGS, precision="auto", epochs=1)
+    choose(torch.bfloat16)
+    monkeypatch.setattr(run_module, "SECONDS_BETWEEN_SAVES", 0.0)
+    stop_after(1)
+    with pytest.raises(KeyboardInterrupt):
+        train(settings, cifar_sample, tmp_path / "run")
+    assert "computes in what is faster" in capsys.readouterr().out
+    choose(torch.float32)
+    train(settings, cifar_sample, tmp_path / "run")
+    assert "computes in" not in capsys.readouterr().out
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["machine"].endswith(", bf16")
+
+
+def test_after_a_run_in_fp32_muon_is_as_before(cifar_sample, tmp_path):
+    before = muon.zeropower_via_newtonschulz
+    run(SETTINGS, cifar_sample, tmp_path / "run")
+    assert muon.zeropower_via_newtonschulz is before
+
+
+def save_at_every_step(settings, data, output):
+    run_module.SECONDS_BETWEEN_SAVES = 0.0
+    run(settings, data, output)
+
+
+@pytest.mark.slow
+def test_a_run_killed_ten_times_at_random_goes_on_as_if_nothing_had_happened(
+    cifar_sample, tmp_path, weights_after
+):
+    settings = replace(SETTINGS, epochs=20)
+    whole = run(settings, cifar_sample, tmp_path / "whole")
+    parts = tmp_path / "parts"
+    state = parts / "training_state.pt"
+    processes = multiprocessing.get_context("forkserver")  # which imports torch once for all
+    processes.set_forkserver_preload([__name__])
+    moments = random.Random(0)
+    kills = 0
+    for _ in range(10):
+        saved = state.stat().st_mtime_ns if state.exists() else 0
+        process = processes.Process(target=save_at_every_step, args=(settings, cifar_sample, parts))
+        process.start()
+        while process.is_alive() and (not state.exists() or state.stat().st_mtime_ns == saved):
+            time.sleep(0.01)
+        time.sleep(moments.uniform(0, 0.2))
+        process.kill()
+        process.join()
+        kills += process.exitcode == -signal.SIGKILL
+    assert kills >= 3  # the later ones may find the run finished
+    run(settings, cifar_sample, parts)
+    torch.testing.assert_close(weights_after(parts), weights_after(whole), atol=0, rtol=0)
+    assert read_metrics(parts) == read_metrics(whole)
+
+
+def test_the_moving_average_is_what_a_run_gives(cifar_sample, tmp_path, weights_after, monkeypatch):
+    key = "classification.linear.bias"
+    seen = []
+    update = run_module.ModelEmaV3.update
+
+    def update_and_note(self, model, step):
+        update(self, model, step)
+        seen.append((self.get_decay(step), model.get_parameter(key).detach().clone()))
+
+    monkeypatch.setattr(run_module.ModelEmaV3, "update", update_and_note)
+    folder = run(replace(SETTINGS, ema_decay=0.9), cifar_sample, tmp_path / "run")
+    average = seen[0][1]
+    for decay, weight in seen:
+        average = decay * average + (1 - decay) * weight
+    assert 0 < seen[-1][0] <= 0.9
+    torch.testing.assert_close(weights_after(folder)[key], average)
+
+
+LATE = {"late_augmentation": True, "cutmix": 0.5, "rand_augment": "rand-m9-n2"}
+
+
+def test_augmentation_and_whole_images_come_late(cifar_sample, tmp_path, weights_after):
+    settings = replace(SETTINGS, epochs=4, whole_share=0.5)
+    plain, late = (
+        run(replace(settings, **change), cifar_sample, tmp_path / name)
+        for name, change in [("plain", {}), ("late", {"random_erasing": 1.0, **LATE})]
+    )
+    assert [row["crop_size"] for row in read_metrics(late)] == ["16", "16", "16", "32"]
+    for epoch, (row, plain_row) in enumerate(zip(read_metrics(late), read_metrics(plain))):
+        assert (row == plain_row) == (epoch < 2)
+
+
+def test_a_file_system_without_locks_is_no_hindrance(cifar_sample, tmp_path, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    run(replace(SETTINGS, epochs=1), cifar_sample, tmp_path / "run")
+
+
+def test_two_processes_do_not_train_in_one_folder(cifar_sample, tmp_path):
+    message = "run: another process trains in it; wait for that, or name another --output"
+    with lock_run(tmp_path / "run"), pytest.raises(TrainingError, match=message):
+        run(SETTINGS, cifar_sample, tmp_path / "run")
+    run(SETTINGS, cifar_sample, tmp_path / "run")
+
+
+def test_a_run_does_not_go_on_with_other_images(cifar_sample, tmp_path, write_parquet):
+    folder = run(SETTINGS, cifar_sample, tmp_path / "run")
+    images = [(IMAGES / f"{name}.png").read_bytes() for name in CIFAR10.classes]
+    fewer = write_parquet("train", images * 3, list(range(10)) * 3)
+    with pytest.raises(TrainingError, match="holds a run with images 40, not 30; give the same"):
+        run(SETTINGS, fewer, folder)
+
+
+@pytest.mark.parametrize("skip_damaged", [False, True])
+def test_a_damaged_held_out_image_is_noticed_at_once(write_parquet, tmp_path, skip_damaged):
+    images = [(IMAGES / f"{name}.png").read_bytes() for name in CIFAR10.classes] * 4
+    _, [damaged, *_] = hold_out(40, 8, seed=0)
+    images[damaged] = images[damaged][:-900]
+    data = write_parquet("train", images, list(range(10)) * 4)
+    if skip_damaged:
+        folder = run(SETTINGS, data, tmp_path / "run", skip_damaged=True)
+        assert len(read_metrics(folder)) == 2
+    else:
+        message = rf"1 of 8 images cannot be read, the first is .*, row {damaged} of its"
+        with pytest.raises(DataError, match=message):
+            run(SETTINGS, data, tmp_path / "run")
+
+
+def test_a_full_disk_loses_nothing(cifar_sample, tmp_path, weights_after, stop_after):
+    whole = run(SETTINGS, cifar_sample, tmp_path / "whole")
+    stop_after(1)
+    with pytest.raises(KeyboardInterrupt):
+        run(SETTINGS, cifar_sample, tmp_path / "parts")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        message = r"parts: cannot be written \(.+\); it keeps what was saved before, so free some"
+        with pytest.raises(TrainingError, match=message) as refused:
+            run(SETTINGS, cifar_sample, tmp_path / "parts")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "\n" not in str(refused.value)
+    parts = run(SETTINGS, cifar_sample, tmp_path / "parts")
+    torch.testing.assert_close(weights_after(parts), weights_after(whole), atol=0, rtol=0)
+
+
+@pytest.mark.slow
+def test_two_processes_compute_what_one_does(cifar_sample, tmp_path, weights_after):
+    one = run(SETTINGS, cifar_sample, tmp_path / "one")
+    options = [f"--data={cifar_sample}", f"--output={tmp_path / 'two'}", "--epochs=2"]
+    options += ["--final-share=0.5", "--small-crop-size=16", "--batch-size=10", "--held-out=8"]
+    options += ["--whole-share=1", "--rand-augment=", "--random-erasing=0"]
+    options += ["--no-late-augmentation", "--no-covariance-init"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]
+    torchrun += ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", "-m", "convmixer_hub"]
+    environment = {**os.environ, "PYTHONPATH": str(CHECKOUT), "OMP_NUM_THREADS": "1"}
+
+    def start(*arguments):
+        return subprocess.run(
+            [*torchrun, *arguments],
+            env=environment,
+            capture_output=True,
+            text=True,
+        )
+
+    trained = start("train", SETTINGS.model, *options)
+    assert trained.returncode == 0, trained.stderr
+    assert trained.stdout.count("finished; measure it with") == 1
+    for row, expected in zip(read_metrics(tmp_path / "two"), read_metrics(one)):
+        assert float(row["train_loss"]) == pytest.approx(float(expected["train_loss"]), abs=2e-3)
+    for key, tensor in weights_after(one).items():
+        torch.testing.assert_close(
+            weights_after(tmp_path / "two")[key], tensor, atol=2e-2, rtol=2e-2, msg=key
+        )
+
+    evaluated = start("evaluate", str(one), f"--data={cifar_sample}")
+    assert evaluated.returncode == 0, evaluated.stderr
+    alone = evaluate_on(load_trained(str(one)), cifar_sample)
+    assert evaluated.stdout.splitlines() == [
+        f"{one}: top-1 {alone.top1:.2f} % ({alone.correct} of 10 test images right)"
+    ]
+
+
+@pytest.mark.slow
+def test_ctrl_c_keeps_the_last_epoch(cifar_sample, tmp_path):
+    output = tmp_path / "run"
+    options = ["--data", str(cifar_sample), "--output", str(output)]
+    options += ["--epochs", "500", "--batch-size", "10"]
+    errors = tmp_path / "errors"
+    with errors.open("w") as stderr:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "convmixer_hub", "train", SETTINGS.model, *options],
+            stderr=stderr,
+            env={**os.environ, "PYTHONPATH": str(CHECKOUT)},
+            # A shell lets what it starts in the background ignore Ctrl-C.
+            preexec_fn=partial(signal.signal, signal.SIGINT, signal.default_int_handler),
+        )
+    try:
+        deadline = time.monotonic() + 300
+        while not (output / "metrics.csv").exists():
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.1)
+        process.send_signal(signal.SIGINT)
+        process.wait(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 130
+    last_line = errors.read_text().strip().splitlines()[-1]
+    assert last_line.startswith(f"stopped; {output} keeps all but the last minute, and the same")
+    assert "Traceback" not in errors.read_text()
+    load_trained(str(output))
+
+
+def test_a_loss_that_is_no_number_stops_the_run(cifar_sample, tmp_path):
+    settings = replace(SETTINGS, learning_rate=1e30, warmup_epochs=0.0, epochs=3)
+    with pytest.raises(
+        TrainingError, match=r"the .* is (nan|inf) in epoch 1, step \d; .*run keeps what was saved"
+    ):
+        run(settings, cifar_sample, tmp_path / "run")
+
+
+def test_a_run_with_other_settings_is_not_overwritten(cifar_sample, tmp_path, weights_after):
+    settings = replace(SETTINGS, epochs=1)
+    folder = run(settings, cifar_sample, tmp_path / "run")
+    before = weights_after(folder)
+    message = "holds a run with epochs 1, not 2; give the same settings and data to resume it, or"
+    with pytest.raises(TrainingError, match=message):
+        run(SETTINGS, cifar_sample, folder)
+    torch.testing.assert_close(weights_after(folder), before, atol=0, rtol=0)
+
+
+def test_a_run_goes_on_under_a_version_with_more_settings(cifar_sample, tmp_path, weights_after):
+    folder = run(SETTINGS, cifar_sample, tmp_path / "run")
+    state = torch.load(folder / "training_state.pt")
+    del state["settings"]["layer_decay"]
+    torch.save(state, folder / "training_state.pt")
+    with pytest.raises(TrainingError, match="holds a run with layer_decay 1.0, not 0.5; give the"):
+        run(replace(SETTINGS, layer_decay=0.5), cifar_sample, folder)
+    before = weights_after(folder)
+    after = weights_after(run(SETTINGS, cifar_sample, folder))
+    torch.testing.assert_close(after, before, atol=0, rtol=0)
+
+
+def test_a_run_of_a_version_with_more_settings_is_not_gone_on_with(cifar_sample, tmp_path):
+    folder = run(SETTINGS, cifar_sample, tmp_path / "run")
+    state = torch.load(folder / "training_state.pt")
+    state["settings"]["not_yet_known"] = 3
+    torch.save(state, folder / "training_state.pt")
+    message = "a version with the setting not_yet_known, which this one lacks; upgrade convmixer"
+    with pytest.raises(TrainingError, match=message):
+        run(SETTINGS, cifar_sample, folder)
+
+
+def test_a_run_does_not_go_on_with_other_classes(cifar_sample, tmp_path):
+    run(SETTINGS, cifar_sample, tmp_path / "run")
+    for name in ("cat", "dog"):
+        (tmp_path / "other" / "train" / name).mkdir(parents=True)
+        shutil.copy(IMAGES / f"{name}.png", tmp_path / "other" / "train" / name)
+    with pytest.raises(
+        TrainingError, match=r"holds a run with classes \['airplane', .* not \['cat"
+    ):
+        run(SETTINGS, tmp_path / "other", tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda state: state.unlink(), "holds files but no training_state.pt, so it is no run to"),
+        (lambda state: state.write_bytes(b"x"), "training_state.pt: damaged .*; name another run"),
+    ],
+    ids=["missing", "damaged"],
+)
+def test_without_a_state_the_finished_weights_stay(
+    cifar_sample, tmp_path, weights_after, damage, message
+):
+    folder = run(SETTINGS, cifar_sample, tmp_path / "run")
+    before = weights_after(folder)
+    damage(folder / "training_state.pt")
+    with pytest.raises(TrainingError, match=message) as refused:
+        run(SETTINGS, cifar_sample, folder)
+    assert "\n" not in str(refused.value)
+    torch.testing.assert_close(weights_after(folder), before, atol=0, rtol=0)
+
+
+def test_a_folder_that_is_no_run_is_not_written_to(cifar_sample, tmp_path):
+    (tmp_path / "thesis.txt").write_text("all my work")
+    with pytest.raises(TrainingError, match="holds files but no training_state.pt"):
+        run(SETTINGS, cifar_sample, tmp_path)
+
+
+def test_a_folder_that_cannot_be_made_is_named_at_once(cifar_sample, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(TrainingError, match=r"file/run: cannot be made or written to \(.*\); n"):
+        run(SETTINGS, cifar_sample, tmp_path / "file" / "run")
+
+
+def test_leftovers_of_a_process_killed_in_its_first_save_are_no_hindrance(cifar_sample, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / ".training_state.pt.tmp").write_bytes(b"half of it")
+    run(SETTINGS, cifar_sample, tmp_path / "run")
+
+
+def test_what_is_derived_from_the_state_is_restored(cifar_sample, tmp_path, weights_after):
+    folder = run(SETTINGS, cifar_sample, tmp_path / "run")
+    before, metrics = weights_after(folder), (folder / "metrics.csv").read_text()
+    for name in ("model.safetensors", "config.json", "metrics.csv"):
+        (folder / name).unlink()
+    run(SETTINGS, cifar_sample, folder)
+    torch.testing.assert_close(weights_after(folder), before, atol=0, rtol=0)
+    assert (folder / "metrics.csv").read_text() == metrics
+
+
+def test_a_finished_run_stays_as_it_is(cifar_sample, tmp_path, write_parquet, monkeypatch):
+    folder = run(SETTINGS, cifar_sample, tmp_path / "run")
+    config = (folder / "config.json").read_text()
+    unreadable = write_parquet("train", [b"no image"] * 40, list(range(10)) * 4)
+    monkeypatch.setattr(run_module, "describe_machine", lambda device: "another machine")
+    assert run(SETTINGS, unreadable, folder) == folder
+    assert (folder / "config.json").read_text() == config
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"epochs": 0}, "epochs is 0: give at least 1"),
+        ({"final_share": 1.5}, "final_share is 1.5: give 0 to 1"),
+        ({"whole_share": 1.5}, "whole_share is 1.5: give 0 to 1"),
+        ({"optimizer": "sgd"}, "optimizer is sgd: give adamw or muon"),
+        ({"rand_augment": "m9"}, "rand_augment is m9: give one such as rand-m9-n2-inc1"),
+        ({"random_erasing": 2.0}, "random_erasing is 2.0: give 0 to 1"),
+        ({"mixup": -1.0}, "mixup is -1.0: give at least 0"),
+        ({"ema_decay": 1.0}, "ema_decay is 1.0: give at least 0 and below 1"),
+        ({"batch_size": 1}, "batch_size is 1: give at least 2"),
+        ({"learning_rate": 0.0}, "learning_rate is 0.0: give above 0"),
+        ({"weight_decay": -1.0}, "weight_decay is -1.0: give at least 0"),
+        ({"clip_grad": 0.0}, "clip_grad is 0.0: give above 0"),
+        ({"warmup_epochs": -1.0}, "warmup_epochs is -1.0: give at least 0"),
+        ({"held_out": -1}, "held_out is -1: give at least 0"),
+        ({"train_images": -1}, "train_images is -1: give at least 0"),
+        (
+            {"covariance_init": True, "pretrained": True},
+            "covariance_init is True: give False for pretrained weights",
+        ),
+        ({"flip": "never"}, "flip is never: give alternating or random"),
+        ({"seed": -1}, "seed is -1: give 0 to 2147483647"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused(change, message):
+    with pytest.raises(TrainingError, match=message):
+        replace(SETTINGS, **change)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"small_crop_size": 48},
+            "small_crop_size is 48: convmixer_96_8_ks5_p1 takes images of 32 pixels in patches of "
+            "1; give a number between them",
+        ),
+        (
+            {"model": "convmixer_cifar", "small_crop_size": 1},
+            "small_crop_size is 1: convmixer_cifar takes images of 32 pixels in patches of 2; giv",
+        ),
+        (
+            {"train_images": 33},
+            "train_images is 33: 32 are there that are not held out; give at most that",
+        ),
+        (
+            {"cutmix": 0.5, "batch_size": 9},
+            "batch_size is 9: give a multiple of 2 for 1 processes",
+        ),
+    ],
+)
+def test_settings_that_do_not_fit_the_model_are_refused(cifar_sample, tmp_path, change, message):
+    with pytest.raises(TrainingError, match=message):
+        run(replace(SETTINGS, **change), cifar_sample, tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("change", "count"), [({"batch_size": 33}, 32), ({"batch_size": 21, "train_images": 20}, 20)]
+)
+def test_fewer_images_than_a_batch_are_refused(cifar_sample, tmp_path, change, count):
+    with pytest.raises(DataError, match=f"{count} training images are less than one batch of"):
+        run(replace(SETTINGS, **change), cifar_sample, tmp_path / "run")
+
+
+def test_first_kernels_that_are_drawn_by_depth_are_narrow(cifar_sample, tmp_path, weights_after):
+    settings = replace(SETTINGS, covariance_init=True, learning_rate=1e-9, held_out=0, epochs=1)
+    weights = weights_after(run(settings, cifar_sample, tmp_path / "run"))
+    first, last = (weights[f"conv_mixer_layers.{i}.depth_wise_conv.weight"] for i in (0, 7))
+    assert first[:, :, 0, 0].abs().max() < 1e-4 < first[:, :, 2, 2].abs().mean()
+    assert last[:, :, 0, 0].abs().mean() > 1e-2
+
+
+@pytest.mark.parametrize("place", ["run", "cat/run"])
+def test_a_run_among_class_folders_is_refused(tmp_path, place):
+    for name in ("cat", "dog"):
+        (tmp_path / name).mkdir()
+        shutil.copy(IMAGES / f"{name}.png", tmp_path / name)
+    with pytest.raises(TrainingError, match=f"{place}: lies among the class folders in .*; name"):
+        run(SETTINGS, tmp_path, tmp_path / place)
+    assert not (tmp_path / place).exists()
+
+
+def test_statistics_that_processes_do_not_share_are_refused(cifar_sample, tmp_path, monkeypatch):
+    model = timm.create_model("convmixer_cifar", num_classes=10, act_layer="relu")
+    save_model(model, tmp_path / "relu", {})
+    monkeypatch.setattr(run_module, "get_world_size", lambda: 2)
+    settings = replace(SETTINGS, model=str(tmp_path / "relu"), pretrained=True)
+    with pytest.raises(TrainingError, match="relu: has another activation than GELU, and on CPUs"):
+        run(settings, cifar_sample, tmp_path / "run")
+
+
+@pytest.mark.parametrize("name", ["convmixer_cifr", "convmixer_cifar.cifar10", "resnet18"])
+def test_an_unknown_arch_is_refused(cifar_sample, tmp_path, name):
+    with pytest.raises(UnknownModelError, match=f"no model is named '{name}'; (did|known)"):
+        run(replace(SETTINGS, model=name), cifar_sample, tmp_path / "run")
