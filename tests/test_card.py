@@ -16,8 +16,9 @@ from convmixer_hub.checkpoints.files import save_model
 from convmixer_hub.cli.train import finetune_command, train_command
 from convmixer_hub.data.images import eval_transform
 from convmixer_hub.data.reader import load_images
-from convmixer_hub.hub.records import CIFAR10
-from convmixer_hub.release.card import write_card
+from convmixer_hub.files import hash_file
+from convmixer_hub.hub.records import CIFAR10, RECORDS, CheckpointRecord
+from convmixer_hub.release.card import propose_record, write_card
 from convmixer_hub.release.golden import verify
 from convmixer_hub.training.finetune import FINETUNE_OPTIONS, choose_settings
 from convmixer_hub.training.settings import RECIPE, TrainingSettings
@@ -82,7 +83,7 @@ def test_a_card_says_what_the_files_and_the_test_images_say(run, cifar_sample):
     assert float(confidence) == pytest.approx(100 * sum(confidences) / 10, abs=0.01)
 
     data = ModelCard.load(card).data
-    [result] = data.eval_results
+    result, _ = data.eval_results
     assert (result.metric_value, result.dataset_type) == (10.0 * correct, "uoft-cs/cifar10")
     assert (data.license, data.library_name, data.datasets) == ("mit", "timm", ["uoft-cs/cifar10"])
 
@@ -113,6 +114,27 @@ def test_the_card_of_a_fine_tuned_model_gives_its_command(run, cifar_sample):
     again = {name: given[name] for name in FINETUNE_OPTIONS}
     assert choose_settings(given["name"], cifar_sample, **again) == settings
     assert "training images: 35.00 %, by which the epoch was chosen" in text
+
+
+def test_the_record_of_a_model_is_proposed(run, cifar_sample, monkeypatch):
+    card = write_card(run, cifar_sample)
+
+    def read(text):
+        [record] = eval(f"[{text}]", {"CheckpointRecord": CheckpointRecord, "CIFAR10": CIFAR10})
+        return record
+
+    record = read(propose_record(card))
+    weights = run / "model.safetensors"
+    assert (record.name, record.size) == ("a_run", weights.stat().st_size)
+    assert (record.sha256, record.revision) == (hash_file(weights), "v1")
+    text = card.read_text()
+    assert f"**Top-1: {record.top1:.2f} %**" in text and f"(ECE): {record.ece:.2f} %" in text
+    for digest, revision in [(record.sha256, "v3"), ("another", "v4")]:
+        known = replace(record, sha256=digest, revision="v3")
+        monkeypatch.setitem(RECORDS, "a_run", known)
+        assert read(propose_record(card)).revision == revision
+    weights.unlink()
+    assert propose_record(card) == ""
 
 
 def test_the_card_says_how_probabilities_were_fitted(run, cifar_sample):
@@ -148,14 +170,14 @@ def test_a_grey_model_of_other_classes_without_a_history(tmp_path):
     for name in ("heads", "tails"):
         (tmp_path / "coins" / "test" / name).mkdir(parents=True)
         Image.new("L", (40, 40), 99).save(tmp_path / "coins" / "test" / name / "1.png")
-    grey = {"input_size": (1, 32, 32), "mean": (0.5,), "std": (0.25,), "license": None}
-    model = timm.create_model(ARCH, in_chans=1, num_classes=2, pretrained_cfg_overlay=grey)
+    gray = {"input_size": (1, 32, 32), "mean": (0.5,), "std": (0.25,), "license": None}
+    model = timm.create_model(ARCH, in_chans=1, num_classes=2, pretrained_cfg_overlay=gray)
     save_model(model, tmp_path / "model", {"training": {"model": ARCH, "forgotten": 1}})
     (tmp_path / "card").mkdir()
     (tmp_path / "card" / "predictions.png").touch()
     card = write_card(tmp_path / "model", tmp_path / "coins", tmp_path / "card")
     text = card.read_text()
-    [result] = ModelCard.load(card).data.eval_results
+    result, _ = ModelCard.load(card).data.eval_results
     assert (result.dataset_name, result.metric_value) == ("coins", 50.0)
     assert "**Top-1: 50.00 %** (1 of the 2 test images" in text
     assert "cifar" not in text and "(predictions.png)" in text and "curve.png" not in text

@@ -14,13 +14,14 @@ from .repository import Repository
 WEIGHTS_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
 GOLDEN_FILE = "golden.json"
+CARD_FILE = "README.md"
 
 # What of a model's folder goes to others; the states of a training run, for one, do not.
 MODEL_FILES = (
     CONFIG_FILE,
     WEIGHTS_FILE,
     GOLDEN_FILE,
-    "README.md",
+    CARD_FILE,
     "NOTES.md",
     "RECIPE.md",
     "metrics.csv",

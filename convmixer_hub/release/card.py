@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import EvalResult, ModelCardData
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -39,8 +39,8 @@ from ..figures import (
     draw_patch_embedding,
     draw_reliability,
 )
-from ..files import write_file
-from ..hub.records import CONFIG_FILE, DATASETS, RECORDS
+from ..files import hash_file, write_file
+from ..hub.records import CARD_FILE, CONFIG_FILE, DATASETS, RECORDS, WEIGHTS_FILE
 from ..machine import describe_machine
 from ..model.config import get_config, get_label_names
 from ..model.convmixer import ConvMixer
@@ -51,10 +51,9 @@ from ..training.settings import RECIPE, TrainingSettings
 from ..zoo import load_trained
 from .golden import write_golden
 
-CARD_FILE = "README.md"
 NOTES_FILE = "NOTES.md"
 PREDICTIONS_CAPTION = (
-    "Images by their file names, above the three likeliest classes for each: "
+    "Images by their file names, above the three most likely classes for each: "
     "`convmixer predict IMAGES --figure predictions.png`"
 )
 
@@ -132,7 +131,7 @@ def write_card(
     dataset = known.name if known else Path(data_dir).resolve().name
     result = Evaluation(int(confusion.trace()), int(confusion.sum()))
     sections = [
-        _front_matter(name, model, dataset, dataset_id, result),
+        _front_matter(name, model, dataset, dataset_id, result, calibration),
         _introduction(name, model, result),
         _picture("predictions.png", PREDICTIONS_CAPTION)
         if (output / "predictions.png").is_file()
@@ -153,19 +152,65 @@ def write_card(
     return output / CARD_FILE
 
 
+def propose_record(card: Path) -> str:
+    """Write the entry of `hub.records.RECORDS` for a model with a card, to be pasted there.
+
+    New weights under a known name get a new revision, so that an older version of this package
+    still finds what it knows.
+
+    Args:
+        card: What `write_card` gave, beside the weights.
+
+    Returns:
+        A call in Python; empty if the data set is none of `hub.records.DATASETS`.
+    """
+    weights = card.with_name(WEIGHTS_FILE)
+    data = ModelCard.load(card).data
+    results = {result.metric_name: result for result in data.eval_results or []}
+    dataset = results["top-1"].dataset_name
+    if dataset not in [known.name for known in DATASETS] or not weights.is_file():
+        return ""
+    name, digest = str(data.model_name), hash_file(weights)
+    known = RECORDS.get(name)
+    revision = known.revision if known else "v1"
+    if known and known.sha256 != digest:
+        revision = f"v{int(revision[1:]) + 1}"
+    return f"""CheckpointRecord(
+    name="{name}",
+    sha256="{digest}",
+    size={weights.stat().st_size},
+    dataset={dataset.replace("-", "")},
+    top1={results["top-1"].metric_value},
+    ece={results["ECE"].metric_value},
+    revision="{revision}",
+),"""
+
+
 def _front_matter(
-    name: str, model: ConvMixer, dataset: str, dataset_id: str | None, result: Evaluation
+    name: str,
+    model: ConvMixer,
+    dataset: str,
+    dataset_id: str | None,
+    result: Evaluation,
+    calibration: Calibration,
 ) -> str:
     """Describe the model to the Hub, in YAML."""
-    top1 = EvalResult(
-        task_type="image-classification",
-        dataset_type=dataset_id or dataset,
-        dataset_name=dataset,
-        dataset_split="test",
-        metric_type="accuracy",
-        metric_name="top-1",
-        metric_value=round(result.top1, 2),
-    )
+    figures = [
+        ("accuracy", "top-1", result.top1),
+        ("expected_calibration_error", "ECE", 100 * calibration.error),
+    ]
+    results = [
+        EvalResult(
+            task_type="image-classification",
+            dataset_type=dataset_id or dataset,
+            dataset_name=dataset,
+            dataset_split="test",
+            metric_type=metric,
+            metric_name=metric_name,
+            metric_value=round(value, 2),
+        )
+        for metric, metric_name, value in figures
+    ]
     data = ModelCardData(
         license=get_config(model).get("license"),
         library_name="timm",
@@ -174,7 +219,7 @@ def _front_matter(
         datasets=[dataset_id] if dataset_id else None,
         metrics=["accuracy"],
         model_name=name,
-        eval_results=[top1],
+        eval_results=results,
     )
     return f"---\n{data.to_yaml()}\n---"
 
@@ -293,24 +338,24 @@ def _test_section(confusion: Tensor, calibration: Calibration, classes: Sequence
     ):
         top1 = f"{Evaluation(correct, count).top1:.2f} %" if count else "–"
         rows.append((name, f"{correct:,}", f"{count:,}", top1))
-    caption = "Test images by label and first choice; the colour is the root of the share."
+    caption = "Confusion matrix of the test images; the color is the square root of the share."
     return f"""## Test images, class by class
 
-{_table(("class", "right", "images", "top-1"), rows)}
+{_table(("class", "correct", "images", "top-1"), rows)}
 
 {_picture("confusion.png", caption)}
 
 ## Calibration
 
 Expected calibration error (ECE): {100 * calibration.error:.2f} % ({CALIBRATION_BINS} \
-equal-width bins of the probability of the first choice). Mean confidence: \
+equal-width bins of the confidence, the probability of the top-1 prediction). Mean confidence: \
 {100 * calibration.mean_confidence:.2f} %.
 
 {_picture("reliability.png", "Accuracy by confidence, and how often each confidence occurs.")}"""
 
 
 def _weights_section() -> str:
-    stem = "Filters of the patch embedding, each scaled by its largest weight; mid-grey is 0."
+    stem = "Filters of the patch embedding, each scaled by its largest weight; mid-gray is 0."
     kernels = (
         "Depth-wise kernels of the first channels by layer, each scaled by its largest weight; "
         "blue is below 0, white 0, red above."
