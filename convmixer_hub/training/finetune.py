@@ -97,7 +97,7 @@ def finetune(
     skip_damaged: bool = False,
     progress: bool = True,
 ) -> Evaluation:
-    """Fine-tune a trained model, or go on with that if it was interrupted.
+    """Fine-tune a trained model, or resume it if it was interrupted.
 
     Beside what `train` writes, the run folder gets `validation_confusion.png`, the counts of what
     was taken for what among the validation images, and `mistakes.png`, where the model was surest
@@ -115,7 +115,7 @@ def finetune(
 
     Raises:
         UnknownModelError: If there is no such model.
-        CheckpointError: If its weights cannot be had, are damaged or do not fit.
+        CheckpointError: If its weights cannot be found or downloaded, are damaged or do not fit.
         TrainingError: As `train` does.
         DataError: As `train` does, and if matplotlib is not installed.
     """
@@ -145,7 +145,7 @@ def finetune(
 def _draw_mistakes(
     file: Path, images: Tensor, labels: Tensor, probabilities: Tensor, classes: list[str]
 ) -> None:
-    """Draw the images of a wrong first choice, the surest first; remove the file if all is right.
+    """Draw the most confident mistakes; remove the file if there are none.
 
     Args:
         file: The PNG to write.

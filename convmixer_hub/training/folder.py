@@ -1,4 +1,4 @@
-"""The folder of a training run, which can be gone on with wherever the run was stopped.
+"""The folder of a training run, which can be resumed wherever the run was stopped.
 
 It holds
 
@@ -14,13 +14,13 @@ from __future__ import annotations
 import csv
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import IO, Any
 
 import torch
 from safetensors import SafetensorError
-from torch import nn
+from torch import Tensor, nn
 
 from ..checkpoints.files import save_model
 from ..errors import CheckpointError, TrainingError, first_line
@@ -29,6 +29,51 @@ from .settings import TrainingSettings
 
 STATE_FILE = "training_state.pt"
 METRICS_FILE = "metrics.csv"
+
+
+@dataclass
+class RunState:
+    """All that the next step of a run needs, and what the epochs before it gave.
+
+    Attributes:
+        settings: Those of the run.
+        classes: Names of its classes.
+        images: Number of its training images, with those held out.
+        epoch: Whole epochs done.
+        step: Steps done in the epoch after these.
+        sums: Of that epoch so far: `loss`, `correct`, `seconds`.
+        metrics: One dict for each whole epoch: the lines of `metrics.csv`.
+        precision: `fp32` or `bf16`, chosen when the run began.
+        machine: What computed it, in words.
+        model: State dict of the model.
+        optimizer: State dict of the optimizer.
+        average: State dict of the moving average (EMA), if there is one.
+        best: State dict of the best epoch, if that is kept.
+        best_top1: Its top-1 on the validation images, in percent.
+        temperature: What the logits of a finished run are divided by, see
+            `evaluate.fit_temperature`.
+    """
+
+    settings: dict[str, Any]
+    classes: list[str]
+    images: int
+    epoch: int = 0
+    step: int = 0
+    sums: dict[str, float] = field(default_factory=dict)
+    metrics: list[dict[str, Any]] = field(default_factory=list)
+    precision: str = ""
+    machine: str = ""
+    model: dict[str, Tensor] | None = None
+    optimizer: dict[str, Any] | None = None
+    average: dict[str, Tensor] | None = None
+    best: dict[str, Tensor] | None = None
+    best_top1: float = 0.0
+    temperature: float = 1.0
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What has to be the same for the run to be resumed."""
+        return {**self.settings, "classes": self.classes, "images": self.images}
 
 
 def lock_run(folder: Path) -> IO[str]:
@@ -58,48 +103,45 @@ def lock_run(folder: Path) -> IO[str]:
     return file
 
 
-def open_run(folder: Path, identity: dict[str, Any]) -> dict[str, Any]:
+def open_run(folder: Path, new: RunState) -> RunState:
     """Begin a new run, or read the state of the run that is in a folder.
 
     Args:
         folder: The run folder, locked by `lock_run`.
-        identity: What the run computes: its `settings`, and the `classes` and number of `images`
-            of its data.
+        new: The state of the run at its beginning.
 
     Returns:
-        The state: `identity`, `epoch` and `step` to go on with, `metrics` of the epochs before.
+        That, or the state of the same run as it was saved.
 
     Raises:
         TrainingError: If the folder holds anything but this run.
     """
     # Names with a dot are the lock, and what is left over from a process killed while saving.
     if all(file.name.startswith(".") for file in folder.iterdir()):
-        return {**identity, "epoch": 0, "step": 0, "metrics": []}
+        return new
     if not (folder / STATE_FILE).exists():
         raise TrainingError(
-            f"{folder}: holds files but no {STATE_FILE}, so it is no run to go on with; "
+            f"{folder}: holds files but no {STATE_FILE}, so it is no run to resume; "
             "name another --output"
         )
     state = _read_state(folder / STATE_FILE)
-    _check_same(folder, state, identity)
+    _check_same(folder, state.identity, new.identity)
     return state
 
 
-def _read_state(file: Path) -> dict[str, Any]:
+def _read_state(file: Path) -> RunState:
     try:
-        state: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
-        # What is missing is younger than the run, see `TrainingSettings`.
-        known = asdict(TrainingSettings(state["settings"]["model"]))
-        return {**state, "settings": {**known, **state["settings"]}}
+        content: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
+        # A setting that is missing is younger than the run; its default changes nothing.
+        plain = asdict(TrainingSettings(content["settings"]["model"]))
+        content["settings"] = plain | content["settings"]
+        known = {field.name for field in fields(RunState)}
+        return RunState(**{name: content[name] for name in content.keys() & known})
     except Exception as error:  # torch.load has no error of its own
         raise TrainingError(f"{file}: damaged ({first_line(error)}); name another run") from None
 
 
-def _check_same(folder: Path, state: dict[str, Any], identity: dict[str, Any]) -> None:
-    found, wanted = (
-        {**run["settings"], "classes": run["classes"], "images": run["images"]}
-        for run in (state, identity)
-    )
+def _check_same(folder: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:
     for name in found:
         if name not in wanted:
             raise TrainingError(
@@ -113,17 +155,17 @@ def _check_same(folder: Path, state: dict[str, Any], identity: dict[str, Any]) -
             )
 
 
-def save_state(folder: Path, state: dict[str, Any]) -> None:
+def save_state(folder: Path, state: RunState) -> None:
     """Write the state; wherever this is interrupted, the folder keeps a whole one.
 
     Raises:
         TrainingError: If it cannot be written, a full disk for one.
     """
     with _naming_failures(folder), replacing(folder / STATE_FILE) as temporary:
-        torch.save(state, temporary)
+        torch.save(vars(state), temporary)
 
 
-def save_results(folder: Path, model: nn.Module, state: dict[str, Any]) -> None:
+def save_results(folder: Path, model: nn.Module, state: RunState) -> None:
     """Write what follows from the state after a whole epoch.
 
     Args:
@@ -134,20 +176,20 @@ def save_results(folder: Path, model: nn.Module, state: dict[str, Any]) -> None:
     Raises:
         TrainingError: If it cannot be written.
     """
-    config = {
-        "label_names": state["classes"],
+    config: dict[str, Any] = {
+        "label_names": state.classes,
         # Of a folder the name alone: the rest of the path is of this machine.
-        "training": {**state["settings"], "model": Path(state["settings"]["model"]).name},
-        "machine": state["machine"],
+        "training": {**state.settings, "model": Path(state.settings["model"]).name},
+        "machine": state.machine,
     }
-    if "temperature" in state:
-        config["temperature"] = state["temperature"]
+    if state.temperature != 1.0:
+        config["temperature"] = state.temperature
     with _naming_failures(folder):
         save_model(model, folder, config)
         with replacing(folder / METRICS_FILE) as temporary, temporary.open("w", newline="") as file:
-            writer = csv.DictWriter(file, fieldnames=list(state["metrics"][0]))
+            writer = csv.DictWriter(file, fieldnames=list(state.metrics[0]))
             writer.writeheader()
-            writer.writerows(state["metrics"])
+            writer.writerows(state.metrics)
 
 
 def read_metrics(file: Path) -> dict[str, list[float]]:

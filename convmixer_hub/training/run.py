@@ -11,7 +11,6 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import timm
 import torch
@@ -45,7 +44,7 @@ from ..model.convmixer import ConvMixer
 from ..model.cpu import choose_dtype, keep_freed_memory, speed_up_on_cpu
 from ..model.init import draw_kernels_by_depth
 from ..zoo import default_cfgs, load_trained
-from .folder import lock_run, open_run, save_results, save_state
+from .folder import RunState, lock_run, open_run, save_results, save_state
 from .settings import OPTIMIZERS, TrainingSettings
 
 SECONDS_BETWEEN_SAVES = 60.0
@@ -60,7 +59,7 @@ def train(
     skip_damaged: bool = False,
     progress: bool = True,
 ) -> Path:
-    """Train a model, or go on with a run that was interrupted.
+    """Train a model, or resume a run that was interrupted.
 
     Under torchrun, all processes share each batch; with the same batch size their number changes
     the result by rounding alone (unless images are mixed, erased or RandAugmented, which each
@@ -86,7 +85,8 @@ def train(
             folder holds another run, lies among class folders or cannot be written, or if the loss
             is no longer a number.
         DataError: If the data cannot be read, or is less than one batch.
-        CheckpointError: If trained weights to start from cannot be had, are damaged or do not fit.
+        CheckpointError: If trained weights to start from cannot be found or downloaded, are
+            damaged or do not fit.
     """
     folder = Path(output)
     if settings.model not in default_cfgs and not settings.pretrained:
@@ -109,15 +109,10 @@ def train(
         raise TrainingError(
             f"{folder}: lies among the class folders in {images.root}; name another --output"
         )
-    identity = {
-        "settings": asdict(settings),
-        "classes": list(images.classes),
-        "images": len(images),
-    }
 
-    def begin() -> dict[str, Any]:
+    def begin() -> RunState:
         open_files.enter_context(lock_run(folder))
-        return open_run(folder, identity)
+        return open_run(folder, RunState(asdict(settings), list(images.classes), len(images)))
 
     with ExitStack() as open_files, join_processes() as device:
         state = ask_first_process(begin)
@@ -125,7 +120,7 @@ def train(
         progress = progress and get_rank() == 0
         run = _Run(settings, folder, state, images, validation, device, skip_damaged, progress)
         open_files.enter_context(_muon_computing_in(run.dtype))
-        while state["epoch"] < settings.epochs:
+        while state.epoch < settings.epochs:
             run.train_epoch()
         # Wait until the first has written it all.
         sum_over_processes(torch.zeros(1, device=device)).item()
@@ -185,7 +180,7 @@ class _Run:
         self,
         settings: TrainingSettings,
         folder: Path,
-        state: dict[str, Any],
+        state: RunState,
         images: LabelledImages,
         validation: Subset,
         device: torch.device,
@@ -199,10 +194,10 @@ class _Run:
         self.progress = progress
         random_seed(settings.seed)
         self._build_model(list(images.classes))
-        if state["epoch"] < settings.epochs:  # a finished run is only written out again
+        if state.epoch < settings.epochs:  # a finished run is only written out again
             here = f"{describe_machine(self.device)}, {self._choose_precision()}"
-            before = state.get("machine", here)
-            state["machine"] = before if before.endswith(here) else f"{before}, then {here}"
+            before = state.machine or here
+            state.machine = before if before.endswith(here) else f"{before}, then {here}"
             self._read_images(images, validation, skip_damaged)
         self.mix = Mixup(
             mixup_alpha=settings.mixup,
@@ -211,19 +206,19 @@ class _Run:
             num_classes=len(images.classes),
         )
         self.erase = RandomErasing(settings.random_erasing, mode="pixel", device=device)
-        if "model" in state:
-            self.model.load_state_dict(state["model"])
-            self.optimizer.load_state_dict(state["optimizer"])
-            if self.average is not None:
-                self.average.module.load_state_dict(state["average"])
-            if state["step"] == 0:
+        if state.model is not None and state.optimizer is not None:
+            self.model.load_state_dict(state.model)
+            self.optimizer.load_state_dict(state.optimizer)
+            if self.average is not None and state.average is not None:
+                self.average.module.load_state_dict(state.average)
+            if state.step == 0:
                 self._save_all()
 
     def _build_model(self, classes: list[str]) -> None:
         settings = self.settings
         if settings.pretrained:
             # What a run began with may be gone when it is resumed.
-            begun = "model" in self.state and all(
+            begun = self.state.model is not None and all(
                 (self.folder / name).exists() for name in (CONFIG_FILE, WEIGHTS_FILE)
             )
             model = load_trained(self.folder if begun else settings.model, classes)
@@ -268,20 +263,20 @@ class _Run:
     @property
     def dtype(self) -> torch.dtype:
         """The type that most of a step computes in."""
-        return DTYPES[self.state.get("precision", "fp32")]
+        return DTYPES[self.state.precision or "fp32"]
 
     def _choose_precision(self) -> str:
-        """Name this run's type, which stays the same wherever the run is gone on with."""
+        """Name this run's type, which stays the same wherever the run is resumed."""
         state = self.state
-        if "precision" not in state and self.settings.precision != "auto":
-            state["precision"] = self.settings.precision
-        if "precision" not in state:
+        if not state.precision and self.settings.precision != "auto":
+            state.precision = self.settings.precision
+        if not state.precision:
             image_size = resolve_model_data_config(self.model)["input_size"][-1]
             dtype, reason = choose_dtype(self.model, self.device, image_size)
-            state["precision"] = "bf16" if dtype is torch.bfloat16 else "fp32"
+            state.precision = "bf16" if dtype is torch.bfloat16 else "fp32"
             if self.progress:
                 tqdm.write(f"computes in {reason}")
-        return state["precision"]
+        return state.precision
 
     def _read_images(self, images: LabelledImages, validation: Subset, skip_damaged: bool) -> None:
         settings = self.settings
@@ -335,9 +330,9 @@ class _Run:
     def train_epoch(self) -> None:
         """Go on to the end of the epoch, and save what it gave."""
         settings, state = self.settings, self.state
-        epoch, first_step = state["epoch"], state["step"]
+        epoch, first_step = state.epoch, state.step
         # Sums over the epoch so far; they begin anew with it.
-        sums = state["sums"] if first_step else {"loss": 0.0, "correct": 0.0, "seconds": 0.0}
+        sums = state.sums if first_step else {"loss": 0.0, "correct": 0.0, "seconds": 0.0}
         is_whole = settings.shows_whole_images(epoch)
         crop_size = self.images.image_size if is_whole else settings.small_crop_size
         steps = len(self.images) // settings.batch_size
@@ -385,13 +380,13 @@ class _Run:
         if self.validation is not None:
             result = evaluate(self._result, self.validation, self.device, self.progress)
             metrics["held_out_top1"] = round(result.top1, 2)
-            if settings.keep_best and result.top1 >= state.get("best_top1", 0.0):
-                best = {name: value.clone() for name, value in self._result.state_dict().items()}
-                state |= {"best_top1": result.top1, "best": best}
-        state["metrics"] = [*state["metrics"], metrics]
+            if settings.keep_best and result.top1 >= state.best_top1:
+                state.best_top1 = result.top1
+                state.best = {n: value.clone() for n, value in self._result.state_dict().items()}
+        state.metrics.append(metrics)
         if self.validation is not None and epoch + 1 == settings.epochs:
             logits, labels = collect_logits(self._make_result(), self.validation, self.progress)
-            state["temperature"] = fit_temperature(logits, labels)
+            state.temperature = fit_temperature(logits, labels)
         self._update_state(epoch + 1, 0, {})
         self._save_all()
         if self.progress:
@@ -457,14 +452,10 @@ class _Run:
         return self.model if self.average is None else self.average.module
 
     def _update_state(self, epoch: int, step: int, sums: dict[str, float]) -> None:
-        self.state |= {
-            "epoch": epoch,
-            "step": step,
-            "sums": sums,
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "average": None if self.average is None else self.average.module.state_dict(),
-        }
+        state = self.state
+        state.epoch, state.step, state.sums = epoch, step, sums
+        state.model, state.optimizer = self.model.state_dict(), self.optimizer.state_dict()
+        state.average = None if self.average is None else self.average.module.state_dict()
 
     def _save_all(self) -> None:
         """Write the whole folder, between two epochs."""
@@ -475,8 +466,8 @@ class _Run:
     def _make_result(self) -> nn.Module:
         """Copy what the run gives: the last or the best weights, calibrated at its end."""
         model = copy.deepcopy(self._result)
-        if self.settings.keep_best:
-            model.load_state_dict(self.state["best"])
+        if self.state.best is not None:
+            model.load_state_dict(self.state.best)
         for parameter in model.get_submodule("classification.linear").parameters():
-            parameter.data /= self.state.get("temperature", 1.0)
+            parameter.data /= self.state.temperature
         return model
