@@ -40,7 +40,7 @@ class Evaluation:
 def evaluate(
     model: nn.Module, loader: DataLoader, device: torch.device, progress: bool = True
 ) -> Evaluation:
-    """Compare the model's first choice with the label of every image.
+    """Compare the top-1 prediction of the model with the label of every image.
 
     Args:
         model: Maps images to logits; left in evaluation mode.
@@ -165,7 +165,7 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float:
 
 
 def count_confusions(probabilities: Tensor, labels: Tensor) -> Tensor:
-    """Count images by label (row) and first choice (column): `[num_classes, num_classes]`."""
+    """Make the confusion matrix `[num_classes, num_classes]`: label (row), prediction (column)."""
     num_classes = probabilities.shape[1]
     pairs = labels * num_classes + probabilities.argmax(dim=1)
     return pairs.bincount(minlength=num_classes**2).view(num_classes, num_classes)
@@ -173,12 +173,12 @@ def count_confusions(probabilities: Tensor, labels: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Calibration:
-    """How far the probability of the first choice can be believed, in bins of equal width.
+    """Confidence (the probability of the top-1 prediction) beside accuracy, in bins of equal width.
 
     Attributes:
         counts: Images in each bin.
-        confidence: Mean probability of the first choice in each bin, 0 where there is no image.
-        accuracy: Share of right first choices in each bin, 0 where there is no image.
+        confidence: Mean confidence in each bin, 0 where there is no image.
+        accuracy: Share of correct predictions in each bin, 0 where there is no image.
     """
 
     counts: Tensor
@@ -187,7 +187,7 @@ class Calibration:
 
     @property
     def mean_confidence(self) -> float:
-        """Mean probability of the first choice over all images."""
+        """Mean confidence over all images."""
         return float((self.counts * self.confidence).sum() / self.counts.sum())
 
     @property
@@ -200,7 +200,7 @@ class Calibration:
 def measure_calibration(
     probabilities: Tensor, labels: Tensor, bins: int = CALIBRATION_BINS
 ) -> Calibration:
-    """Compare probabilities `[count, num_classes]` of first choices with how often they are right.
+    """Compare the confidence of probabilities `[count, num_classes]` with their accuracy.
 
     A probability on the border of two bins belongs to the lower one.
     """

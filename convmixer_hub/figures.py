@@ -39,7 +39,7 @@ def draw_predictions(
     titles: Sequence[str],
     predictions: Sequence[Sequence[Prediction]],
 ) -> bytes:
-    """Draw images with bars for their likeliest classes, as PNG.
+    """Draw images with bars for their most likely classes, as PNG.
 
     Args:
         images: RGB images.
@@ -105,7 +105,7 @@ def draw_confusion(confusion: Tensor, classes: Sequence[str]) -> bytes:
     axis.set_xticks(ticks, classes, parse_math=False, **turned)
     axis.set_yticks(ticks, classes, parse_math=False)
     axis.tick_params(length=0, labelsize=min(9.0, 500 / len(classes)))
-    axis.set_xlabel("first choice of the model")
+    axis.set_xlabel("top-1 prediction")
     axis.set_ylabel("label")
     axis.spines[:].set_visible(False)
     return _to_png(figure)
@@ -123,7 +123,7 @@ def draw_reliability(calibration: Calibration) -> bytes:
     upper.legend(frameon=False, ncols=2, loc="lower center", bbox_to_anchor=(0.5, 1))
     upper.set(xlim=(0, 1), ylim=(0, 1), ylabel="accuracy")
     lower.bar(middles, (100 * calibration.counts / calibration.counts.sum()).numpy(), **style)
-    lower.set(xlabel="confidence (probability of the first choice)", ylabel="images (%)")
+    lower.set(xlabel="confidence (probability of the top-1 prediction)", ylabel="images (%)")
     figure.suptitle(f"expected calibration error: {100 * calibration.error:.2f} %", fontsize=11)
     for axis in (upper, lower):
         axis.spines[["top", "right"]].set_visible(False)
@@ -131,9 +131,9 @@ def draw_reliability(calibration: Calibration) -> bytes:
 
 
 def draw_patch_embedding(weight: Tensor) -> bytes:
-    """Draw the filters `[d_model, in_chans, patch, patch]`, in colour if they have any, as PNG.
+    """Draw the filters `[d_model, in_chans, patch, patch]`, in color if they have any, as PNG.
 
-    Each is scaled by its own largest weight; 0 is mid-grey.
+    Each is scaled by its own largest weight; 0 is mid-gray.
     """
     if weight.shape[1] != 3:
         weight = weight.mean(dim=1, keepdim=True).expand(-1, 3, -1, -1)

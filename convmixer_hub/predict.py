@@ -1,4 +1,4 @@
-"""What a model sees in images: the likeliest classes."""
+"""What a model sees in images: the most likely classes."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def predict(
     Args:
         model: From `timm.create_model`; left in evaluation mode.
         images: RGB images.
-        top_k: How many classes to give for each image, the likeliest first; all if there are fewer.
+        top_k: Number of classes to give for each image, the most likely first.
 
     Raises:
         CheckpointError: If the model tells no classes apart.

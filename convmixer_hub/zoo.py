@@ -234,7 +234,7 @@ def load_trained(name: str | Path | Source, label_names: Sequence[str] | None = 
 
     Raises:
         UnknownModelError: If there is nothing of this name.
-        CheckpointError: If the weights cannot be had, are damaged or do not fit.
+        CheckpointError: If the weights cannot be found or downloaded, are damaged or do not fit.
         ModelSizeError: If a name stands twice in `label_names`.
     """
     source = name if isinstance(name, Source) else resolve(name)
@@ -269,7 +269,7 @@ def load_trained(name: str | Path | Source, label_names: Sequence[str] | None = 
     except Exception as error:  # of timm or torch, which have none of their own
         raise CheckpointError(
             f"{source.folder}: cannot be loaded as {arch} ({first_line(error)}); "
-            f"mend its {CONFIG_FILE}, or name a folder that `convmixer train` or timm wrote"
+            f"fix its {CONFIG_FILE}, or name a folder that `convmixer train` or timm wrote"
         ) from None
 
 

@@ -25,7 +25,7 @@ def training_images(cifar_sample):
 
 
 def to_bytes(image):
-    """Undo the normalisation of CONFIG."""
+    """Undo the normalization of CONFIG."""
     return (image * 0.25 + 0.5).mul(255).round().byte()
 
 
@@ -102,9 +102,9 @@ def test_rand_augment_is_timms(training_images):
 
 def test_grey_images_are_augmented_too(cifar_sample):
     images = Subset(load_images(cifar_sample, "train"), range(40))
-    grey = {**CONFIG, "input_size": (1, 32, 32), "mean": (0.5,), "std": (0.25,)}
+    gray = {**CONFIG, "input_size": (1, 32, 32), "mean": (0.5,), "std": (0.25,)}
     random_seed(0)
-    augmented = TrainingImages(images, grey, rand_augment="rand-m9-n8-p1-inc1", progress=False)
+    augmented = TrainingImages(images, gray, rand_augment="rand-m9-n8-p1-inc1", progress=False)
     batch, _ = augmented.read_batch(0, 0, 40, 24)
     assert batch.shape == (40, 1, 24, 24) and torch.isfinite(batch).all()
 

@@ -12,7 +12,7 @@ from convmixer_hub.checkpoints.files import check_safetensors
 from convmixer_hub.cli.main import main
 from convmixer_hub.data.images import open_image
 from convmixer_hub.hub.records import CIFAR10, RECORDS
-from convmixer_hub.zoo import default_cfgs
+from convmixer_hub.zoo import default_cfgs, list_models
 
 from .conftest import CHECKOUT, IMAGES
 
@@ -48,9 +48,17 @@ def test_list_shows_every_model_in_aligned_columns(convmixer):
     assert len(starts) == 1  # the columns are aligned
 
 
-@pytest.mark.parametrize("document", ["README.md", f"weights/{NAME}/README.md"])
-def test_documents_state_the_recorded_top1(document):
-    assert f"{get_record(NAME).top1:.2f}" in (CHECKOUT / document).read_text()
+def test_the_readme_has_the_table_that_list_prints(convmixer):
+    table = convmixer("list", "--markdown").stdout
+    assert table.count("\n") == len(list_models()) + 2
+    assert table in (CHECKOUT / "README.md").read_text()
+
+
+@pytest.mark.parametrize("name", RECORDS)
+def test_cards_state_the_recorded_figures(name):
+    card = (CHECKOUT / "weights" / name / "README.md").read_text()
+    assert f"**Top-1: {RECORDS[name].top1:.2f} %**" in card
+    assert f"(ECE): {RECORDS[name].ece:.2f} %" in card
 
 
 def test_predict_answers_in_words_and_in_json(convmixer):
@@ -96,7 +104,7 @@ def test_a_figure_that_cannot_be_written_is_named(convmixer, tmp_path, figure, m
 def test_card_is_written_for_a_name(convmixer, cifar_sample, tmp_path):
     result = convmixer("card", NAME, "--data", cifar_sample, "--output", tmp_path / "card")
     assert result.exit_code == 0, result.stderr
-    assert result.stdout == f"{tmp_path / 'card' / 'README.md'}\n"
+    assert result.stdout == f"{tmp_path / 'card' / 'README.md'}\n"  # no weights beside it
     assert "of the 10 test images" in (tmp_path / "card" / "README.md").read_text()
     assert convmixer("card", "nothing", "--data", cifar_sample).stderr.startswith(
         "Error: no file or folder, and no trained weights are named 'nothing'; known are"
@@ -137,7 +145,9 @@ def test_evaluate_prints_top1(convmixer, cifar_sample):
     result = convmixer("evaluate", NAME, "--data", cifar_sample, "--workers", 0)
     assert result.exit_code == 0
     right = round(float(result.stdout.split("top-1 ")[1].split(" %")[0]) / 10)
-    assert result.stdout == f"{NAME}: top-1 {10 * right:.2f} % ({right} of 10 test images right)\n"
+    assert (
+        result.stdout == f"{NAME}: top-1 {10 * right:.2f} % ({right} of 10 test images correct)\n"
+    )
 
 
 def test_evaluate_says_when_the_images_are_those_for_validation(convmixer, tmp_path):
@@ -145,7 +155,7 @@ def test_evaluate_says_when_the_images_are_those_for_validation(convmixer, tmp_p
         (tmp_path / "val" / name).mkdir(parents=True)
         shutil.copy(IMAGES / f"{name}.png", tmp_path / "val" / name)
     result = convmixer("evaluate", NAME, "--data", tmp_path, "--workers", 0)
-    assert result.stdout.endswith(" of 10 validation images right)\n")
+    assert result.stdout.endswith(" of 10 validation images correct)\n")
 
 
 def test_train_predict_and_evaluate_take_the_same_folder(convmixer, cifar_sample, tmp_path):

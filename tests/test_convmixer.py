@@ -76,7 +76,7 @@ def test_state_dict_has_the_keys_of_labml_nn():
     ]
 
 
-def test_each_layer_is_initialised_on_its_own():
+def test_each_layer_is_initialized_on_its_own():
     first, second = ConvMixer(8, 2, 3, 2).conv_mixer_layers
     assert not torch.equal(first.point_wise_conv.weight, second.point_wise_conv.weight)
 
@@ -84,7 +84,7 @@ def test_each_layer_is_initialised_on_its_own():
 @pytest.mark.parametrize(
     ("sizes", "message"),
     [
-        ({"kernel_size": 4}, "kernel_size is 4: an even kernel has no centre, give an odd one"),
+        ({"kernel_size": 4}, "kernel_size is 4: an even kernel has no center, give an odd one"),
         ({"kernel_size": 0}, "kernel_size is 0: give a whole number of at least 1"),
         ({"d_model": -8}, "d_model is -8: give a whole number of at least 1"),
         ({"patch_size": 2.0}, "patch_size is 2.0: give a whole number of at least 1"),
@@ -124,7 +124,7 @@ def test_scripted_and_traced_models_give_the_same_logits(act_layer, batch):
 
 
 @pytest.mark.filterwarnings("ignore:torch.ao.quantization:DeprecationWarning")
-def test_a_quantised_model_loads_its_own_state():
+def test_a_quantized_model_loads_its_own_state():
     model = torch.ao.quantization.quantize_dynamic(ConvMixer(48, 2, 3, 2), {nn.Linear})
     model.load_state_dict(model.state_dict())
 

@@ -146,7 +146,7 @@ def test_doctor_reports_a_token_that_cannot_be_read(hub, doctor, tmp_path, monke
         embedded(hub, monkeypatch)
     status, found, verdict = doctor(NAME)
     assert found["token"].startswith("your token cannot be read ([Errno 21] Is a directory: ")
-    assert found["token"].endswith(f"); mend or remove {tmp_path}/token, or set HF_TOKEN")
+    assert found["token"].endswith(f"); fix or remove {tmp_path}/token, or set HF_TOKEN")
     assert (status, verdict) == ((1, f"not healthy: token, {NAME}") if needed else (0, "healthy"))
 
 

@@ -284,7 +284,7 @@ def test_processes_share_fine_tuning(split_photos, tmp_path):
         text=True,
     )
     assert result.returncode == 0, result.stderr
-    assert result.stdout.count("of 20 images for validation right") == 1
+    assert result.stdout.count("of 20 validation images correct") == 1
     assert (tmp_path / "run" / "validation_confusion.png").exists()
 
 
@@ -298,8 +298,9 @@ def test_a_card_does_not_call_the_images_that_chose_the_epoch_test_images(split_
 
 
 @pytest.mark.slow
-def test_the_example_of_the_readme_runs_as_it_stands(tmp_path, run_python):
-    blocks = re.findall(r"```python\n(.*?)```", (CHECKOUT / "README.md").read_text(), re.S)
+def test_the_example_of_the_docs_runs_as_it_stands(tmp_path, run_python):
+    page = (CHECKOUT / "docs" / "fine-tuning.md").read_text()
+    blocks = re.findall(r"```python\n(.*?)```", page, re.S)
     [example] = [block for block in blocks if "ImageFolder" in block]
     assert example.count("\n") <= 25
     for split in ("train", "test"):

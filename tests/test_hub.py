@@ -496,7 +496,7 @@ def test_a_token_that_cannot_be_read_is_one_line(make, reason, hub, tmp_path):
     make(path)
     with pytest.raises(
         CheckpointError,
-        match=rf"^{NAME}: your token cannot be read \(.*{reason.format(path=path)}.*\); mend or "
+        match=rf"^{NAME}: your token cannot be read \(.*{reason.format(path=path)}.*\); fix or "
         f"remove {path}, or set HF_TOKEN$",
     ):
         as_ordinary_user(lambda: find_checkpoint(NAME))

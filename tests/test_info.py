@@ -118,7 +118,7 @@ def offline(hub, monkeypatch):
         (
             "hf-hub:somebody/small",
             with_a_folder_for_a_token,
-            "^your token cannot be read \\(.*Is a directory.*\\); mend or remove ",
+            "^your token cannot be read \\(.*Is a directory.*\\); fix or remove ",
         ),
         (
             "hf-hub:somebody/small",

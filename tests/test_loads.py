@@ -68,7 +68,7 @@ def test_a_plain_load_says_nothing(arguments, said):
             {"num_classes": 37, "in_chans": 1},
             119,
             "patch_emb.conv.weight adapted from 3 to 1 channels; "
-            f"{HEAD} newly initialised for 37 classes, not the 10 of the checkpoint",
+            f"{HEAD} newly initialized for 37 classes, not the 10 of the checkpoint",
         ),
         ({"num_classes": 0}, 119, f"{HEAD} left out"),
         (
@@ -79,7 +79,7 @@ def test_a_plain_load_says_nothing(arguments, said):
         (
             {"label_names": ANIMALS},
             121,
-            f"{HEAD} keeps the rows of 2 classes, 1 newly initialised",
+            f"{HEAD} keeps the rows of 2 classes, 1 newly initialized",
         ),
         ({"dtype": torch.bfloat16}, 121, "torch.float32 turned into torch.bfloat16"),
     ],
@@ -131,10 +131,10 @@ def test_a_head_that_fits_is_not_thrown_away(saved, said):
 def test_an_adapted_stem_gives_what_equal_channels_gave(batch):
     model = timm.create_model(NAME, pretrained=True, in_chans=4).eval()
     whole = timm.create_model(NAME, pretrained=True).eval()
-    grey = batch[:, :1].expand(-1, 4, -1, -1)
+    gray = batch[:, :1].expand(-1, 4, -1, -1)
     weight = whole.patch_emb.conv.weight
     torch.testing.assert_close(model.patch_emb.conv.weight[:, :3], weight * 3 / 4)
-    assert model(grey).shape == (2, 10)
+    assert model(gray).shape == (2, 10)
 
 
 class TestLabelNames:
@@ -174,7 +174,7 @@ class TestLabelNames:
         save_model(timm.create_model(NAME, pretrained=True, num_classes=0), tmp_path, {})
         model = timm.create_model(f"local-dir:{tmp_path}", pretrained=True, label_names=ANIMALS)
         assert get_label_names(model) == list(ANIMALS)
-        assert said()[-1][1].endswith(f"{HEAD} keeps the rows of 0 classes, 3 newly initialised")
+        assert said()[-1][1].endswith(f"{HEAD} keeps the rows of 0 classes, 3 newly initialized")
 
     @pytest.mark.parametrize("names", ["cat,dog", ["cat", "dog", "cat"]])
     def test_what_is_no_list_of_different_names_is_refused(self, names):
@@ -191,7 +191,7 @@ class TestLabelNames:
             ARCH, pretrained=True, pretrained_cfg_overlay=overlay, label_names=["cat", "dog"]
         )
         [(_, line)] = said()
-        assert line.endswith(f"{HEAD} keeps the rows of 0 classes, 2 newly initialised")
+        assert line.endswith(f"{HEAD} keeps the rows of 0 classes, 2 newly initialized")
 
     def test_another_number_of_classes_is_refused(self):
         with pytest.raises(

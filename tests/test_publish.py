@@ -295,7 +295,7 @@ def test_a_token_that_cannot_be_read_is_one_line(writable, run, monkeypatch, tmp
     (tmp_path / "token").mkdir()
     with pytest.raises(
         CheckpointError,
-        match=r"^your token cannot be read \(.*Is a directory: .*\); mend or remove ",
+        match=r"^your token cannot be read \(.*Is a directory: .*\); fix or remove ",
     ):
         publish(run, TARGET)
 

@@ -15,7 +15,7 @@ from convmixer_hub.hub.records import CIFAR10
 from .conftest import CONFIG, IMAGES, encode
 
 
-def grey_ramp(mode: str, highest: int | float) -> Image.Image:
+def gray_ramp(mode: str, highest: int | float) -> Image.Image:
     values = np.linspace(0, highest, 256).reshape(16, 16)
     kind = {"L": np.uint8, "I;16": np.uint16, "I": np.int32, "F": np.float32}[mode]
     return Image.fromarray(values.astype(kind))
@@ -26,7 +26,7 @@ def grey_ramp(mode: str, highest: int | float) -> Image.Image:
     [("L", 255, "PNG"), ("I;16", 65535, "PNG"), ("I", 65535, "TIFF"), ("F", 1.0, "TIFF")],
 )
 def test_grey_of_every_depth_keeps_its_shades(mode, highest, format):
-    image = open_image(encode(grey_ramp(mode, highest), format))
+    image = open_image(encode(gray_ramp(mode, highest), format))
     assert image.mode == "RGB"
     shades = np.asarray(image)[..., 0].ravel()
     np.testing.assert_allclose(shades, np.arange(256), atol=1)
@@ -281,7 +281,7 @@ def test_holding_out_is_the_same_everywhere():
         hold_out(10, 10, seed=0)
 
 
-def test_evaluation_sees_the_whole_image_normalised():
+def test_evaluation_sees_the_whole_image_normalized():
     image = Image.open(IMAGES / "cat.png")
     expected = (torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255 - 0.5) / 0.25
     torch.testing.assert_close(eval_transform(CONFIG)(image), expected)

@@ -351,7 +351,7 @@ def test_two_processes_compute_what_one_does(cifar_sample, tmp_path, weights_aft
     assert evaluated.returncode == 0, evaluated.stderr
     alone = evaluate_on(load_trained(str(one)), cifar_sample)
     assert evaluated.stdout.splitlines() == [
-        f"{one}: top-1 {alone.top1:.2f} % ({alone.correct} of 10 test images right)"
+        f"{one}: top-1 {alone.top1:.2f} % ({alone.correct} of 10 test images correct)"
     ]
 
 
@@ -499,7 +499,7 @@ def test_a_finished_run_stays_as_it_is(cifar_sample, tmp_path, write_parquet, mo
         ({"epochs": 0}, "epochs is 0: give at least 1"),
         ({"final_share": 1.5}, "final_share is 1.5: give 0 to 1"),
         ({"whole_share": 1.5}, "whole_share is 1.5: give 0 to 1"),
-        ({"optimizer": "sgd"}, "optimizer is sgd: give adamw or muon"),
+        ({"optimizer": "sgd"}, "optimizer is sgd: give muon or adamw"),
         ({"rand_augment": "m9"}, "rand_augment is m9: give one such as rand-m9-n2-inc1"),
         ({"random_erasing": 2.0}, "random_erasing is 2.0: give 0 to 1"),
         ({"mixup": -1.0}, "mixup is -1.0: give at least 0"),

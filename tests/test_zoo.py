@@ -114,8 +114,8 @@ def test_head_and_stem_are_adapted_and_nothing_else(batch):
         "classification.linear.weight",
         "classification.linear.bias",
     }
-    grey = original.patch_emb.conv.weight.sum(dim=1, keepdim=True)
-    torch.testing.assert_close(model.patch_emb.conv.weight, grey)
+    gray = original.patch_emb.conv.weight.sum(dim=1, keepdim=True)
+    torch.testing.assert_close(model.patch_emb.conv.weight, gray)
 
 
 def test_the_features_of_a_trained_model_are_had_by_features_only(batch):
@@ -211,7 +211,7 @@ def test_a_folder_of_an_unknown_arch_is_refused(arch, tmp_path):
 @pytest.mark.parametrize(
     ("section", "entry", "message"),
     [
-        ("pretrained_cfg", {"colour": "blue"}, "unexpected keyword argument 'colour'"),
+        ("pretrained_cfg", {"color": "blue"}, "unexpected keyword argument 'color'"),
         ("pretrained_cfg", {"input_size": None}, "'NoneType' object is not subscriptable"),
         ("model_args", {"foo": 1}, "unexpected keyword argument 'foo'"),
     ],
@@ -224,7 +224,7 @@ def test_a_folder_with_a_bad_configuration_is_refused(section, entry, message, t
     file.write_text(json.dumps(config))
     with pytest.raises(
         CheckpointError,
-        match=rf"^{folder}: cannot be loaded as convmixer_cifar \(.*{message}\); mend its config",
+        match=rf"^{folder}: cannot be loaded as convmixer_cifar \(.*{message}\); fix its config",
     ):
         load_trained(folder)
 

@@ -67,7 +67,7 @@ def compare_changes(
     Args:
         model: Name of an arch of this package.
         data_dir: Folder of the data set, see `data.load_images`; its test split is not read.
-        output: Folder for the run folders; runs that are in it are gone on with.
+        output: Folder for the run folders; runs that are in it are resumed.
         changes: Keys of `CHANGES`.
         progress: Show progress bars, if there is a terminal, and a line an epoch.
         common: Settings of all the runs, such as `epochs`, other than those of `changes`;

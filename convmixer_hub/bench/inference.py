@@ -22,7 +22,7 @@ def bench_load(name: str, rounds: int = 30) -> tuple[float, float]:
 
     Raises:
         UnknownModelError: If no trained model has this name.
-        CheckpointError: If the weights cannot be had.
+        CheckpointError: If the weights cannot be found or downloaded.
     """
     name = get_record(name).name
     seconds: tuple[list[float], list[float]] = ([], [])

@@ -60,7 +60,7 @@ def bench_finetune(
     if not isinstance(images, ImageFolder) or not has_test:
         raise DataError(f"{data_dir}: has no class folders in train/ and test/; make them")
     if load_images(data_dir, "test").classes != images.classes:
-        raise DataError(f"{data_dir}: has other classes for testing than for training; mend that")
+        raise DataError(f"{data_dir}: has other classes for testing than for training; fix that")
     for seed in range(seeds):
         with TemporaryDirectory() as scratch:
             folder = Path(scratch)

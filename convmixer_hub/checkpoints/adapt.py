@@ -94,7 +94,7 @@ def adapt_checkpoint(
         kept = _keep_rows(state_dict, model, trained, label_names)
         changes.append(
             f"{CLASSIFIER} keeps the rows of {kept} classes, "
-            f"{len(label_names) - kept} newly initialised"
+            f"{len(label_names) - kept} newly initialized"
         )
     elif ignored and model.num_classes:
         classes = len(state_dict[weight]) if weight in state_dict else 0
@@ -104,7 +104,7 @@ def adapt_checkpoint(
                 f"{trained.num_classes}; put num_classes={classes} into pretrained_cfg_overlay, too"
             )
         changes.append(
-            f"{CLASSIFIER} newly initialised for {model.num_classes} classes, "
+            f"{CLASSIFIER} newly initialized for {model.num_classes} classes, "
             f"not the {classes} of the checkpoint"
         )
     elif ignored:

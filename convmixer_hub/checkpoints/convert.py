@@ -87,7 +87,7 @@ def read_checkpoint(name: str) -> Checkpoint:
     if activation not in (None, *ACTIVATIONS):
         raise CheckpointError(
             f"{file}: is said to have the activation {activation!r}, which is none of "
-            f"{', '.join(ACTIVATIONS)}; mend its metadata, or {CONFIG_FILE} beside it"
+            f"{', '.join(ACTIVATIONS)}; fix its metadata, or {CONFIG_FILE} beside it"
         )
     layout = detect_layout(tensors)
     if layout is None:

@@ -17,7 +17,7 @@ def describe(name: str) -> dict[str, str]:
 
     Raises:
         UnknownModelError: If there is nothing of this name.
-        CheckpointError: If it cannot be had, or is no whole ConvMixer.
+        CheckpointError: If it cannot be found or downloaded, or is no whole ConvMixer.
     """
     checkpoint = read_checkpoint(name)
     file, record = checkpoint.source.file, checkpoint.source.record

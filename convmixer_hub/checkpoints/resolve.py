@@ -53,7 +53,7 @@ def resolve(name: str | Path, embedded: bool = False) -> Source:
 
     Raises:
         UnknownModelError: If there is nothing of this name.
-        CheckpointError: If the file cannot be had, or its configuration cannot be read.
+        CheckpointError: If the file cannot be found or downloaded, or its configuration is damaged.
     """
     if isinstance(name, Path):
         name = str(name.absolute())  # which no model and no repository is called
@@ -110,5 +110,5 @@ def _read_config(file: Path) -> dict[str, Any]:
     except (OSError, ValueError, TypeError) as error:
         raise CheckpointError(
             f"{file}: is not a model's configuration ({first_line(error)}); "
-            "mend it, or move the weights elsewhere"
+            "fix it, or move the weights elsewhere"
         ) from None

@@ -29,7 +29,7 @@ def _describe_setting() -> str:
 
 @click.group("bench")
 def bench_group() -> None:
-    """Measure on this machine what is claimed: speed, memory, and what choices are worth."""
+    """Measure what is claimed: speed, memory, and what choices in training are worth."""
 
 
 @bench_group.command("train")

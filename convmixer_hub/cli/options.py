@@ -25,3 +25,10 @@ def print_table(rows: list[list[str]]) -> None:
     widths = [max(len(cell) for cell in column) for column in zip(*rows)]
     for row in rows:
         click.echo("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
+
+
+def print_markdown(rows: list[list[str]]) -> None:
+    """Print the same as a table in Markdown."""
+    header, *others = rows
+    for row in [header, ["---"] * len(header), *others]:
+        click.echo(f"| {' | '.join(row)} |")

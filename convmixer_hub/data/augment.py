@@ -35,8 +35,8 @@ def is_rand_augment(description: str) -> bool:
 
 
 def _make_rand_augment(description: str, channels: int = 3, image_size: int = 32) -> RandAugment:
-    grey = (128,) * channels  # what fills the corners of a turned image
-    hparams = {"translate_const": image_size // 3, "img_mean": grey}
+    gray = (128,) * channels  # what fills the corners of a turned image
+    hparams = {"translate_const": image_size // 3, "img_mean": gray}
     transform = rand_augment_transform(description, hparams)
     for operation in transform.ops:
         if operation.name.startswith("Posterize"):
@@ -45,7 +45,7 @@ def _make_rand_augment(description: str, channels: int = 3, image_size: int = 32
 
 
 def _keep_one_bit(choose_bits: Callable, level: float, hparams: Mapping[str, Any]) -> tuple[int]:
-    # At its highest level timm leaves no bit of a colour, which Pillow 13 refuses.
+    # At its highest level timm leaves no bit of a color, which Pillow 13 refuses.
     return (max(1, choose_bits(level, hparams)[0]),)
 
 

@@ -19,8 +19,8 @@ from ..errors import DataError, first_line
 def to_rgb(image: Image.Image) -> Image.Image:
     """Bring an image of any mode to upright 8-bit RGB.
 
-    An EXIF rotation is applied and transparency is laid over white. Grey values of 16 bits are
-    scaled to 8 (Pillow alone would cut them off at 255); grey floats count as 0 to 1, or as 0 to
+    An EXIF rotation is applied and transparency is laid over white. Gray values of 16 bits are
+    scaled to 8 (Pillow alone would cut them off at 255); gray floats count as 0 to 1, or as 0 to
     their maximum if that is higher.
     """
     image = ImageOps.exif_transpose(image)
@@ -67,12 +67,12 @@ def open_image(source: str | Path | bytes, name: str | None = None) -> Image.Ima
 
 
 def eval_transform(data_config: Mapping[str, Any], normalize: bool = True) -> Callable:
-    """Resize, crop and normalise as a model's timm data config says, in evaluation.
+    """Resize, crop and normalize as a model's timm data config says, in evaluation.
 
     Args:
         data_config: From `timm.data.resolve_model_data_config(model)`.
-        normalize: Give normalised floats; else bytes, 0 to 255.
+        normalize: Give normalized floats; else bytes, 0 to 255.
     """
     transform = create_transform(**data_config, is_training=False, normalize=normalize)
-    to_grey = [transforms.Grayscale()] if data_config["input_size"][0] == 1 else []
-    return transforms.Compose([*to_grey, transform])
+    to_gray = [transforms.Grayscale()] if data_config["input_size"][0] == 1 else []
+    return transforms.Compose([*to_gray, transform])

@@ -91,7 +91,7 @@ def find_checkpoint(
 
     Raises:
         UnknownModelError: If no trained model has this name.
-        CheckpointError: If the file cannot be had, or is not the recorded one.
+        CheckpointError: If the file cannot be found or downloaded, or is not the recorded one.
     """
     record = get_record(name)
     source = _choose_source(source)

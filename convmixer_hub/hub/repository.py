@@ -185,6 +185,6 @@ def read_token() -> str | None:
         return get_token()
     except Exception as error:  # of the disk, or of where else the client looks for it
         raise CheckpointError(
-            f"your token cannot be read ({first_line(error)}); mend or remove "
+            f"your token cannot be read ({first_line(error)}); fix or remove "
             f"{constants.HF_TOKEN_PATH}, or set HF_TOKEN"
         ) from None

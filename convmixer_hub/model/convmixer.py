@@ -78,7 +78,7 @@ class ConvMixerLayer(nn.Module):
         _check_positive(d_model=d_model, kernel_size=kernel_size)
         if kernel_size % 2 == 0:
             raise ModelSizeError(
-                f"kernel_size is {kernel_size}: an even kernel has no centre, give an odd one "
+                f"kernel_size is {kernel_size}: an even kernel has no center, give an odd one "
                 f"({kernel_size - 1} or {kernel_size + 1})"
             )
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
@@ -279,8 +279,8 @@ class ConvMixer(nn.Module):
                 layouts in any case.
         """
         own = self.state_dict()
-        quantised = not all(isinstance(value, Tensor) for value in own.values())
-        if quantised or not isinstance(state_dict, Mapping):
+        quantized = not all(isinstance(value, Tensor) for value in own.values())
+        if quantized or not isinstance(state_dict, Mapping):
             return super().load_state_dict(state_dict, strict, assign)  # or torch's own refusal
         converted = convert_layout(state_dict)
         if strict:

@@ -123,8 +123,8 @@ const float* check_channels(const Tensor& x, const Tensor& like) {
   return x.const_data_ptr<float>();
 }
 
-// gelu(z), the slope there, and the sums of gelu(z) - centre and of its square: [2, channels].
-std::tuple<Tensor, Tensor, Tensor> activate(const Tensor& z, const Tensor& centre) {
+// gelu(z), the slope there, and the sums of gelu(z) - center and of its square: [2, channels].
+std::tuple<Tensor, Tensor, Tensor> activate(const Tensor& z, const Tensor& center) {
   check(z, z);
   Tensor y = at::empty_like(z), slope = at::empty_like(z), sums = make_sums(z);
   const int64_t channels = z.size(1);
@@ -132,14 +132,14 @@ std::tuple<Tensor, Tensor, Tensor> activate(const Tensor& z, const Tensor& centr
     using T = decltype(zero);
     const T* from = z.const_data_ptr<T>();
     T *to = y.data_ptr<T>(), *to_slope = slope.data_ptr<T>();
-    const float* centres = check_channels(centre, z);
+    const float* centers = check_channels(center, z);
     float* sum = sums.data_ptr<float>();
     for_each_vector(z, [=](int64_t group, int64_t channel, int64_t at) {
       Floats value, derivative;
       gelu(load(from + at), value, derivative);
       store(to + at, value);
       store(to_slope + at, derivative);
-      value -= load(centres + channel);
+      value -= load(centers + channel);
       add(sum + 2 * group * channels + channel, value);
       add(sum + (2 * group + 1) * channels + channel, value * value);
     });
@@ -149,19 +149,19 @@ std::tuple<Tensor, Tensor, Tensor> activate(const Tensor& z, const Tensor& centr
 
 // BatchNorm of y by what `activate` summed over `count` values a channel; also mean and variance.
 std::tuple<Tensor, Tensor, Tensor> normalize(const Tensor& y, const Tensor& sums,
-                                             const Tensor& centre, const Tensor& weight,
+                                             const Tensor& center, const Tensor& weight,
                                              const Tensor& bias, int64_t count, double eps) {
   check(y, y);
   const int64_t channels = y.size(1);
-  Tensor result = at::empty_like(y), mean = at::empty_like(centre), variance = mean.clone();
+  Tensor result = at::empty_like(y), mean = at::empty_like(center), variance = mean.clone();
   const float *of_deviation = sums.const_data_ptr<float>(), *of_square = of_deviation + channels;
-  const float *centres = check_channels(centre, y), *weights = check_channels(weight, y);
+  const float *centers = check_channels(center, y), *weights = check_channels(weight, y);
   const float* biases = check_channels(bias, y);
   float *means = mean.data_ptr<float>(), *variances = variance.data_ptr<float>();
   std::vector<float> scales(channels), shifts(channels);
   for (int64_t i = 0; i < channels; i++) {
     const float offset = of_deviation[i] / count;
-    means[i] = centres[i] + offset;
+    means[i] = centers[i] + offset;
     variances[i] = std::max(of_square[i] / count - offset * offset, 0.0f);
     scales[i] = weights[i] / std::sqrt(variances[i] + eps);
     shifts[i] = biases[i] - means[i] * scales[i];

@@ -120,14 +120,14 @@ class _GELUBatchNormFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, z: Tensor, weight: Tensor, bias: Tensor, centre: Tensor, eps: float
+        ctx: Any, z: Tensor, weight: Tensor, bias: Tensor, center: Tensor, eps: float
     ) -> tuple[Tensor, Tensor, Tensor]:
         passes = torch.ops.convmixer_hub
         z = z.contiguous(memory_format=torch.channels_last)
-        # A centre near the mean keeps the variance from being a small difference of large numbers.
-        y, slope, sums = passes.activate(z, centre)
+        # A center near the mean keeps the variance from being a small difference of large numbers.
+        y, slope, sums = passes.activate(z, center)
         sums = sum_over_processes(sums)
-        result, mean, variance = passes.normalize(y, sums, centre, weight, bias, _count(z), eps)
+        result, mean, variance = passes.normalize(y, sums, center, weight, bias, _count(z), eps)
         ctx.save_for_backward(y, slope, weight, mean, variance)
         ctx.eps = eps
         ctx.mark_non_differentiable(mean, variance)

@@ -82,7 +82,7 @@ def _get_dtype(weight: Tensor) -> torch.dtype:
 class DepthWiseConv2d(nn.Conv2d):
     """Depth-wise convolution with stride 1 and "same" padding: one kernel for each channel.
 
-    It is an `nn.Conv2d` in every respect (parameters, initialisation, state dict, result). Where
+    It is an `nn.Conv2d` in every respect (parameters, initialization, state dict, result). Where
     it is trained eagerly on a CPU, in fp32 or under `torch.autocast`, the gradients come from a
     faster, equal formula.
 

@@ -12,7 +12,7 @@ def draw_kernels_by_depth(model: ConvMixer) -> None:
     """Draw the depth-wise kernels of a model anew, smoother and wider the deeper the layer.
 
     After Trockman, Willmott & Kolter (2022, arXiv:2210.03651), with a simpler covariance and the
-    mean square that PyTorch's own initialisation gives the values of a layer. The numbers come
+    mean square that PyTorch's own initialization gives the values of a layer. The numbers come
     from torch's global generator.
     """
     last = len(model.conv_mixer_layers) - 1
@@ -33,7 +33,7 @@ def make_covariance(kernel_size: int, variance: float) -> Tensor:
     """Make the covariance `[kernel_size², kernel_size²]` of the values of one kernel.
 
     It is a product of Gaussians, of the distance between two places and of the distance of each
-    from the centre: values are alike where they are near one another, and small far outside.
+    from the center: values are alike where they are near one another, and small far outside.
 
     Args:
         kernel_size: Side of the kernel.

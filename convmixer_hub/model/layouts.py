@@ -208,5 +208,5 @@ def check_fit(
         if not tensor.is_floating_point() and not key.endswith(_OPTIONAL):
             raise CheckpointError(
                 f"{source}: tensor {key!r} is {tensor.dtype}, not floating point; "
-                "use the checkpoint that this one was quantised or converted from"
+                "use the checkpoint that this one was quantized or converted from"
             )

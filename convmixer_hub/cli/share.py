@@ -1,0 +1,90 @@
+"""The commands that make a model fit to share: card, upload, other layouts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from ..checkpoints.convert import convert
+from ..checkpoints.resolve import resolve
+from ..hub.records import CARD_FILE, WEIGHTS_FILE
+from ..model.convmixer import ACTIVATIONS
+from ..model.layouts import ALIASES, LAYOUTS
+from ..release.card import propose_record, write_card
+from ..release.publish import list_uploads, publish
+from .options import DEFAULT_MODEL, data_option, print_table
+
+
+@click.command("card")
+@click.argument("name", default=DEFAULT_MODEL)
+@data_option
+@click.option(
+    "--output", type=click.Path(path_type=Path), help="Folder to write to, the model's by default."
+)
+def card_command(name: str, data: Path, output: Path | None) -> None:
+    """Write a model card with its figures and reference logits.
+
+    NAME is a model or a run folder. All comes from the checkpoint, its metrics.csv, and one test on
+    the data set; NOTES.md in the folder is appended. The record to add for a model of the package
+    is printed.
+    """
+    card = write_card(resolve(name, embedded=True).folder, data, output)
+    click.echo(card)
+    if record := propose_record(card):
+        click.echo(f"its record, for convmixer_hub/hub/records.py:\n{record}")
+
+
+@click.command("publish")
+@click.argument("name", metavar="NAME|RUN")
+@click.option("--repo-id", required=True, metavar="OWNER/REPO", help="Made if there is none.")
+@click.option("--private", is_flag=True, help="Let nobody else read it.")
+@click.option(
+    "--tag",
+    help="A tag for the commit; of a model on record, its revision by default.",
+)
+@click.option("--dry-run", is_flag=True, help="Say what would be uploaded; ask no network.")
+def publish_command(name: str, repo_id: str, private: bool, tag: str | None, dry_run: bool) -> None:
+    """Upload a model to the Hub in one commit, and pull it back to check.
+
+    Weights, configuration, card, figures and metrics go there; the states of a run do not.
+    """
+    if dry_run:
+        uploads = list_uploads(name)
+        print_table([[u.file.name, f"{u.size:,} bytes", u.sha256] for u in uploads])
+        click.echo(f"{repo_id}: would get these {len(uploads)} files")
+    else:
+        publication = publish(name, repo_id, private, tag)
+        uploads = publication.uploads
+        done = "published" if publication.changed else "nothing changed, all were there before"
+        tagged = f", tag {publication.tag}" if publication.tag else ""
+        click.echo(f"{repo_id}: {len(uploads)} files, {done}")
+        click.echo(f"revision {publication.revision}{tagged}")
+        [digest] = [u.sha256 for u in uploads if u.file.name == WEIGHTS_FILE]
+        click.echo(f"SHA-256 of {WEIGHTS_FILE} {digest}, pulled back and checked")
+    if CARD_FILE not in [upload.file.name for upload in uploads]:
+        click.echo(f"there is no model card; `convmixer card {name} --data DIR` writes one")
+
+
+@click.command("convert")
+@click.argument("name", metavar="IN")
+@click.argument("output", metavar="OUT", type=click.Path(path_type=Path))
+@click.option("--layout", required=True, type=click.Choice([*LAYOUTS, *ALIASES]))
+@click.option(
+    "--activation",
+    type=click.Choice(list(ACTIVATIONS)),
+    help="Needed where neither IN nor its architecture tells it.",
+)
+def convert_command(name: str, output: Path, layout: str, activation: str | None) -> None:
+    """Write a checkpoint as safetensors, in the layout of another implementation.
+
+    IN is a model's name, a folder, a repository of the Hub as in `info`, or a file, in any layout:
+    safetensors, or a .pth (opened with weights_only=True; of several state dicts in it, a moving
+    average comes first).
+    """
+    written = convert(name, output, layout, activation)
+    part = f" ({written.part} of it)" if written.part else ""
+    click.echo(
+        f"{output}: {name}{part} in layout {written.layout}, {written.activation}, "
+        f"{len(written.tensors)} tensors, {written.parameters:,} parameters"
+    )

@@ -1,0 +1,203 @@
+"""The commands that use a trained model."""
+
+from __future__ import annotations
+
+import json
+import runpy
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import click
+import torch
+
+from ..checkpoints.info import describe
+from ..data.images import open_image
+from ..data.reader import has_split
+from ..errors import DataError
+from ..evaluate import evaluate_on
+from ..figures import draw_predictions
+from ..files import write_file
+from ..hub.doctor import examine
+from ..hub.find import find_checkpoint, locate
+from ..hub.records import CARD_FILE, get_record
+from ..machine import describe_machine, get_rank
+from ..predict import predict
+from ..release.golden import TOLERANCES, verify
+from ..zoo import list_models, load_trained
+from .options import DEFAULT_MODEL, NOT_NEGATIVE, POSITIVE, data_option, print_markdown, print_table
+
+
+@click.command("list")
+@click.option("--markdown", is_flag=True, help="Print the table of the README.")
+def list_command(markdown: bool) -> None:
+    """List the models: data set, top-1, calibration error (ECE) and size."""
+    source = "card" if markdown else "source"
+    rows = [["name", "parameters", "input", "data set", "top-1", "ECE", "size", source]]
+    for model in list_models():
+        record = model.record
+        input_size = "×".join(str(side) for side in model.input_size)
+        row = [model.name, f"{model.parameters:,}", input_size]
+        if record is None:
+            row += ["–", "–", "–", "–", "untrained"]
+        else:
+            card = f"[card](weights/{record.name}/{CARD_FILE})"
+            row += [
+                record.dataset.name,
+                f"{record.top1:.2f} %",
+                f"{record.ece:.2f} %",
+                f"{record.size / 1e6:.1f} MB",
+                card if markdown else locate(record),
+            ]
+        rows.append([f"`{model.name}`", *row[1:]] if markdown else row)
+    (print_markdown if markdown else print_table)(rows)
+
+
+@click.command("predict")
+@click.argument("images", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("--model", "name", default=DEFAULT_MODEL, show_default=True, help="Name or folder.")
+@click.option("--top-k", default=3, show_default=True, type=POSITIVE)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON, one object an image.")
+@click.option("--figure", type=click.Path(path_type=Path), help="Also draw them into this PNG.")
+def predict_command(
+    images: tuple[Path, ...], name: str, top_k: int, as_json: bool, figure: Path | None
+) -> None:
+    """Name the most likely classes of images.
+
+    IMAGES may have any size and color mode.
+
+    A file that is no image is named on stderr, the others are still answered, and the exit
+    status is 1.
+    """
+    if figure is not None and figure.suffix.lower() != ".png":
+        raise click.UsageError(f"--figure {figure}: is written as PNG; give it a name in .png")
+    model = load_trained(name)
+    answered, predictions, thumbnails = [], [], []
+    for path in images:
+        try:
+            picture = open_image(path)
+        except DataError as error:
+            click.echo(f"Error: {error}", err=True)
+            continue
+        [classes] = predict(model, [picture], top_k)
+        answered.append(path)
+        predictions.append(classes)
+        if figure is not None:
+            picture.thumbnail((256, 256))
+            thumbnails.append(picture)
+        if not as_json:
+            words = ", ".join(f"{c.label} {100 * c.probability:.1f} %" for c in classes)
+            click.echo(f"{path}: {words}")
+    if as_json:
+        result = [
+            {"image": str(path), "predictions": [asdict(c) for c in classes]}
+            for path, classes in zip(answered, predictions)
+        ]
+        click.echo(json.dumps(result, indent=2))
+    if figure is not None and thumbnails:
+        titles = [path.stem for path in answered]
+        write_file(figure, draw_predictions(thumbnails, titles, predictions))
+    if len(answered) < len(images):
+        sys.exit(1)
+
+
+@click.command("evaluate")
+@click.argument("name", default=DEFAULT_MODEL)
+@data_option
+@click.option("--batch-size", default=64, show_default=True, type=POSITIVE)
+@click.option("--workers", default=1, show_default=True, type=NOT_NEGATIVE)
+def evaluate_command(name: str, data: Path, batch_size: int, workers: int) -> None:
+    """Measure the top-1 accuracy of a model on the test images of a data set.
+
+    NAME is a trained model, a folder, or a repository of the Hub.
+    """
+    result = evaluate_on(load_trained(name), data, batch_size, workers)
+    if get_rank() > 0:
+        return
+    split = "test" if has_split(data, "test") else "validation"
+    click.echo(
+        f"{name}: top-1 {result.top1:.2f} % "
+        f"({result.correct} of {result.count} {split} images correct)"
+    )
+
+
+@click.command("info")
+@click.argument("name")
+def info_command(name: str) -> None:
+    """Describe a checkpoint.
+
+    NAME is a model, a folder, a file (safetensors, or a .pth, opened with weights_only=True), or a
+    repository of the Hub: hf-hub:OWNER/NAME[@REVISION], or without the prefix.
+    """
+    print_table([list(row) for row in describe(name).items()])
+
+
+@click.command("doctor")
+@click.argument("name", required=False)
+def doctor_command(name: str | None) -> None:
+    """Check whether models can be loaded on this machine, and if not, why.
+
+    Without NAME, all of them. The exit status is 1 if one cannot.
+    """
+    findings = examine([name] if name else [])
+    print_table([[finding.subject, finding.result] for finding in findings])
+    bad = [finding.subject for finding in findings if not finding.healthy]
+    click.echo(f"not healthy: {', '.join(bad)}" if bad else "healthy")
+    if bad:
+        sys.exit(1)
+
+
+@click.command("verify")
+@click.argument("name", default=DEFAULT_MODEL)
+@click.option(
+    "--dtype",
+    default="float32",
+    show_default=True,
+    type=click.Choice(list(TOLERANCES)),
+    help="What to compute in.",
+)
+def verify_command(name: str, dtype: str) -> None:
+    """Check that a model computes on this machine what it should.
+
+    The logits of NAME, a model or a folder, for a fixed input are compared with those recorded
+    beside the weights, which `convmixer card` writes. The exit status is 1 if they differ by more
+    than the tolerance.
+    """
+    result = verify(name, dtype)
+    verdict = "computes what it should"
+    if not result.holds:
+        verdict = "does NOT compute what it should (try another version of torch, and report it)"
+    click.echo(
+        f"{name}: {verdict}; largest difference {result.difference:.1e} of the largest logit, "
+        f"tolerance {result.tolerance:.0e} ({dtype}, torch {torch.__version__}, "
+        f"{describe_machine(torch.device('cpu'))})"
+    )
+    if not result.holds:
+        sys.exit(1)
+
+
+@click.command("pull")
+@click.argument("names", nargs=-1, required=True, metavar="NAME...")
+def pull_command(names: tuple[str, ...]) -> None:
+    """Download weights into the Hub's cache, for later use without network.
+
+    They are used from there wherever the package carries no copy, or CONVMIXER_HUB_SOURCE=hub.
+    """
+    for record in [get_record(name) for name in names]:
+        click.echo(f"{record.name}: {find_checkpoint(record.name, 'hub')}")
+
+
+@click.command(
+    "run-script",
+    context_settings={"allow_interspersed_args": False},
+)
+@click.argument("script", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED, metavar="[ARGUMENTS]...")
+def run_script_command(script: Path, arguments: tuple[str, ...]) -> None:
+    """Run a Python script, such as timm's validate.py, with the models registered.
+
+    Like `python SCRIPT [ARGUMENTS]...`.
+    """
+    sys.argv = [str(script), *arguments]
+    sys.path.insert(0, str(script.resolve().parent))  # where python looks for imports first
+    runpy.run_path(str(script), run_name="__main__")
