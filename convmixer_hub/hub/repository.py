@@ -1,4 +1,4 @@
-"""Model repositories of the Hugging Face Hub: what is in one, and why that cannot be had."""
+"""Model repositories of the Hugging Face Hub: reading from one, and what its refusals mean."""
 
 from __future__ import annotations
 
@@ -155,7 +155,7 @@ class Repository:
                 "`hf auth login`, or do without (`hf auth logout`, and unset HF_TOKEN)"
             )
         reason = f"HTTP {status} {error.response.reason_phrase}"
-        remedy = "try again later" if is_passing(status) else self.naming
+        remedy = "try again later" if _is_passing(status) else self.naming
         return f"{self.address} cannot be read ({reason}); {remedy}{self.otherwise}"
 
 
@@ -170,7 +170,51 @@ def _unwrap(error: Exception) -> Exception:
     return wrapped
 
 
-def is_passing(status: int) -> bool:
+def explain_upload(error: Exception) -> str:
+    """Say in one line why the Hub did not take files, and what to do."""
+    if isinstance(error, RuntimeError) and isinstance(error.__cause__, Exception):
+        # The client wraps what befell an upload into an error that does not say what.
+        error = error.__cause__
+    if isinstance(error, HfHubHTTPError):
+        status = error.response.status_code
+        if status == 403:
+            return (
+                "your token may not write there (HTTP 403); give it write permission at "
+                f"{constants.ENDPOINT}/settings/tokens, or name a repository of your own"
+            )
+        if isinstance(error, RepositoryNotFoundError):
+            return (
+                f"is no model repository that your token can see (HTTP {status}); name another "
+                "--repo-id, or use a token of its owner"
+            )
+        if status == 401:
+            return (
+                f"{constants.ENDPOINT} does not accept your token (HTTP 401); renew it with "
+                "`hf auth login`, or set HF_TOKEN to one that may write"
+            )
+        remedy = "wait" if _is_passing(status) else "correct that, or check HF_ENDPOINT"
+        return (
+            f"{constants.ENDPOINT} refuses ({describe_answer(error)}); {remedy}, and give the same "
+            "command again"
+        )
+    if isinstance(error, OfflineModeIsEnabled):
+        return "the network may not be used; unset HF_HUB_OFFLINE"
+    reason = " ".join(str(error).split()) or type(error).__name__
+    if isinstance(error, ValueError):  # of the client itself: a bad repository id, tag or card
+        return f"cannot be published ({reason}); correct that, and give the same command again"
+    return (
+        f"cannot be published ({reason}); check the network and HF_ENDPOINT, and give the same "
+        "command again"
+    )
+
+
+def describe_answer(error: HfHubHTTPError) -> str:
+    """Give the status of an answer and what the Hub says about it, in one line."""
+    said = error.server_message or error.response.reason_phrase
+    return f"HTTP {error.response.status_code}: {' '.join(said.split())}"
+
+
+def _is_passing(status: int) -> bool:
     """Tell whether the same request may do better later, by the HTTP status of the answer."""
     return status in (408, 429) or status >= 500
 

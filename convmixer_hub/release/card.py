@@ -7,10 +7,10 @@ in `NOTES.md` beside the weights and is appended as it is.
 from __future__ import annotations
 
 import json
-import operator
 import os
+import re
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, fields
 from datetime import date
 from pathlib import Path
@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
-from torch import Tensor
 from torch.utils.data import DataLoader
 
 from ..data.reader import has_split
@@ -127,28 +126,41 @@ def write_card(
     figures["reliability.png"] = draw_reliability(calibration)
 
     known = next((d for d in DATASETS if d.classes == tuple(classes)), None)
-    dataset_id = known.hub_id if known else None
     dataset = known.name if known else Path(data_dir).resolve().name
     result = Evaluation(int(confusion.trace()), int(confusion.sum()))
-    sections = [
-        _front_matter(name, model, dataset, dataset_id, result, calibration),
-        _introduction(name, model, result),
-        _picture("predictions.png", PREDICTIONS_CAPTION)
-        if (output / "predictions.png").is_file()
-        else "",
-        _training_section(config, metrics, result, get_config(model)["input_size"][-1]),
-        _test_section(confusion, calibration, classes),
-        f"Measured with `convmixer card {name} --data DIR` on {today or date.today()}, on the "
-        f"{result.count:,} test images of {dataset} ({describe_machine(torch.device('cpu'))}, "
-        f"torch {torch.__version__}).",
-        _weights_section(),
-        notes,
-    ]
+    plan = _read_plan(settings)
+    validation_top1 = metrics.get("held_out_top1", [0.0])
+    card = ModelCard.from_template(
+        _make_metadata(name, model, dataset, known.hub_id if known else None, result, calibration),
+        str(Path(__file__).with_suffix(".md")),
+        name=name,
+        model=model,
+        parameters=sum(parameter.numel() for parameter in model.parameters()),
+        input_size="×".join(str(side) for side in get_config(model)["input_size"]),
+        source=name if name in RECORDS else "local-dir:RUN",  # no path of the machine at hand
+        has_predictions=(output / "predictions.png").is_file(),
+        predictions_caption=PREDICTIONS_CAPTION,
+        settings=settings,
+        command=_write_command(plan) if plan else "",
+        metrics=metrics,
+        machine=config.get("machine"),
+        validation_images="held-out training" if settings.get("held_out", 1) else "validation",
+        validation_top1=max(validation_top1) if settings.get("keep_best") else validation_top1[-1],
+        temperature=config.get("temperature", 1.0),
+        curve_caption=_describe_curve(plan, get_config(model)["input_size"][-1]),
+        by_class=zip(classes, confusion.diagonal().tolist(), confusion.sum(dim=1).tolist()),
+        result=result,
+        calibration=calibration,
+        bins=CALIBRATION_BINS,
+        dataset=dataset,
+        today=today or date.today(),
+        measured_on=f"{describe_machine(torch.device('cpu'))}, torch {torch.__version__}",
+    )
     for file_name, content in figures.items():
         write_file(output / file_name, content)
     write_golden(folder, output)
-    text = "\n\n".join(section for section in sections if section)
-    write_file(output / CARD_FILE, f"{text}\n".encode())
+    text = re.sub(r"\n{3,}", "\n\n", str(card)).strip()
+    write_file(output / CARD_FILE, f"{text}\n\n{notes}".strip().encode() + b"\n")
     return output / CARD_FILE
 
 
@@ -186,15 +198,15 @@ def propose_record(card: Path) -> str:
 ),"""
 
 
-def _front_matter(
+def _make_metadata(
     name: str,
     model: ConvMixer,
     dataset: str,
     dataset_id: str | None,
     result: Evaluation,
     calibration: Calibration,
-) -> str:
-    """Describe the model to the Hub, in YAML."""
+) -> ModelCardData:
+    """Describe the model to the Hub."""
     figures = [
         ("accuracy", "top-1", result.top1),
         ("expected_calibration_error", "ECE", 100 * calibration.error),
@@ -211,7 +223,7 @@ def _front_matter(
         )
         for metric, metric_name, value in figures
     ]
-    data = ModelCardData(
+    return ModelCardData(
         license=get_config(model).get("license"),
         library_name="timm",
         pipeline_tag="image-classification",
@@ -221,83 +233,15 @@ def _front_matter(
         model_name=name,
         eval_results=results,
     )
-    return f"---\n{data.to_yaml()}\n---"
 
 
-def _introduction(name: str, model: ConvMixer, result: Evaluation) -> str:
-    """Say what the model is, how good it is, and how to use it."""
-    d_model, n_layers = model.num_features, len(model.conv_mixer_layers)
-    input_size = "×".join(str(side) for side in get_config(model)["input_size"])
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    source = name if name in RECORDS else "local-dir:RUN"  # not a path of the machine at hand
-    return f"""# {name}
-
-ConvMixer-{d_model}/{n_layers} for {input_size} images: {n_layers} layers × {d_model} channels, \
-kernel {model.kernel_size}, patch {model.patch_emb.patch_size}, {parameters:,} parameters. \
-The architecture is from "Patches Are All You Need?" (Trockman & Kolter, \
-[arXiv:2201.09792](https://arxiv.org/abs/2201.09792)).
-
-**Top-1: {result.top1:.2f} %** ({result.correct:,} of the {result.count:,} test images, \
-one view of each).
-
-```python
-import timm, convmixer_hub  # the import registers the models
-
-model = timm.create_model("{source}", pretrained=True).eval()
-transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
-```"""
-
-
-def _training_section(
-    config: Mapping[str, Any],
-    metrics: Mapping[str, Sequence[float]],
-    result: Evaluation,
-    image_size: int,
-) -> str:
-    """Say how the model was trained, as far as `config.json` and `metrics.csv` tell."""
-    settings: dict[str, Any] = config.get("training", {})
-    parts = []
+def _read_plan(settings: Mapping[str, Any]) -> TrainingSettings | None:
+    """Read the settings of a run; None if they are of another version, or there are none."""
     defaults = {field.name: field.default for field in fields(TrainingSettings)}
-    # Settings that are younger than the run are off by default, so it need not have them.
-    plan = None
-    if settings and settings.keys() <= defaults.keys():
-        plan = TrainingSettings(**{**defaults, **settings})
-        parts.append(f"```sh\n{_write_command(asdict(plan), defaults | RECIPE)}\n```")
-    elif settings:
-        parts.append("Another version of `convmixer train` made it, with the settings below.")
-    facts = []
-    if settings.get("pretrained"):
-        facts.append(f"Start: the trained weights of `{settings['model']}`")
-    if metrics:
-        done, hours = len(metrics["epoch"]), sum(metrics["seconds"]) / 3600
-        planned = "" if settings.get("epochs", done) == done else f" of {settings['epochs']}"
-        facts.append(f"Epochs: {done}{planned}, in {hours:.2f} hours")
-    if "seed" in settings:
-        facts.append(f"Seed: {settings['seed']}")
-    if "machine" in config:
-        facts.append(f"Machine: {config['machine']}")
-    if "held_out_top1" in metrics:
-        choose = max if settings.get("keep_best") else operator.itemgetter(-1)
-        images = "held-out training" if settings.get("held_out", 1) else "validation"
-        facts.append(
-            f"Top-1 on {images} images: {choose(metrics['held_out_top1']):.2f} %"
-            + (", by which the epoch was chosen" if settings.get("keep_best") else "")
-        )
-    if config.get("temperature", 1.0) != 1.0:
-        facts.append(
-            "Probabilities: the weights of the head are divided by "
-            f"{config['temperature']:.3f}, a temperature fitted on the {images} images"
-        )
-    if facts:
-        facts.append(f"Top-1 on the test images: {result.top1:.2f} %")
-    if facts:
-        parts.append("\n".join(f"- {fact}" for fact in facts))
-    if settings:
-        rows = [(f"`{name}`", str(value) or "–") for name, value in settings.items()]
-        parts.append(_table(("setting", "value"), rows))
-    if metrics:
-        parts.append(_picture("curve.png", _describe_curve(plan, image_size)))
-    return "\n\n".join(["## How it was trained", *parts]) if parts else ""
+    if not settings or not settings.keys() <= defaults.keys():
+        return None
+    # Settings that are younger than the run change nothing by default.
+    return TrainingSettings(**{**defaults, **settings})
 
 
 def _describe_curve(plan: TrainingSettings | None, image_size: int) -> str:
@@ -313,12 +257,14 @@ def _describe_curve(plan: TrainingSettings | None, image_size: int) -> str:
     return f"{caption}."
 
 
-def _write_command(settings: Mapping[str, Any], defaults: Mapping[str, Any]) -> str:
+def _write_command(plan: TrainingSettings) -> str:
     """Write the command that trains with these settings."""
-    if settings["pretrained"] and settings["keep_best"]:
+    settings = asdict(plan)
+    if plan.pretrained and plan.keep_best:
         verb = "finetune"
         names = [name for name in FINETUNE_OPTIONS if settings[name] is not False]
     else:
+        defaults = {field.name: field.default for field in fields(plan)} | RECIPE
         verb, names = "train", [name for name in settings if settings[name] != defaults[name]]
     command = ["convmixer", verb, settings["model"], "--data", "DIR", "--output", "RUN"]
     for name in names:
@@ -328,52 +274,6 @@ def _write_command(settings: Mapping[str, Any], defaults: Mapping[str, Any]) -> 
         elif name != "model":
             command += [option, str(settings[name])]
     return shlex.join(command)
-
-
-def _test_section(confusion: Tensor, calibration: Calibration, classes: Sequence[str]) -> str:
-    """Say how good the model is, class by class, and how far to trust its probabilities."""
-    rows = []
-    for name, correct, count in zip(
-        classes, confusion.diagonal().tolist(), confusion.sum(dim=1).tolist()
-    ):
-        top1 = f"{Evaluation(correct, count).top1:.2f} %" if count else "–"
-        rows.append((name, f"{correct:,}", f"{count:,}", top1))
-    caption = "Confusion matrix of the test images; the color is the square root of the share."
-    return f"""## Test images, class by class
-
-{_table(("class", "correct", "images", "top-1"), rows)}
-
-{_picture("confusion.png", caption)}
-
-## Calibration
-
-Expected calibration error (ECE): {100 * calibration.error:.2f} % ({CALIBRATION_BINS} \
-equal-width bins of the confidence, the probability of the top-1 prediction). Mean confidence: \
-{100 * calibration.mean_confidence:.2f} %.
-
-{_picture("reliability.png", "Accuracy by confidence, and how often each confidence occurs.")}"""
-
-
-def _weights_section() -> str:
-    stem = "Filters of the patch embedding, each scaled by its largest weight; mid-gray is 0."
-    kernels = (
-        "Depth-wise kernels of the first channels by layer, each scaled by its largest weight; "
-        "blue is below 0, white 0, red above."
-    )
-    return f"""## Weights
-
-{_picture("patch_embedding.png", stem)}
-
-{_picture("kernels.png", kernels)}"""
-
-
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-def _picture(file_name: str, caption: str) -> str:
-    return f"![{caption}]({file_name})\n\n*{caption}*"
 
 
 def _make_writable(output: Path) -> None:

@@ -9,15 +9,15 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from huggingface_hub import CommitOperationAdd, HfApi, constants, hf_hub_download
-from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled, RepositoryNotFoundError
+from huggingface_hub import CommitOperationAdd, HfApi, hf_hub_download
+from huggingface_hub.errors import HfHubHTTPError
 
 from ..checkpoints.files import read_model_files
 from ..checkpoints.resolve import resolve
 from ..errors import ConvMixerHubError, PublishError, UnknownModelError
 from ..files import hash_file
 from ..hub.records import GOLDEN_FILE, WEIGHTS_FILE, get_record
-from ..hub.repository import is_passing, read_token
+from ..hub.repository import describe_answer, explain_upload, read_token
 from ..zoo import load_trained
 from .golden import parse_golden
 
@@ -132,7 +132,7 @@ def publish(name: str, repo_id: str, private: bool = False, tag: str | None = No
     except ConvMixerHubError:
         raise
     except Exception as error:  # the client, its HTTP library and the disk each have their own
-        raise PublishError(f"{repo_id}: {_explain(error, repo_id)}") from None
+        raise PublishError(f"{repo_id}: {explain_upload(error)}") from None
     return Publication(uploads, commit, changed=commit != before.sha, tag=tag)
 
 
@@ -157,7 +157,7 @@ def _set_tag(hub: HfApi, repo_id: str, tag: str, commit: str) -> None:
         if error.response.status_code in (400, 422):
             raise PublishError(
                 f"{repo_id}: the files are there at commit {commit}, but the Hub refuses tag "
-                f"'{tag}' ({_describe(error)}); give another --tag"
+                f"'{tag}' ({describe_answer(error)}); give another --tag"
             ) from None
         if error.response.status_code != 409:
             raise
@@ -167,47 +167,3 @@ def _set_tag(hub: HfApi, repo_id: str, tag: str, commit: str) -> None:
                 f"{repo_id}: the files are there at commit {commit}, but tag '{tag}' is at "
                 f"{tagged}; give another --tag"
             ) from None
-
-
-def _explain(error: Exception, repo_id: str) -> str:
-    """Say in one line why the Hub did not take a model, and what to do."""
-    if isinstance(error, RuntimeError) and isinstance(error.__cause__, Exception):
-        # The client wraps what befell an upload into an error that does not say what.
-        error = error.__cause__
-    if isinstance(error, HfHubHTTPError):
-        status = error.response.status_code
-        if status == 403:
-            return (
-                "your token may not write there (HTTP 403); give it write permission at "
-                f"{constants.ENDPOINT}/settings/tokens, or name a repository of your own"
-            )
-        if isinstance(error, RepositoryNotFoundError):
-            return (
-                f"is no model repository that your token can see (HTTP {status}); name another "
-                "--repo-id, or use a token of its owner"
-            )
-        if status == 401:
-            return (
-                f"{constants.ENDPOINT} does not accept your token (HTTP 401); renew it with "
-                "`hf auth login`, or set HF_TOKEN to one that may write"
-            )
-        remedy = "wait" if is_passing(status) else "correct that, or check HF_ENDPOINT"
-        return (
-            f"{constants.ENDPOINT} refuses ({_describe(error)}); {remedy}, and give the same "
-            "command again"
-        )
-    if isinstance(error, OfflineModeIsEnabled):
-        return "the network may not be used; unset HF_HUB_OFFLINE"
-    reason = " ".join(str(error).split()) or type(error).__name__
-    if isinstance(error, ValueError):  # of the client itself: a bad repository id, tag or card
-        return f"cannot be published ({reason}); correct that, and give the same command again"
-    return (
-        f"cannot be published ({reason}); check the network and HF_ENDPOINT, and give the same "
-        "command again"
-    )
-
-
-def _describe(error: HfHubHTTPError) -> str:
-    """Give the status of an answer and what the Hub says about it, in one line."""
-    said = error.server_message or error.response.reason_phrase
-    return f"HTTP {error.response.status_code}: {' '.join(said.split())}"
