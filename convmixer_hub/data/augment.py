@@ -125,6 +125,7 @@ class TrainingImages:
         Returns:
             Images `[batch_size, channels, crop_size, crop_size]` and their labels `[batch_size]`.
         """
+        # Which images, which part of each, and which of them mirrored: the same in every process.
         order = torch.randperm(len(self), generator=_generator(self.seed, epoch))
         batch = order[step * batch_size : (step + 1) * batch_size]
         border = crop_size // 8
@@ -137,6 +138,7 @@ class TrainingImages:
             mirrored_first = torch.rand(len(self), generator=_generator(self.seed)) < 0.5
             mirrored = mirrored_first[batch] ^ bool(epoch % 2)
 
+        # Bytes of this process's share: [batch_size, channels, image_size, image_size].
         batch = batch[share]
         images = self.images[batch.to(self.images.device)]
         if augment and self.rand_augment is not None:
@@ -144,6 +146,7 @@ class TrainingImages:
             images = torch.stack(
                 [transforms.functional.pil_to_tensor(self.rand_augment(p)) for p in pictures]
             ).to(self.images.device)
+        # Floats: [batch_size, channels, crop_size, crop_size].
         images = _cut(images, border, crop_size, corners[:, share], mirrored[share])
         return (images / 255.0 - self.mean) / self.std, self.labels[batch]
 

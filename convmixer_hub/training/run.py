@@ -395,9 +395,11 @@ class _Run:
     def _train_step(
         self, epoch: int, step: int, crop_size: int, learning_rate_factor: float
     ) -> tuple[float, int]:
-        """Take one step; return the sum of the losses and the number of images got right."""
+        """Take one step; return the sum of the losses and the number of correct images."""
         settings = self.settings
-        # So that a run that is resumed at any step goes on as if nothing had happened.
+
+        # Images: [share of the batch, channels, crop_size, crop_size]. The seed of each step is its
+        # own, so that a run that is resumed at any step computes what it would have computed.
         random_seed(derive_seed(settings.seed, epoch, step) % 2**31, get_rank())
         augments = settings.augments(epoch)
         share = settings.batch_size // get_world_size()
@@ -417,6 +419,7 @@ class _Run:
             images, targets = self.mix(images, labels)  # which smooths the labels, too
             smoothing = 0.0
 
+        # Forward and backward.
         in_bf16 = self.dtype is torch.bfloat16
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=in_bf16):
             logits = self.network(images).float()
@@ -427,12 +430,16 @@ class _Run:
         self.optimizer.zero_grad()
         loss.backward()
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), settings.clip_grad)
+
+        # Numbers of the whole batch, checked before they reach the weights. They are read at once
+        # and only here: a GPU has nothing to do while it is waited for.
         sums = torch.stack([loss.detach().double() * share, correct.double()])
-        # Read at once and only here: a GPU has nothing to do while it is waited for.
         numbers = torch.cat([sum_over_processes(sums), norm.double().view(1)])
         loss_sum, correct_sum, norm_value = numbers.tolist()
         self._check_finite("loss", loss_sum, epoch, step)
         self._check_finite("norm of the gradient", norm_value, epoch, step)
+
+        # Update of the weights, and of their average.
         self.optimizer.step()
         if self.average is not None:
             steps = len(self.images) // settings.batch_size
