@@ -3,6 +3,7 @@ import shutil
 
 import pytest
 import timm
+import torch
 
 import hubconf
 from convmixer_hub.zoo import default_cfgs
@@ -63,3 +64,26 @@ def test_torch_hub_loads_from_a_plain_checkout(plain_checkout, run_python, argum
     assert file == str(plain_checkout / "convmixer_hub" / "__init__.py")
     expected = timm.create_model("convmixer_cifar", pretrained=True).get_classifier().weight
     assert float(total) == expected.double().sum().item()
+
+
+def test_pretrained_may_be_given_by_position():
+    weight = hubconf.convmixer_cifar(True).get_classifier().weight
+    assert torch.equal(weight, hubconf.convmixer_cifar(pretrained=True).get_classifier().weight)
+
+
+@pytest.mark.slow
+def test_a_copy_that_was_imported_before_is_named(plain_checkout, run_python):
+    code = (
+        "import sys, warnings\n"
+        f"sys.path.insert(0, {str(CHECKOUT)!r})\n"
+        "import torch, convmixer_hub\n"
+        "with warnings.catch_warnings(record=True) as caught:\n"
+        "    warnings.simplefilter('always')\n"
+        f"    torch.hub.load({str(plain_checkout)!r}, 'convmixer_96_8_ks5_p1', source='local')\n"
+        "print([str(w.message) for w in caught if 'convmixer_hub' in str(w.message)])\n"
+    )
+    message = (
+        f"convmixer_hub was imported from {CHECKOUT} before, and is used instead of the copy in "
+        f"{plain_checkout}; restart Python to use that"
+    )
+    assert run_python(code, "-I").splitlines()[-1] == repr([message])
