@@ -9,7 +9,7 @@ from click.testing import CliRunner
 
 from convmixer_hub import ConvMixer, __version__, find_checkpoint, get_record
 from convmixer_hub.checkpoints.files import check_safetensors
-from convmixer_hub.cli.main import main
+from convmixer_hub.cli.main import COMMANDS, SECTIONS, main
 from convmixer_hub.data.images import open_image
 from convmixer_hub.hub.records import CIFAR10, RECORDS
 from convmixer_hub.zoo import default_cfgs, list_models
@@ -46,6 +46,36 @@ def test_list_shows_every_model_in_aligned_columns(convmixer):
     assert all((row[-1] == "untrained") == (row[0] not in RECORDS) for row in rows)
     starts = {line.index("%") for line in result.output.splitlines() if "%" in line}
     assert len(starts) == 1  # the columns are aligned
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_has_each_command_with_its_first_sentence(convmixer, name):
+    [section] = [section for section, commands in SECTIONS.items() if name in commands]
+    text = " ".join(convmixer("--help").stdout.split())
+    own = " ".join(convmixer(name, "--help").stdout.split())
+    assert f"{section}: " in text and f" {name} {COMMANDS[name][1]}" in text
+    assert f" {COMMANDS[name][1]}. " in own
+
+
+@pytest.mark.parametrize(
+    "environment",
+    [
+        {},
+        {"_CONVMIXER_COMPLETE": "bash_complete", "COMP_WORDS": "convmixer pre", "COMP_CWORD": "1"},
+    ],
+    ids=["help", "completion"],
+)
+def test_help_and_completion_load_nothing_heavy(run_python, environment):
+    code = f"""
+import runpy, sys
+names = runpy.run_path({str(CHECKOUT / "convmixer_hub" / "cli" / "main.py")!r})
+try:
+    names["main"](["--help"], prog_name="convmixer")
+finally:
+    print(sorted({{"torch", "timm", "convmixer_hub"}} & sys.modules.keys()))
+"""
+    output = run_python(code, **environment)
+    assert "predict" in output and output.splitlines()[-1] == "[]"
 
 
 def test_the_readme_has_the_table_that_list_prints(convmixer):

@@ -1,59 +1,99 @@
-"""The command `convmixer`: its groups of commands, and what they have in common."""
+"""The command `convmixer`: its groups of commands, each loaded when it is used.
+
+Loading the package takes seconds, as it registers the models with timm. So this module imports
+nothing but click; it is installed under a name of its own, too (see setup.cfg), and `convmixer
+--help` does not load the package.
+"""
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import Any
 
 import click
+from click.shell_completion import CompletionItem
 
-from ..errors import ConvMixerHubError
-from ..version import __version__
-from . import measure, share, train, use
-
-SECTIONS: dict[str, list[click.Command]] = {
-    "Use": [
-        use.list_command,
-        use.predict_command,
-        use.evaluate_command,
-        use.info_command,
-        use.verify_command,
-        use.doctor_command,
-        use.pull_command,
-        use.run_script_command,
-    ],
-    "Train": [train.train_command, train.finetune_command],
-    "Share": [share.card_command, share.publish_command, share.convert_command],
-    "Measure": [measure.bench_group],
+# By section: the module of a command, and what it does. Its function is called `<name>_command`.
+SECTIONS = {
+    "Use": {
+        "list": ("use", "List the models: data set, top-1, calibration error (ECE) and size"),
+        "predict": ("use", "Name the most likely classes of images"),
+        "evaluate": (
+            "use",
+            "Measure the top-1 accuracy of a model on the test images of a data set",
+        ),
+        "info": ("use", "Describe a checkpoint"),
+        "verify": ("use", "Check that a model computes on this machine what it should"),
+        "doctor": ("use", "Check whether models can be loaded on this machine, and if not, why"),
+        "pull": ("use", "Download weights into the Hub's cache, for later use without network"),
+        "run-script": (
+            "use",
+            "Run a Python script, such as timm's validate.py, with the models registered",
+        ),
+    },
+    "Train": {
+        "train": ("train", "Train a model from scratch; the same command resumes a stopped run"),
+        "finetune": (
+            "train",
+            "Fine-tune a trained model on other images; the same command resumes a stopped run",
+        ),
+    },
+    "Share": {
+        "card": ("share", "Write a model card with its figures and reference logits"),
+        "publish": ("share", "Upload a model to the Hub in one commit, and pull it back to check"),
+        "convert": (
+            "share",
+            "Write a checkpoint as safetensors, in the layout of another implementation",
+        ),
+    },
+    "Measure": {
+        "bench": (
+            "measure",
+            "Measure what is claimed: speed, memory, and what choices in training are worth",
+        ),
+    },
 }
+COMMANDS = {name: entry for section in SECTIONS.values() for name, entry in section.items()}
 
 
 class _Group(click.Group):
-    """Prints the package's own errors as one line on stderr, and the commands by section."""
+    """Loads commands late, and prints the package's own errors as one line, exit status 1."""
 
-    def invoke(self, ctx: click.Context) -> Any:
-        try:
-            return super().invoke(ctx)
-        except ConvMixerHubError as error:
-            raise click.ClickException(str(error)) from None
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
+        if name not in COMMANDS:
+            return None
+        module = import_module(f"convmixer_hub.cli.{COMMANDS[name][0]}")
+        command: click.Command = getattr(module, f"{name.replace('-', '_')}_command")
+        return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         for section, commands in SECTIONS.items():
             with formatter.section(section):
-                formatter.write_dl([(c.name or "", summarize(c)) for c in commands])
+                formatter.write_dl([(name, summary) for name, (_, summary) in commands.items()])
 
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
+        commands = [
+            CompletionItem(name, help=summary)
+            for name, (_, summary) in COMMANDS.items()
+            if name.startswith(incomplete)
+        ]
+        return commands + click.Command.shell_complete(self, ctx, incomplete)
 
-def summarize(command: click.Command) -> str:
-    """Give the first sentence of a command's help, whole."""
-    first_paragraph, _, _ = (command.help or "").partition("\n\n")
-    return " ".join(first_paragraph.split()).removesuffix(".")
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except Exception as error:
+            from convmixer_hub.errors import ConvMixerHubError
+
+            if not isinstance(error, ConvMixerHubError):
+                raise
+            raise click.ClickException(str(error)) from None
 
 
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(__version__, package_name="convmixer-hub")
+@click.version_option(package_name="convmixer-hub")
 def main() -> None:
     """Trained ConvMixers by name."""
-
-
-for commands in SECTIONS.values():
-    for command in commands:
-        main.add_command(command)

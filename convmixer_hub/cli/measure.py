@@ -28,11 +28,11 @@ def _describe_setting() -> str:
 
 
 @click.group("bench")
-def bench_group() -> None:
+def bench_command() -> None:
     """Measure what is claimed: speed, memory, and what choices in training are worth."""
 
 
-@bench_group.command("train")
+@bench_command.command("train")
 @click.argument("model", default=DEFAULT_MODEL)
 @click.option("--batch-size", default=128, show_default=True, type=click.IntRange(min=2))
 @click.option("--rounds", default=5, show_default=True, type=POSITIVE, help="Steps that count.")
@@ -75,7 +75,7 @@ def bench_train_command(
             click.echo(f"ours computes in {speed.dtype}")
 
 
-@bench_group.command("load")
+@bench_command.command("load")
 @click.argument("name", default=DEFAULT_MODEL)
 @click.option("--rounds", default=30, show_default=True, type=POSITIVE)
 def bench_load_command(name: str, rounds: int) -> None:
@@ -88,7 +88,7 @@ def bench_load_command(name: str, rounds: int) -> None:
     )
 
 
-@bench_group.command("recipe")
+@bench_command.command("recipe")
 @click.argument("model", default=DEFAULT_MODEL)
 @data_option
 @click.option(
@@ -145,7 +145,7 @@ def _print_outcomes(model: str, outcomes: Sequence[Outcome], common: Mapping[str
     print_table(rows)
 
 
-@bench_group.command("finetune")
+@bench_command.command("finetune")
 @click.argument("name", default=DEFAULT_MODEL)
 @data_option
 @click.option("--images-a-class", default=50, show_default=True, type=click.IntRange(min=2))
