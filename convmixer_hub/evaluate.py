@@ -1,4 +1,4 @@
-"""How good a model is on labelled images: accuracy, confusions, calibration."""
+"""How good a model is on labeled images: accuracy, confusions, calibration."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
 from .data.images import eval_transform
-from .data.reader import LabelledImages, load_images, read_batches
+from .data.reader import LabeledImages, load_images, read_batches
 from .errors import DataError
 from .machine import get_rank, get_world_size, join_processes, sum_over_processes
 from .model.config import get_label_names
 
 CALIBRATION_BINS = 15
-MISTAKES_TO_FIT = 10  # a temperature to
+MISTAKES_TO_FIT = 10  # fewer do not determine a temperature
 
 
 @dataclass(frozen=True)
@@ -61,12 +61,12 @@ def evaluate(
     return Evaluation(*total.tolist())
 
 
-def load_test_images(model: nn.Module, data_dir: str | Path) -> LabelledImages:
+def load_test_images(model: nn.Module, data_dir: str | Path) -> LabeledImages:
     """Read the test images of a data set, prepared as the model's config says.
 
     Args:
         model: From `timm.create_model`.
-        data_dir: Folder of the data set, see `data.load_images`.
+        data_dir: Folder of the data set, see `data.reader.load_images`.
 
     Raises:
         DataError: If the data cannot be read, or its classes are not the model's.
@@ -92,7 +92,7 @@ def evaluate_on(
 
     Args:
         model: From `timm.create_model`; left in evaluation mode, on the GPU if there is one.
-        data_dir: Folder of the data set, see `data.load_images`.
+        data_dir: Folder of the data set, see `data.reader.load_images`.
         batch_size: Images at a time; changes the speed, not the result.
         workers: Processes that read images.
 

@@ -141,7 +141,7 @@ def draw_patch_embedding(weight: Tensor) -> bytes:
 
 
 def draw_kernels(weights: Sequence[Tensor]) -> bytes:
-    """Draw the first depth-wise kernels `[d_model, 1, side, side]` of each layer, as PNG.
+    """Draw the first depthwise kernels `[d_model, 1, side, side]` of each layer, as PNG.
 
     Each is scaled by its own largest weight; blue is below 0, white 0, red above.
     """

@@ -56,7 +56,7 @@ class Variant:
     Attributes:
         d_model: Number of channels.
         n_layers: Number of layers.
-        kernel_size: Side of the depth-wise kernels, in patches.
+        kernel_size: Side of the depthwise kernels, in patches.
         patch_size: Side of a patch, in pixels.
         image_size: Side of the images, in pixels.
     """
@@ -244,9 +244,13 @@ def load_trained(name: str | Path | Source, label_names: Sequence[str] | None = 
         return timm.create_model(
             source.record.name, pretrained=True, pretrained_cfg_overlay=overlay, **options
         )
+    if not source.name:
+        raise CheckpointError(
+            f"{source.file}: is a file alone; name the folder that holds it and its {CONFIG_FILE}"
+        )
     config_file = source.folder / CONFIG_FILE
     arch = source.config.get("architecture")
-    if not source.name or "architecture" not in source.config:
+    if "architecture" not in source.config:
         raise CheckpointError(
             f"{config_file}: missing, or not a model's configuration; "
             "name a folder that `convmixer train` or timm wrote"
@@ -294,9 +298,9 @@ def list_models() -> list[ModelInfo]:
     """List every registered model of this package, trained ones first for each arch."""
     models = []
     for arch, default_cfg in default_cfgs.items():
-        network = timm.create_model(arch, device="meta")
-        parameters = sum(parameter.numel() for parameter in network.parameters())
         for tag, cfg in default_cfg.cfgs.items():
+            network = timm.create_model(f"{arch}.{tag}", device="meta")
+            parameters = sum(parameter.numel() for parameter in network.parameters())
             record = RECORDS.get(f"{arch}.{tag}")
             name = record.name if record else arch
             models.append(ModelInfo(name, parameters, cfg.input_size, record))

@@ -74,7 +74,7 @@ def test_a_card_says_what_the_files_and_the_test_images_say(run, cifar_sample):
     right = [int(output.argmax()) == label for label, output in enumerate(outputs)]
     confidences = [float(output.max()) for output in outputs]
     correct = sum(right)
-    assert f"**Top-1: {10 * correct:.2f} %** ({correct} of the 10 test images, one view" in text
+    assert f"**Top-1: {10 * correct:.2f} %** ({correct} of the 10 test images, no test-time" in text
     for name, is_right in zip(CIFAR10.classes, right):
         assert f"\n| {name} | {is_right:d} | 1 | {100 * is_right:.2f} % |\n" in text
     [error] = re.findall(r"\(ECE\): ([\d.]+) %", text)
@@ -92,7 +92,7 @@ def test_a_card_says_what_the_files_and_the_test_images_say(run, cifar_sample):
         assert fact in text
     assert "8 layers × 96 channels, kernel 5, patch 1, 99,082 parameters" in text
     assert "`convmixer card a_run --data DIR` on 2026-01-02, on the 10 test images" in text
-    assert "From epoch 3 on, the learning rate falls and images are augmented more; the l" in text
+    assert "From epoch 3 on, the learning rate falls; the l" in text
     assert text.endswith("\n## Limits\n\nNever trained.\n")
 
     pictures = {"confusion", "curve", "kernels", "patch_embedding", "reliability"}
@@ -114,6 +114,22 @@ def test_the_card_of_a_fine_tuned_model_gives_its_command(run, cifar_sample):
     again = {name: given[name] for name in FINETUNE_OPTIONS}
     assert choose_settings(given["name"], cifar_sample, **again) == settings
     assert "training images: 35.00 %, by which the epoch was chosen" in text
+
+
+def test_validation_images_are_called_so(run, cifar_sample):
+    [test] = (cifar_sample / "plain_text").glob("test-*")
+    test.rename(test.with_name("validation-00000-of-00001.parquet"))
+    card = write_card(run, cifar_sample)
+    text = card.read_text()
+    assert "of the 10 validation images" in text and "the 10 test images" not in text
+    assert ModelCard.load(card).data.eval_results[0].dataset_split == "validation"
+
+
+@pytest.mark.parametrize("training", [None, {"model": ARCH, "epochs": 0}, {"epochs": 3}])
+def test_settings_that_were_edited_give_no_command(run, cifar_sample, training):
+    config = json.loads((run / "config.json").read_text()) | {"training": training}
+    (run / "config.json").write_text(json.dumps(config))
+    assert "convmixer train convmixer" not in write_card(run, cifar_sample).read_text()
 
 
 def test_the_record_of_a_model_is_proposed(run, cifar_sample, monkeypatch):
@@ -143,8 +159,8 @@ def test_the_card_says_how_probabilities_were_fitted(run, cifar_sample):
     (run / "config.json").write_text(json.dumps(config | {"temperature": 0.66}))
     text = write_card(run, cifar_sample).read_text()
     assert (
-        "- Probabilities: the weights of the head are divided by 0.660, a temperature fitted on "
-        "the held-out training images\n"
+        "- Probabilities: the head (weight and bias) is divided by 0.660, a temperature fitted "
+        "on the held-out training images\n"
     ) in text
 
 

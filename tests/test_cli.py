@@ -141,6 +141,17 @@ def test_card_is_written_for_a_name(convmixer, cifar_sample, tmp_path):
     )
 
 
+@pytest.mark.parametrize("command", ["card", "publish"])
+def test_a_file_alone_is_no_folder_of_a_model(convmixer, tmp_path, command):
+    file = tmp_path / "other.safetensors"
+    shutil.copy(CHECKOUT / "weights" / NAME / "model.safetensors", file)
+    options = {"card": ["--data", "."], "publish": ["--repo-id", "a/b"]}[command]
+    message = f"Error: {file}: is no folder of a model; name a run folder, or a model of this "
+    assert convmixer(command, file, *options).stderr.startswith(message)
+    message = f"Error: {file}: is a file alone; name the folder that holds it and its config.json"
+    assert convmixer("predict", IMAGES / "cat.png", "--model", file).stderr.startswith(message)
+
+
 def test_predict_draws_a_figure(convmixer, tmp_path):
     figure = tmp_path / "figure.png"
     assert convmixer("predict", IMAGES / "cat.png", "--figure", figure).exit_code == 0

@@ -223,7 +223,8 @@ def test_without_a_compiler_training_works_and_says_why_it_is_slow(
     [message] = [record.getMessage() for record in caplog.records]
     assert re.fullmatch(
         r"training takes several times as long here as it need: cpu.cpp cannot be compiled "
-        rf"\(.*{reason}.*\); install a C\+\+ compiler such as g\+\+, or name one in CXX",
+        rf"\(.*{reason}.*\); install a C\+\+ compiler such as g\+\+, or name one in CXX, and a "
+        "folder that can be written to in XDG_CACHE_HOME",
         message,
     )
 

@@ -32,6 +32,7 @@ from convmixer_hub.zoo import load_trained
 
 from .conftest import CHECKOUT, IMAGES
 
+TRAINED = "convmixer_cifar.cifar10"
 SETTINGS = TrainingSettings(
     "convmixer_96_8_ks5_p1",
     epochs=2,
@@ -114,6 +115,13 @@ def test_a_run_gives_probabilities_fitted_to_its_held_out_images(cifar_sample, t
     before = (folder / "model.safetensors").read_bytes()
     run(settings, cifar_sample, folder)  # a finished run is only written out again
     assert (folder / "model.safetensors").read_bytes() == before
+
+
+def test_a_run_from_a_repository_keeps_its_owner(cifar_sample, tmp_path, hub):
+    name = f"hf-hub:convmixer-hub/{TRAINED}"
+    settings = replace(SETTINGS, model=name, pretrained=True, epochs=1)
+    folder = run(settings, cifar_sample, tmp_path / "run")
+    assert json.loads((folder / "config.json").read_text())["training"]["model"] == name
 
 
 @pytest.fixture
@@ -440,7 +448,10 @@ def test_a_run_does_not_go_on_with_other_classes(cifar_sample, tmp_path):
     ("damage", "message"),
     [
         (lambda state: state.unlink(), "holds files but no training_state.pt, so it is no run to"),
-        (lambda state: state.write_bytes(b"x"), "training_state.pt: damaged .*; name another run"),
+        (
+            lambda state: state.write_bytes(b"x"),
+            "training_state.pt: cannot be read .*; name another --output",
+        ),
     ],
     ids=["missing", "damaged"],
 )

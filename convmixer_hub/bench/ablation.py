@@ -66,7 +66,7 @@ def compare_changes(
 
     Args:
         model: Name of an arch of this package.
-        data_dir: Folder of the data set, see `data.load_images`; its test split is not read.
+        data_dir: Folder of the data set, see `data.reader.load_images`; its test split is not read.
         output: Folder for the run folders; runs that are in it are resumed.
         changes: Keys of `CHANGES`.
         progress: Show progress bars, if there is a terminal, and a line an epoch.

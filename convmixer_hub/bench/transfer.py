@@ -41,7 +41,7 @@ def bench_finetune(
     images. Training from scratch takes the optimizer and the learning rate of `convmixer train`.
 
     Args:
-        name: The trained model, `arch.tag`, or an arch alone for its first tag.
+        name: The trained model, `arch.tag`, or an arch alone for its default tag.
         data_dir: Folder with `train` and `test` (or `val`) class folders.
         images_a_class: How many images of each class to train on, those held out included.
         seeds: How many times to do it.

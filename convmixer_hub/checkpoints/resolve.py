@@ -80,8 +80,23 @@ def resolve(name: str | Path, embedded: bool = False) -> Source:
     else:
         file, timm_name = path, ""
     config_file = file.with_name(CONFIG_FILE)
-    has_config = file.name == WEIGHTS_FILE and config_file.exists()
+    has_config = file.name == WEIGHTS_FILE and os.path.exists(config_file)
     return Source(file, timm_name, _read_config(config_file) if has_config else {})
+
+
+def resolve_folder(name: str | Path) -> Source:
+    """Find the folder of a model that is at hand: a run, or the package's own copy of a model.
+
+    Raises:
+        UnknownModelError: If there is no such model or folder.
+        CheckpointError: If it is a file or a repository, or as in `resolve`.
+    """
+    source = resolve(name, embedded=True)
+    if not source.record and not source.name.startswith("local-dir:"):
+        raise CheckpointError(
+            f"{name}: is no folder of a model; name a run folder, or a model of this package"
+        )
+    return source
 
 
 def _find_recorded(record: CheckpointRecord, timm_name: str, embedded: bool = False) -> Source:

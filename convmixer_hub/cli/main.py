@@ -8,6 +8,7 @@ nothing but click; it is installed under a name of its own, too (see setup.cfg),
 from __future__ import annotations
 
 from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import click
@@ -93,7 +94,25 @@ class _Group(click.Group):
             raise click.ClickException(str(error)) from None
 
 
+def _print_version(ctx: click.Context, parameter: click.Parameter, wanted: bool) -> None:
+    if not wanted or ctx.resilient_parsing:
+        return
+    try:
+        found = version("convmixer-hub")
+    except PackageNotFoundError:  # a checkout that was never installed
+        found = import_module("convmixer_hub.version").__version__
+    click.echo(f"convmixer, version {found}")
+    ctx.exit()
+
+
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(package_name="convmixer-hub")
+@click.option(
+    "--version",
+    is_flag=True,
+    is_eager=True,
+    expose_value=False,
+    callback=_print_version,
+    help="Show the version and exit.",
+)
 def main() -> None:
     """Trained ConvMixers by name."""

@@ -7,12 +7,13 @@ from pathlib import Path
 import click
 
 from ..checkpoints.convert import convert
-from ..checkpoints.resolve import resolve
+from ..checkpoints.resolve import resolve_folder
 from ..hub.records import CARD_FILE, WEIGHTS_FILE
 from ..model.convmixer import ACTIVATIONS
 from ..model.layouts import ALIASES, LAYOUTS
 from ..release.card import propose_record, write_card
 from ..release.publish import list_uploads, publish
+from ..zoo import VARIANTS
 from .options import DEFAULT_MODEL, data_option, print_table
 
 
@@ -29,9 +30,10 @@ def card_command(name: str, data: Path, output: Path | None) -> None:
     the data set; NOTES.md in the folder is appended. The record to add for a model of the package
     is printed.
     """
-    card = write_card(resolve(name, embedded=True).folder, data, output)
+    card = write_card(resolve_folder(name).folder, data, output)
     click.echo(card)
-    if record := propose_record(card):
+    record = propose_record(card)
+    if record and name.partition(".")[0] in VARIANTS:
         click.echo(f"its record, for convmixer_hub/hub/records.py:\n{record}")
 
 

@@ -108,9 +108,9 @@ def finetune_command(
 ) -> None:
     """Fine-tune a trained model on other images; the same command resumes a stopped run.
 
-    RUN gets the weights of the epoch that did best on the images for validation, a picture of the
-    confusions among them, and one of the worst mistakes. Settings that are not given are chosen
-    for the data.
+    The output folder gets the weights of the epoch that did best on the validation images, their
+    confusion matrix, and a picture of the most confident mistakes. Settings that are not given are
+    chosen for the data.
     """
     with _stopping_at(output):
         settings = choose_settings(name, data, **changes)

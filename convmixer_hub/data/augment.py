@@ -58,7 +58,7 @@ class TrainingImages:
     arXiv:2404.00498).
 
     Args:
-        images: Some of a `LabelledImages`.
+        images: Some of a `LabeledImages`.
         data_config: From `timm.data.resolve_model_data_config(model)`; images of other sizes are
             scaled and cropped as in evaluation.
         seed: The same seed gives the same batches everywhere, but for the RandAugment, which takes

@@ -1,4 +1,4 @@
-"""Labelled images from disk: a folder gives the images of its splits, and the names of classes.
+"""Labeled images from disk: a folder gives the images of its splits, and the names of classes.
 
 Three layouts are known, and a folder tells which one it is:
 
@@ -34,7 +34,7 @@ LABEL_COLUMNS = ("label", "fine_label")  # the latter in CIFAR-100
 SPLITS = {"train": ("train",), "validation": ("validation", "val"), "test": ("test",)}
 
 
-class LabelledImages(Dataset[tuple[Any, int]]):
+class LabeledImages(Dataset[tuple[Any, int]]):
     """What a reader gives: `(image, label)`, and the names of the classes by label."""
 
     classes: list[str]
@@ -44,7 +44,7 @@ class LabelledImages(Dataset[tuple[Any, int]]):
         raise NotImplementedError
 
 
-class ParquetImages(LabelledImages):
+class ParquetImages(LabeledImages):
     """Images and labels from parquet files in the Hugging Face Hub's layout.
 
     Args:
@@ -135,7 +135,7 @@ def _list_names(classes: Sequence[str]) -> str:
 
 def load_images(
     data_dir: str | Path, split: str, transform: Callable | None = None
-) -> LabelledImages:
+) -> LabeledImages:
     """Read one split of a data set; the layout is found out from the folder.
 
     Args:
@@ -260,7 +260,7 @@ def read_images(
     """Read some of the images of a data set into memory.
 
     Args:
-        images: Some of a `LabelledImages`.
+        images: Some of a `LabeledImages`.
         transform: Turns an RGB image into a tensor.
         skip_damaged: Leave out images that cannot be read.
         progress: Show a progress bar, if there is a terminal.
@@ -300,7 +300,7 @@ def read_batches(loader: DataLoader) -> Iterator[list[torch.Tensor]]:
 
 
 def with_transform(images: Subset, transform: Callable) -> Subset:
-    """Take some images of a `LabelledImages`, seen through another transform."""
+    """Take some images of a `LabeledImages`, seen through another transform."""
     view: Any = copy.copy(images.dataset)
     view.transform = transform
     return Subset(view, images.indices)

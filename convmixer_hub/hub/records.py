@@ -165,12 +165,13 @@ def suggest(name: str, known: Iterable[str]) -> str:
 
 
 def get_record(name: str) -> CheckpointRecord:
-    """Look up the record of a trained model; a bare arch means its `DEFAULT_TAG`.
+    """Look up the record of a trained model; a bare arch means its `DEFAULT_TAG`, if that is there.
 
     Raises:
         UnknownModelError: If no trained model has this name.
     """
     record = RECORDS.get(name) or RECORDS.get(f"{name}.{DEFAULT_TAG}")
+    record = record or next((r for r in RECORDS.values() if r.arch == name), None)
     if record is None:
         raise UnknownModelError(f"no trained weights are named '{name}'; {suggest(name, RECORDS)}")
     return record

@@ -1,7 +1,7 @@
 """ConvMixer, from "Patches Are All You Need?" (Trockman & Kolter, 2022, arXiv:2201.09792).
 
 An image is cut into patches, and every patch becomes a vector of `d_model` numbers. Then come
-layers that mix, in turn, *places* (a depth-wise convolution, with a residual connection around it)
+layers that mix, in turn, *places* (a depthwise convolution, with a residual connection around it)
 and *channels* (a 1x1 convolution, without one). The mean over all places goes to a linear head.
 
 The names of the modules, and so the keys of the state dict, are those of labml_nn's ConvMixer.
@@ -57,7 +57,7 @@ class ConvMixerLayer(nn.Module):
 
     Args:
         d_model: Number of channels.
-        kernel_size: Side of the depth-wise kernel, in patches; odd.
+        kernel_size: Side of the depthwise kernel, in patches; odd.
         act_layer: Class of the activation; the paper uses exact (erf) GELU.
         drop_path_rate: Probability that, in training, an image skips the mixing of places.
 
@@ -203,7 +203,7 @@ class ConvMixer(nn.Module):
     Args:
         d_model: Number of channels of every layer (the paper's h).
         n_layers: Number of layers (the paper's d).
-        kernel_size: Side of the depth-wise kernels, in patches; odd (the paper's k).
+        kernel_size: Side of the depthwise kernels, in patches; odd (the paper's k).
         patch_size: Side of a patch, in pixels (the paper's p).
         num_classes: Number of classes; 0 for a network without a head.
         in_chans: Number of channels of the images.

@@ -118,6 +118,12 @@ void check(const Tensor& x, const Tensor& like) {
   TORCH_CHECK(x.scalar_type() == at::kFloat || x.scalar_type() == at::kBFloat16);
 }
 
+const float* check_sums(const Tensor& sums, const Tensor& like) {
+  TORCH_CHECK(sums.dim() == 2 && sums.size(0) == 2 && sums.size(1) == like.size(1));
+  TORCH_CHECK(sums.is_contiguous());
+  return sums.const_data_ptr<float>();
+}
+
 const float* check_channels(const Tensor& x, const Tensor& like) {
   TORCH_CHECK(x.dim() == 1 && x.size(0) == like.size(1) && x.is_contiguous());
   return x.const_data_ptr<float>();
@@ -154,7 +160,7 @@ std::tuple<Tensor, Tensor, Tensor> normalize(const Tensor& y, const Tensor& sums
   check(y, y);
   const int64_t channels = y.size(1);
   Tensor result = at::empty_like(y), mean = at::empty_like(center), variance = mean.clone();
-  const float *of_deviation = sums.const_data_ptr<float>(), *of_square = of_deviation + channels;
+  const float *of_deviation = check_sums(sums, y), *of_square = of_deviation + channels;
   const float *centers = check_channels(center, y), *weights = check_channels(weight, y);
   const float* biases = check_channels(bias, y);
   float *means = mean.data_ptr<float>(), *variances = variance.data_ptr<float>();
@@ -205,7 +211,7 @@ Tensor input_gradient(const Tensor& grad, const Tensor& y, const Tensor& slope, 
   check(grad, y), check(slope, y), check(y, y);
   const int64_t channels = y.size(1);
   Tensor result = at::empty_like(y);
-  const float *of_grad = sums.const_data_ptr<float>(), *of_product = of_grad + channels;
+  const float *of_grad = check_sums(sums, y), *of_product = of_grad + channels;
   const float *weights = check_channels(weight, y), *means = check_channels(mean, y);
   const float* variances = check_channels(variance, y);
   std::vector<float> factors(channels), y_factors(channels), constants(channels);
@@ -286,7 +292,7 @@ void add_products(const Tensor& x, const Tensor& grad, Tensor& sums) {
   });
 }
 
-// What weight [channels, 1, kernel_size, kernel_size] and bias [channels] of a depth-wise
+// What weight [channels, 1, kernel_size, kernel_size] and bias [channels] of a depthwise
 // convolution with stride 1 and "same" padding get, in fp32.
 std::tuple<Tensor, Tensor> depth_wise_gradients(const Tensor& x, const Tensor& grad,
                                                 int64_t kernel_size) {

@@ -2,7 +2,7 @@
 
 Next to the convolutions, GELU and BatchNorm are most of a training step, and what they cost is
 reading and writing memory. `cpu.cpp` has them in as few passes as there can be, and a fast weight
-gradient of the depth-wise convolutions; it is compiled the first time that it is needed.
+gradient of the depthwise convolutions; it is compiled the first time that it is needed.
 
 With several processes the statistics are those of all their batches together, which torch's own
 SyncBatchNorm computes on GPUs alone.
@@ -16,6 +16,7 @@ import hashlib
 import logging
 import os
 import platform
+import shlex
 import statistics
 import subprocess
 import time
@@ -48,30 +49,26 @@ def load_passes() -> bool:
     """
     source = Path(__file__).with_suffix(".cpp")
     torch_folder = Path(torch.__file__).parent
-    command = [os.environ.get("CXX", "c++"), *FLAGS]
-    command += [f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"]
-    command += [
-        f"-I{torch_folder / 'include'}",
-        f"-L{torch_folder / 'lib'}",
-        "-ltorch_cpu",
-        "-lc10",
-    ]
+    compiler = shlex.split(os.environ.get("CXX") or "c++")
+    abi = int(torch.compiled_with_cxx11_abi())
+    flags = [*FLAGS, f"-D_GLIBCXX_USE_CXX11_ABI={abi}", f"-I{torch_folder / 'include'}"]
+    flags += [f"-L{torch_folder / 'lib'}", "-ltorch_cpu", "-lc10"]
     # What is compiled for one processor may not run on another that shares the folder.
-    made_of = [source.read_text(), *command, torch.__version__, _describe_processor()]
+    made_of = [source.read_text(), *compiler, *flags, torch.__version__, _describe_processor()]
     digest = hashlib.sha256("\0".join(made_of).encode()).hexdigest()
-    cache_folder = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
-    library = cache_folder / "convmixer_hub" / f"cpu_{digest[:16]}.so"
     try:
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+        library = cache / "convmixer_hub" / f"cpu_{digest[:16]}.so"
         if not library.exists():
             library.parent.mkdir(parents=True, exist_ok=True)
             with replacing(library) as temporary:
-                command[1:1] = [str(source), "-o", str(temporary)]
-                _run_compiler(command)
+                _run_compiler([*compiler, str(source), *flags, "-o", str(temporary)])
         torch.ops.load_library(str(library))
-    except OSError as error:
+    except (OSError, RuntimeError) as error:  # the latter where there is no home folder
         _logger.warning(
             "training takes several times as long here as it need: cpu.cpp cannot be compiled (%s);"
-            " install a C++ compiler such as g++, or name one in CXX",
+            " install a C++ compiler such as g++, or name one in CXX, and a folder that can be "
+            "written to in XDG_CACHE_HOME",
             first_line(error),
         )
         return False
@@ -244,13 +241,15 @@ def choose_dtype(
     layer = copy.deepcopy(model.conv_mixer_layers[0]).train()
     side = image_size // model.patch_emb.patch_size
     x = torch.rand(max(2, 8192 // side**2), model.num_features, side, side)
+    inputs = (x.clone().requires_grad_(), x.bfloat16().requires_grad_())
     seconds: tuple[list[float], list[float]] = ([], [])
     for _ in range(5):  # in turns, and the first of each does not count
         for in_bf16, taken in enumerate(seconds):
-            dtype = torch.bfloat16 if in_bf16 else torch.float32
+            layer.zero_grad()
+            inputs[in_bf16].grad = None
             start = time.perf_counter()
             with torch.autocast("cpu", torch.bfloat16, enabled=bool(in_bf16)):
-                y = layer(x.to(dtype).requires_grad_())
+                y = layer(inputs[in_bf16])
             y.backward(y.detach())
             taken.append(time.perf_counter() - start)
     medians = sum_over_processes(torch.tensor([statistics.median(s[1:]) for s in seconds]))

@@ -1,4 +1,4 @@
-"""Depth-wise convolution with a backward pass that a CPU computes quickly."""
+"""Depthwise convolution with a backward pass that a CPU computes quickly."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ FAST_KERNEL_SIZES = (3, 5, 7, 9)  # those that `cpu.cpp` has
 
 
 class _DepthWiseConvFunction(torch.autograd.Function):
-    """Stride-1, odd-kernel, same-padded depth-wise convolution; both gradients are convolutions.
+    """Stride-1, odd-kernel, same-padded depthwise convolution; both gradients are convolutions.
 
-    PyTorch's own weight gradient of a depth-wise convolution runs on a slow generic path on CPUs.
-    The same sums are a depth-wise convolution of the image by the gradient of the output, with the
+    PyTorch's own weight gradient of a depthwise convolution runs on a slow generic path on CPUs.
+    The same sums are a depthwise convolution of the image by the gradient of the output, with the
     batch folded into the channels, and for that there is a fast kernel.
     """
 
@@ -80,7 +80,7 @@ def _get_dtype(weight: Tensor) -> torch.dtype:
 
 
 class DepthWiseConv2d(nn.Conv2d):
-    """Depth-wise convolution with stride 1 and "same" padding: one kernel for each channel.
+    """Depthwise convolution with stride 1 and "same" padding: one kernel for each channel.
 
     It is an `nn.Conv2d` in every respect (parameters, initialization, state dict, result). Where
     it is trained eagerly on a CPU, in fp32 or under `torch.autocast`, the gradients come from a

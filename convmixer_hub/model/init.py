@@ -1,4 +1,4 @@
-"""Depth-wise kernels drawn with a covariance like that of trained ConvMixers."""
+"""Depthwise kernels drawn with a covariance like that of trained ConvMixers."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from .convmixer import ConvMixer
 
 
 def draw_kernels_by_depth(model: ConvMixer) -> None:
-    """Draw the depth-wise kernels of a model anew, smoother and wider the deeper the layer.
+    """Draw the depthwise kernels of a model anew, smoother and wider the deeper the layer.
 
     After Trockman, Willmott & Kolter (2022, arXiv:2210.03651), with a simpler covariance and the
     mean square that PyTorch's own initialization gives the values of a layer. The numbers come

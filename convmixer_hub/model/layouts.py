@@ -24,7 +24,7 @@ class Layout:
     Attributes:
         stem: Convolution and norm of the patch embedding.
         layers: What stands before the number of a layer.
-        layer: Depth-wise convolution, norm, 1x1 convolution and norm, within a layer.
+        layer: Depthwise convolution, norm, 1x1 convolution and norm, within a layer.
         head: The linear map; `{}` is its place in an `nn.Sequential` of everything.
         first_layer: Number of the first layer.
     """

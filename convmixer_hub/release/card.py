@@ -21,7 +21,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from torch.utils.data import DataLoader
 
 from ..data.reader import has_split
-from ..errors import CheckpointError, DataError, first_line
+from ..errors import CheckpointError, DataError, TrainingError, first_line
 from ..evaluate import (
     CALIBRATION_BINS,
     Calibration,
@@ -72,7 +72,7 @@ def write_card(
     Args:
         folder: Holds the model as `train` writes it; the card has the folder's name. Without
             `metrics.csv` there is no curve and no training time.
-        data_dir: Folder of the data set, see `data.load_images`.
+        data_dir: Folder of the data set, see `data.reader.load_images`.
         output: Where the files go, made if missing; the model's own folder if not given.
         batch_size: Images at a time; changes the speed, not the result.
         workers: Processes that read images.
@@ -98,7 +98,7 @@ def write_card(
     output = Path(output or folder)
     _make_writable(output)
     config = json.loads((folder / CONFIG_FILE).read_text())
-    settings = config.get("training", {})
+    settings = config.get("training") or {}
     chosen_on_validation = settings.get("keep_best") and not settings.get("held_out")
     if chosen_on_validation and not has_split(data_dir, "test"):
         raise DataError(
@@ -127,11 +127,13 @@ def write_card(
 
     known = next((d for d in DATASETS if d.classes == tuple(classes)), None)
     dataset = known.name if known else Path(data_dir).resolve().name
+    hub_id = known.hub_id if known else None
+    split = "test" if has_split(data_dir, "test") else "validation"
     result = Evaluation(int(confusion.trace()), int(confusion.sum()))
     plan = _read_plan(settings)
     validation_top1 = metrics.get("held_out_top1", [0.0])
     card = ModelCard.from_template(
-        _make_metadata(name, model, dataset, known.hub_id if known else None, result, calibration),
+        _make_metadata(name, model, dataset, hub_id, split, result, calibration),
         str(Path(__file__).with_suffix(".md")),
         name=name,
         model=model,
@@ -153,6 +155,7 @@ def write_card(
         calibration=calibration,
         bins=CALIBRATION_BINS,
         dataset=dataset,
+        split=split,
         today=today or date.today(),
         measured_on=f"{describe_machine(torch.device('cpu'))}, torch {torch.__version__}",
     )
@@ -185,8 +188,8 @@ def propose_record(card: Path) -> str:
     name, digest = str(data.model_name), hash_file(weights)
     known = RECORDS.get(name)
     revision = known.revision if known else "v1"
-    if known and known.sha256 != digest:
-        revision = f"v{int(revision[1:]) + 1}"
+    if known and known.sha256 != digest and (version := re.fullmatch(r"v(\d+)", revision)):
+        revision = f"v{int(version[1]) + 1}"
     return f"""CheckpointRecord(
     name="{name}",
     sha256="{digest}",
@@ -203,6 +206,7 @@ def _make_metadata(
     model: ConvMixer,
     dataset: str,
     dataset_id: str | None,
+    split: str,
     result: Evaluation,
     calibration: Calibration,
 ) -> ModelCardData:
@@ -216,7 +220,7 @@ def _make_metadata(
             task_type="image-classification",
             dataset_type=dataset_id or dataset,
             dataset_name=dataset,
-            dataset_split="test",
+            dataset_split=split,
             metric_type=metric,
             metric_name=metric_name,
             metric_value=round(value, 2),
@@ -238,10 +242,13 @@ def _make_metadata(
 def _read_plan(settings: Mapping[str, Any]) -> TrainingSettings | None:
     """Read the settings of a run; None if they are of another version, or there are none."""
     defaults = {field.name: field.default for field in fields(TrainingSettings)}
-    if not settings or not settings.keys() <= defaults.keys():
+    if "model" not in settings or not settings.keys() <= defaults.keys():
         return None
-    # Settings that are younger than the run change nothing by default.
-    return TrainingSettings(**{**defaults, **settings})
+    try:
+        # Settings that are younger than the run change nothing by default.
+        return TrainingSettings(**{**defaults, **settings})
+    except (TypeError, TrainingError):  # edited by hand
+        return None
 
 
 def _describe_curve(plan: TrainingSettings | None, image_size: int) -> str:
@@ -250,7 +257,8 @@ def _describe_curve(plan: TrainingSettings | None, image_size: int) -> str:
     if plan is None:
         return caption
     caption += f" From epoch {plan.peak_epochs + 1} on, the learning rate falls"
-    if plan.peak_epochs and plan.late_augmentation:
+    augments = plan.mixes or plan.rand_augment or plan.random_erasing
+    if plan.peak_epochs and plan.late_augmentation and augments:
         caption += " and images are augmented more"
     if 0 < plan.whole_epochs < plan.epochs and plan.small_crop_size < image_size:
         caption += f"; the last {plan.whole_epochs} epochs see whole images"

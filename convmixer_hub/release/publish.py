@@ -13,7 +13,7 @@ from huggingface_hub import CommitOperationAdd, HfApi, hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError
 
 from ..checkpoints.files import read_model_files
-from ..checkpoints.resolve import resolve
+from ..checkpoints.resolve import resolve_folder
 from ..errors import ConvMixerHubError, PublishError, UnknownModelError
 from ..files import hash_file
 from ..hub.records import GOLDEN_FILE, WEIGHTS_FILE, get_record
@@ -67,14 +67,14 @@ def list_uploads(name: str) -> list[Upload]:
 
     Args:
         name: A trained model's name, for its folder in the package, or a run folder. Of the files
-            in it, those of `checkpoint.MODEL_FILES` are published.
+            in it, those of `hub.records.MODEL_FILES` are published.
 
     Raises:
         UnknownModelError: If it is neither a trained model's name nor a folder.
         CheckpointError: If the model would not load, a file cannot be read, or `golden.json` is of
             other weights.
     """
-    source = resolve(name, embedded=True)
+    source = resolve_folder(name)
     if not source.record:  # whose file is verified
         load_trained(source)
     files = read_model_files(source.folder.resolve())

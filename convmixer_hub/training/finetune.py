@@ -59,7 +59,7 @@ def choose_settings(name: str, data_dir: str | Path, **changes: Any) -> Training
 
     Args:
         name: The trained model, as in `zoo.load_trained`.
-        data_dir: Folder of the data set, see `data.load_images`.
+        data_dir: Folder of the data set, see `data.reader.load_images`.
         changes: Settings to be different from what would be chosen; None for no change. By
             default a fifth of the training images is held out, if there are none for validation.
 
@@ -105,7 +105,7 @@ def finetune(
 
     Args:
         settings: From `choose_settings`.
-        data_dir: Folder of the data set, see `data.load_images`.
+        data_dir: Folder of the data set, see `data.reader.load_images`.
         output: The run folder. If it holds a run with the same settings, that run is resumed.
         skip_damaged: Leave out images that cannot be read, naming them on stderr.
         progress: Show progress bars, if there is a terminal, and a line an epoch.
@@ -130,7 +130,7 @@ def finetune(
         progress,
     )
     loader = DataLoader(TensorDataset(images, labels), batch_size=64)
-    logits, _ = collect_logits(model, loader)
+    logits, _ = collect_logits(model, loader, progress)
     probabilities = logits.softmax(dim=1)
     confusion = count_confusions(probabilities, labels)
     if get_rank() == 0:

@@ -3,7 +3,8 @@
 It holds
 
 - `training_state.pt`: all that the next step needs, and what the epochs before it gave;
-- `config.json`, `model.safetensors`: the model after the last whole epoch, as timm takes it;
+- `config.json`, `model.safetensors`: the model after the last whole epoch (the best one, if that is
+  kept; calibrated at the end, if images are held out), as timm takes it;
 - `metrics.csv`: one line an epoch.
 
 The state is written first and the others follow from it, each replaced whole or not at all.
@@ -138,7 +139,9 @@ def _read_state(file: Path) -> RunState:
         known = {field.name for field in fields(RunState)}
         return RunState(**{name: content[name] for name in content.keys() & known})
     except Exception as error:  # torch.load has no error of its own
-        raise TrainingError(f"{file}: damaged ({first_line(error)}); name another run") from None
+        raise TrainingError(
+            f"{file}: cannot be read ({first_line(error)}); name another --output"
+        ) from None
 
 
 def _check_same(folder: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:
@@ -178,8 +181,7 @@ def save_results(folder: Path, model: nn.Module, state: RunState) -> None:
     """
     config: dict[str, Any] = {
         "label_names": state.classes,
-        # Of a folder the name alone: the rest of the path is of this machine.
-        "training": {**state.settings, "model": Path(state.settings["model"]).name},
+        "training": {**state.settings, "model": _without_path(state.settings["model"])},
         "machine": state.machine,
     }
     if state.temperature != 1.0:
@@ -190,6 +192,11 @@ def save_results(folder: Path, model: nn.Module, state: RunState) -> None:
             writer = csv.DictWriter(file, fieldnames=list(state.metrics[0]))
             writer.writeheader()
             writer.writerows(state.metrics)
+
+
+def _without_path(model: str) -> str:
+    """Give the name of a folder alone: the rest of the path is of this machine."""
+    return model if model.startswith("hf-hub:") else Path(model).name
 
 
 def read_metrics(file: Path) -> dict[str, list[float]]:

@@ -1,4 +1,4 @@
-"""Training a model on labelled images, alone or in several processes, with a resumable run."""
+"""Training a model on labeled images, alone or in several processes, with a resumable run."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from ..data.augment import TrainingImages, derive_seed
 from ..data.images import eval_transform
-from ..data.reader import LabelledImages, has_split, hold_out, load_images, read_images
+from ..data.reader import LabeledImages, has_split, hold_out, load_images, read_images
 from ..errors import DataError, TrainingError, UnknownModelError
 from ..evaluate import collect_logits, evaluate, fit_temperature
 from ..hub.records import CONFIG_FILE, WEIGHTS_FILE, suggest
@@ -71,7 +71,7 @@ def train(
 
     Args:
         settings: What to compute.
-        data_dir: Folder of the data set, see `data.load_images`; its test split is not read.
+        data_dir: Folder of the data set, see `data.reader.load_images`; its test split is not read.
         output: The run folder. If it holds a run with the same settings, that run is resumed.
         skip_damaged: Train without the images that cannot be read, naming them on stderr.
         progress: Show progress bars, if there is a terminal, and a line an epoch.
@@ -128,7 +128,7 @@ def train(
 
 
 def load_validation(
-    settings: TrainingSettings, data_dir: str | Path, images: LabelledImages
+    settings: TrainingSettings, data_dir: str | Path, images: LabeledImages
 ) -> Subset:
     """Read the images by which a run with these settings measures itself after each epoch.
 
@@ -181,7 +181,7 @@ class _Run:
         settings: TrainingSettings,
         folder: Path,
         state: RunState,
-        images: LabelledImages,
+        images: LabeledImages,
         validation: Subset,
         device: torch.device,
         skip_damaged: bool,
@@ -278,7 +278,7 @@ class _Run:
                 tqdm.write(f"computes in {reason}")
         return state.precision
 
-    def _read_images(self, images: LabelledImages, validation: Subset, skip_damaged: bool) -> None:
+    def _read_images(self, images: LabeledImages, validation: Subset, skip_damaged: bool) -> None:
         settings = self.settings
         data_config = resolve_model_data_config(self.model)
         image_size = data_config["input_size"][-1]
@@ -308,6 +308,11 @@ class _Run:
         )
         damaged = self.images.damaged
         self.validation: DataLoader | None = None
+        if 0 < len(validation) < get_world_size():
+            raise TrainingError(
+                f"there are {len(validation)} validation images for {get_world_size()} processes; "
+                "give a larger --held-out, or fewer processes"
+            )
         if len(validation):
             tensors, labels, skipped = read_images(
                 validation, eval_transform(data_config), skip_damaged, self.progress
@@ -386,7 +391,9 @@ class _Run:
         state.metrics.append(metrics)
         if self.validation is not None and epoch + 1 == settings.epochs:
             logits, labels = collect_logits(self._make_result(), self.validation, self.progress)
-            state.temperature = fit_temperature(logits, labels)
+            # On the device: processes on GPUs cannot add up what is elsewhere.
+            device = self.device
+            state.temperature = fit_temperature(logits.to(device), labels.to(device))
         self._update_state(epoch + 1, 0, {})
         self._save_all()
         if self.progress:

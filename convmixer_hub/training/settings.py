@@ -75,26 +75,22 @@ class TrainingSettings:
     epochs: int = _setting(25, "Passes over the training images.", *_AT_LEAST_1)
     final_share: float = _setting(
         0.28,
-        "Share of the epochs (rounded, at least one epoch) at the end in which the learning rate "
-        "falls to 0.",
+        "Share of the epochs in the decay phase, in which the learning rate falls to 0.",
         *_SHARE,
     )
     whole_share: float = _setting(
         1.0,
-        "Share of those epochs (rounded) at the end in which images are seen whole; before that, "
-        "smaller crops save time.",
+        "Share of the decay phase trained at full resolution; smaller crops before that save time.",
         *_SHARE,
     )
-    warmup_epochs: float = _setting(
-        1.0, "In the first so many epochs, the learning rate rises from 0.", *_AT_LEAST_0
-    )
+    warmup_epochs: float = _setting(1.0, "Epochs of linear warmup from 0.", *_AT_LEAST_0)
     small_crop_size: int = _setting(24, "Side of the smaller crops, in pixels.", *_AT_LEAST_1)
 
     # Optimizer
     batch_size: int = _setting(
-        128, "Images a step, over all processes.", "at least 2", lambda value: value >= 2
+        128, "Images per step, over all processes.", "at least 2", lambda value: value >= 2
     )
-    optimizer: str = _setting("muon", "As timm has it.", choices=tuple(OPTIMIZERS))
+    optimizer: str = _setting("muon", "Optimizer, by its name in timm.", choices=tuple(OPTIMIZERS))
     # Muon takes the peak for matrices of at least 4x4 (1x1 convolutions, the head, and the stem
     # where patches are larger than a pixel), its AdamW for the rest takes half of it.
     learning_rate: float = _setting(
@@ -126,19 +122,21 @@ class TrainingSettings:
     )
     late_augmentation: bool = _setting(
         False,
-        "RandAugment, erasing, mixup and cutmix wait until the learning rate falls.",
+        "Apply RandAugment, erasing, mixup and cutmix only in the decay phase.",
     )
 
     # Averages and data
     ema_decay: float = _setting(
-        0.0, "If above 0, the run gives the exponential moving average (EMA) of weights.", *_BELOW_1
+        0.0,
+        "Decay of the exponential moving average (EMA); its weights are saved. 0 for none.",
+        *_BELOW_1,
     )
     held_out: int = _setting(
         0, "Training images kept back to measure accuracy after each epoch.", *_AT_LEAST_0
     )
     train_images: int = _setting(
         0,
-        "Train on so many of the images that are not held out; 0 for all.",
+        "Number of training images to use; 0 for all that are not held out.",
         *_AT_LEAST_0,
     )
     flip: str = _setting(
@@ -147,7 +145,8 @@ class TrainingSettings:
 
     # Start
     covariance_init: bool = _setting(
-        False, "Draw depth-wise kernels smoother and wider the deeper the layer."
+        False,
+        "Initialize depthwise kernels with the covariance initialization of arXiv:2210.03651.",
     )
     pretrained: bool = _setting(
         False,
@@ -172,8 +171,7 @@ class TrainingSettings:
     # Numbers
     precision: str = _setting(
         "auto",
-        "What most of a step computes in (bf16: autocast); auto: what is faster where the run "
-        "begins.",
+        "Precision of a step; bf16 uses autocast, auto takes the faster one when the run begins.",
         choices=PRECISIONS,
     )
     seed: int = _setting(
