@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from convmixer_hub import CheckpointError, CheckpointRecord, find_checkpoint
 from convmixer_hub.checkpoints.files import save_model
 from convmixer_hub.hub import find, records
+from convmixer_hub.hub.records import CIFAR10
 from convmixer_hub.zoo import load_trained
 
 ARCH = "convmixer_96_8_ks5_p1"
@@ -28,7 +29,8 @@ def record(tmp_path, monkeypatch):
     folder = tmp_path / "site" / "convmixer_hub" / "weights" / NAME
     save_model(timm.create_model(ARCH), folder, {})
     content = (folder / "model.safetensors").read_bytes()
-    record = CheckpointRecord(NAME, hashlib.sha256(content).hexdigest(), len(content), "none", 0.0)
+    digest = hashlib.sha256(content).hexdigest()
+    record = CheckpointRecord(NAME, digest, len(content), CIFAR10, top1=0.0, ece=0.0)
     monkeypatch.setitem(records.RECORDS, NAME, record)
     monkeypatch.setattr(find, "__file__", str(folder.parent.parent / "hub" / "find.py"))
     monkeypatch.setenv("CONVMIXER_HUB_SOURCE", "embedded")
