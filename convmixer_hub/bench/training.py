@@ -1,4 +1,4 @@
-"""How fast a model trains and loads, beside others of the same size.
+"""How fast a model trains, beside others of the same size.
 
 Each variant of a step lives in a process of its own, so that neither its memory nor its settings
 touch the others, and the variants take their steps in turns, so that a busy machine slows them all

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Mapping
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..errors import CheckpointError, first_line
 from ..files import replacing
-from ..hub.records import CONFIG_FILE, WEIGHTS_FILE, is_model_file
+from ..hub.records import CONFIG_FILE, MISTAKES_FILE, MODEL_FILES, WEIGHTS_FILE
 from ..model.convmixer import ConvMixer, name_activation
 
 
@@ -25,12 +25,17 @@ def read_model_files(folder: Path) -> dict[Path, bytes]:
         CheckpointError: If one cannot be read.
     """
     try:
-        files = sorted(f for f in folder.iterdir() if is_model_file(PurePath(f.name)))
-        return {file: file.read_bytes() for file in files if file.is_file()}
+        return {f: f.read_bytes() for f in sorted(folder.iterdir()) if _is_model_file(f)}
     except OSError as error:
         raise CheckpointError(
             f"{folder}: cannot be read whole ({first_line(error)}); make all in it readable to you"
         ) from None
+
+
+def _is_model_file(file: Path) -> bool:
+    is_named = any(file.match(pattern) for pattern in MODEL_FILES)
+    is_private = file.name.startswith(".") or file.name == MISTAKES_FILE
+    return is_named and not is_private and file.is_file()
 
 
 def check_safetensors(path: Path) -> dict[str, str]:

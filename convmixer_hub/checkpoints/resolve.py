@@ -92,7 +92,7 @@ def resolve_folder(name: str | Path) -> Source:
         CheckpointError: If it is a file or a repository, or as in `resolve`.
     """
     source = resolve(name, embedded=True)
-    if not source.record and not source.name.startswith("local-dir:"):
+    if not source.name or source.name.startswith(PREFIX):
         raise CheckpointError(
             f"{name}: is no folder of a model; name a run folder, or a model of this package"
         )

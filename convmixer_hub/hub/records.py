@@ -6,7 +6,6 @@ import difflib
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
-from pathlib import PurePath
 
 from ..errors import UnknownModelError
 from .repository import Repository
@@ -145,16 +144,6 @@ REPOSITORIES = {
     for record in RECORDS.values()
     for repository in (record.repo_id, f"{record.repo_id}@{record.revision}")
 }
-
-
-def is_model_file(path: PurePath) -> bool:
-    """Tell whether a path within a model's folder is that of one of `MODEL_FILES`."""
-    is_visible = len(path.parts) == 1 and not path.name.startswith(".")
-    return (
-        is_visible
-        and path.name != MISTAKES_FILE
-        and any(path.match(pattern) for pattern in MODEL_FILES)
-    )
 
 
 def suggest(name: str, known: Iterable[str]) -> str:
