@@ -34,4 +34,4 @@ class PublishError(ConvMixerHubError, RuntimeError):
 
 def first_line(error: BaseException) -> str:
     """Shorten another library's error to one line."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from .data.images import eval_transform
-from .data.reader import LabeledImages, load_images, read_batches
+from .data.reader import ImageDataset, LabeledImages, read_batches
 from .errors import DataError
 from .machine import get_rank, get_world_size, join_processes, sum_over_processes
 from .model.config import get_label_names
@@ -61,30 +60,40 @@ def evaluate(
     return Evaluation(*total.tolist())
 
 
-def load_test_images(model: nn.Module, data_dir: str | Path) -> LabeledImages:
-    """Read the test images of a data set, prepared as the model's config says.
+def prepare_test_images(model: nn.Module, dataset: ImageDataset) -> LabeledImages:
+    """Prepare the test images of a data set, and the numbers of their classes, for a model.
 
     Args:
         model: From `timm.create_model`.
-        data_dir: Folder of the data set, see `data.reader.load_images`.
+        dataset: Its classes are found among the model's by their names; a model that names none
+            has to have as many.
+
+    Returns:
+        Its test images, or else those for validation, as the model's config says.
 
     Raises:
-        DataError: If the data cannot be read, or its classes are not the model's.
+        DataError: If there are none, or the model does not know one of their classes.
     """
-    transform = eval_transform(resolve_model_data_config(model))
-    images = load_images(data_dir, "test", transform)
+    images = dataset.get(dataset.test_split)
     known = get_label_names(model)
-    if len(images.classes) != model.num_classes or known not in (None, list(images.classes)):
+    if known:
+        unknown = [name for name in dataset.classes if name not in known]
+        numbers = {i: known.index(name) for i, name in enumerate(dataset.classes) if not unknown}
+    else:
+        unknown = dataset.classes if len(dataset.classes) != model.num_classes else []
+        numbers = {i: i for i in range(len(dataset.classes))}
+    if unknown:
         raise DataError(
-            f"{data_dir}: has the classes {', '.join(images.classes)}, but the model knows "
-            f"{', '.join(known) if known else model.num_classes}; "
-            "evaluate it on data with the same classes in the same order"
+            f"{dataset.source}: has the class {unknown[0]}, but the model knows "
+            f"{', '.join(known) if known else f'{model.num_classes} classes without names'}; "
+            "evaluate it on data with the same classes"
         )
-    return images
+    transform = eval_transform(resolve_model_data_config(model))
+    return images.renumbered(numbers).seen_through(transform)
 
 
 def evaluate_on(
-    model: nn.Module, data_dir: str | Path, batch_size: int = 64, workers: int = 0
+    model: nn.Module, dataset: ImageDataset, batch_size: int = 64, workers: int = 0
 ) -> Evaluation:
     """Measure a model on the test images of a data set, prepared as the model's config says.
 
@@ -92,15 +101,15 @@ def evaluate_on(
 
     Args:
         model: From `timm.create_model`; left in evaluation mode, on the GPU if there is one.
-        data_dir: Folder of the data set, see `data.reader.load_images`.
+        dataset: See `prepare_test_images`.
         batch_size: Images at a time; changes the speed, not the result.
         workers: Processes that read images.
 
     Raises:
-        DataError: If the data cannot be read, or its classes are not the model's.
+        DataError: As `prepare_test_images` does, and if an image cannot be read.
     """
-    images = load_test_images(model, data_dir)
-    share = Subset(images, range(get_rank(), len(images), get_world_size()))
+    images = prepare_test_images(model, dataset)
+    share = images.take(range(get_rank(), len(images), get_world_size()))
     loader = DataLoader(share, batch_size, num_workers=workers)
     with join_processes() as device:
         return evaluate(model.to(device), loader, device, get_rank() == 0)

@@ -10,7 +10,7 @@ from PIL import Image
 from timm.data import resolve_model_data_config
 from torch import nn
 
-from .data.images import eval_transform
+from .data.images import eval_transform, to_rgb
 from .errors import CheckpointError
 from .model.config import get_label_names
 
@@ -31,11 +31,12 @@ def predict(
 
     Args:
         model: From `timm.create_model`; left in evaluation mode.
-        images: RGB images.
+        images: Images of any mode, see `data.images.to_rgb`.
         top_k: Number of classes to give for each image, the most likely first.
 
     Raises:
         CheckpointError: If the model tells no classes apart.
+        DataError: If an image has negative gray values, or the model takes what no image has.
     """
     if getattr(model, "num_classes", None) == 0:
         raise CheckpointError("the model has no head (num_classes is 0); give one with classes")
@@ -45,7 +46,7 @@ def predict(
     model.eval()
     predictions = []
     for image in images:
-        batch = transform(image).unsqueeze(0).to(parameter.device, parameter.dtype)
+        batch = transform(to_rgb(image)).unsqueeze(0).to(parameter.device, parameter.dtype)
         probabilities = model(batch).float().softmax(dim=1)[0]
         values, indices = probabilities.topk(min(top_k, len(probabilities)))
         predictions.append(

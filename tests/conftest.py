@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeVar
 
+import datasets
 import pyarrow
 import pytest
 import torch
@@ -37,6 +38,14 @@ CONFIG = {
     "mean": (0.5, 0.5, 0.5),
     "std": (0.25, 0.25, 0.25),
 }
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _own_cache_of_datasets(tmp_path_factory):
+    """Let the datasets library, which keeps a copy of all that it reads, keep it for the tests."""
+    cache = tmp_path_factory.mktemp("datasets")
+    os.environ["HF_DATASETS_CACHE"] = str(cache)  # for processes that tests start
+    datasets.config.HF_DATASETS_CACHE = cache
 
 
 @pytest.fixture(autouse=True)

@@ -13,7 +13,9 @@ It knows what huggingface_hub asks for
   `/api/models/{owner}/{name}`, `/preupload/{revision}`, `/commit/{revision}`, `/tag/{revision}`;
   for large files also `POST` of `/{owner}/{name}.git/info/lfs/objects/batch` and `PUT` of each
   (the client has to have HF_HUB_DISABLE_XET);
-- to look at a repository: `GET` of `/api/models/{owner}/{name}[/revision/{revision}]`.
+- to look at a repository: `GET` of `/api/models/{owner}/{name}[/revision/{revision}]`;
+- to read a data set, the repository `datasets/{owner}/{name}`: the same, `GET` of
+  `/api/datasets/{owner}/{name}/tree/{revision}` and `POST` of `.../paths-info/{revision}`.
 
 It needs nothing but the standard library.
 """
@@ -29,12 +31,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from urllib.parse import unquote
+from pathlib import PurePosixPath
+from urllib.parse import parse_qs, unquote
 
 Files = dict[str, bytes]
 
-_RESOLVE = re.compile(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)")
-_LOOK = re.compile(r"/api/models/([^/]+/[^/]+)(?:/revision/([^/]+))?()")
+_RESOLVE = re.compile(r"/((?:datasets/)?[^/]+/[^/]+)/resolve/([^/]+)/(.+)")
+_LOOK = re.compile(r"/api/(?:models/)?((?:datasets/)?[^/]+/[^/]+)(?:/revision/([^/]+))?()")
+_LIST = re.compile(r"/api/(datasets/[^/]+/[^/]+)/(tree|paths-info)/([^/?]+)/?([^?]*)(?:\?.*)?")
 _UPLOAD = re.compile(r"/api/models/([^/]+/[^/]+)/(preupload|commit|tag)/([^/]+)")
 _BATCH = re.compile(r"/([^/]+/[^/]+)\.git/info/lfs/objects/(batch)()")
 
@@ -195,6 +199,9 @@ class HubServer(ThreadingHTTPServer):
             return
         if request.path == "/":
             return
+        if listed := _LIST.fullmatch(request.path):
+            self._list(request, answer, *map(unquote, listed.groups()))
+            return
         if request.method in ("POST", "PUT"):
             self._take(request, answer, token)
             return
@@ -230,6 +237,32 @@ class HubServer(ThreadingHTTPServer):
                 return
             answer.status, answer.body = 206, answer.body[first:]
             answer.headers["Content-Range"] = f"bytes {first}-{size - 1}/{size}"
+
+    def _list(
+        self, request: Request, answer: Answer, repository: str, how: str, revision: str, path: str
+    ) -> None:
+        """Describe files and folders of a data set: those in a folder, or those that are asked."""
+        files = self._find_files(repository, revision) if repository in self.repositories else None
+        if files is None:
+            error(404, X_Error_Code="RepoNotFound")(answer)
+            return
+        folders = {
+            str(parent) for file in files for parent in list(PurePosixPath(file).parents)[:-1]
+        }
+        entries = [
+            {"type": "file", "path": name, "size": len(content), "oid": commit_of({name: content})}
+            for name, content in files.items()
+        ] + [{"type": "directory", "path": name, "oid": "0" * 40} for name in folders]
+        if how == "tree":
+            wanted = {
+                entry["path"]
+                for entry in entries
+                if "recursive=True" in request.path
+                or str(PurePosixPath(entry["path"]).parent) == (path or ".")
+            }
+        else:
+            wanted = set(parse_qs(request.body.decode())["paths"])
+        reply(answer, [entry for entry in entries if entry["path"] in wanted])
 
     def _find_files(self, repository: str, revision: str) -> Files | None:
         revisions = self.repositories[repository]

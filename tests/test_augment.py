@@ -3,12 +3,11 @@ import pytest
 import torch
 from PIL import Image
 from timm.utils import random_seed
-from torch.utils.data import Subset
 
 from convmixer_hub import DataError
 from convmixer_hub.data.augment import TrainingImages, is_rand_augment
 from convmixer_hub.data.images import eval_transform
-from convmixer_hub.data.reader import load_images, read_images
+from convmixer_hub.data.reader import open_dataset, read_images
 
 from .conftest import CONFIG, IMAGES, encode
 
@@ -16,10 +15,10 @@ from .conftest import CONFIG, IMAGES, encode
 @pytest.fixture
 def training_images(cifar_sample):
     """Make the forty training images of the sample, or some of them."""
-    images = load_images(cifar_sample, "train")
+    images = open_dataset(cifar_sample).get("train")
 
     def make(indices=range(40), **options) -> TrainingImages:
-        return TrainingImages(Subset(images, indices), CONFIG, progress=False, **options)
+        return TrainingImages(images.take(indices), CONFIG, progress=False, **options)
 
     return make
 
@@ -101,7 +100,7 @@ def test_rand_augment_is_timms(training_images):
 
 
 def test_grey_images_are_augmented_too(cifar_sample):
-    images = Subset(load_images(cifar_sample, "train"), range(40))
+    images = open_dataset(cifar_sample).get("train")
     gray = {**CONFIG, "input_size": (1, 32, 32), "mean": (0.5,), "std": (0.25,)}
     random_seed(0)
     augmented = TrainingImages(images, gray, rand_augment="rand-m9-n8-p1-inc1", progress=False)
@@ -112,16 +111,17 @@ def test_grey_images_are_augmented_too(cifar_sample):
 def test_images_of_other_sizes_and_modes_are_trained_on(write_parquet):
     sizes = [(80, 40), (20, 30), (32, 32)]
     images = [encode(Image.new("L", size, 128)) for size in sizes]
-    images = load_images(write_parquet("train", images, [0, 1, 2]), "train")
-    batch, labels = TrainingImages(Subset(images, range(3)), CONFIG).read_batch(0, 0, 3, 32)
+    images = open_dataset(write_parquet("train", images, [0, 1, 2])).get("train")
+    batch, labels = TrainingImages(images, CONFIG).read_batch(0, 0, 3, 32)
     assert batch.shape == (3, 3, 32, 32) and sorted(labels.tolist()) == [0, 1, 2]
     assert (to_bytes(batch) == 128).all()
 
 
 def test_images_of_other_sizes_are_scaled_as_in_evaluation(write_parquet):
     noise = np.random.default_rng(0).integers(0, 256, (40, 80, 3), dtype=np.uint8)
-    images = load_images(write_parquet("train", [encode(Image.fromarray(noise))], [0]), "train")
-    images = Subset(images, [0])
+    images = open_dataset(write_parquet("train", [encode(Image.fromarray(noise))], [0])).get(
+        "train"
+    )
     [in_evaluation], _, _ = read_images(images, eval_transform(CONFIG))
     assert torch.equal(TrainingImages(images, CONFIG).images[0], to_bytes(in_evaluation))
 
@@ -129,10 +129,10 @@ def test_images_of_other_sizes_are_scaled_as_in_evaluation(write_parquet):
 def test_damaged_images_are_counted_and_named_or_skipped(write_parquet):
     good = (IMAGES / "cat.png").read_bytes()
     folder = write_parquet("train", [good, good[:-900], b"", good], [3, 3, 3, 3])
-    images = Subset(load_images(folder, "train"), range(4))
+    images = open_dataset(folder).get("train")
     message = (
-        r"^2 of 4 images cannot be read, the first is .*/plain_text, row 1 of its "
-        r"parquet files: damaged image \(.*\); replace the file; --skip-damaged trains on the oth"
+        r"^2 of 4 images cannot be read, the first is .*/data, row 1 of its "
+        r"train images: damaged image \(.*\); replace the file; --skip-damaged trains on the oth"
     )
     with pytest.raises(DataError, match=message):
         TrainingImages(images, CONFIG)
@@ -140,4 +140,4 @@ def test_damaged_images_are_counted_and_named_or_skipped(write_parquet):
     assert len(kept) == 2
     assert [line.partition("row ")[2][:1] for line in kept.damaged] == ["1", "2"]
     with pytest.raises(DataError, match="2 of 2 images cannot be read"):
-        TrainingImages(Subset(images, [1, 2]), CONFIG, skip_damaged=True)
+        TrainingImages(images.take([1, 2]), CONFIG, skip_damaged=True)

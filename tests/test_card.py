@@ -15,10 +15,11 @@ from convmixer_hub import CheckpointError, DataError
 from convmixer_hub.checkpoints.files import save_model
 from convmixer_hub.cli.train import finetune_command, train_command
 from convmixer_hub.data.images import eval_transform
-from convmixer_hub.data.reader import load_images
+from convmixer_hub.data.reader import open_dataset
 from convmixer_hub.files import hash_file
 from convmixer_hub.hub.records import CIFAR10, RECORDS, CheckpointRecord
-from convmixer_hub.release.card import propose_record, write_card
+from convmixer_hub.release import card as card_module
+from convmixer_hub.release.card import propose_record
 from convmixer_hub.release.golden import verify
 from convmixer_hub.training.finetune import FINETUNE_OPTIONS, choose_settings
 from convmixer_hub.training.settings import RECIPE, TrainingSettings
@@ -52,6 +53,10 @@ def run(tmp_path):
     return folder
 
 
+def write_card(folder, data, *arguments, **options):
+    return card_module.write_card(folder, open_dataset(data), *arguments, **options)
+
+
 def read_command(text: str) -> TrainingSettings:
     """Find the command in a card, and what `convmixer train` makes of it."""
     [line] = re.findall(r"^convmixer train .*", text, re.M)
@@ -69,7 +74,7 @@ def test_a_card_says_what_the_files_and_the_test_images_say(run, cifar_sample):
     with torch.no_grad():
         outputs = [
             model(transform(image)[None]).softmax(1)[0]
-            for image, _ in load_images(cifar_sample, "test")
+            for image, _ in open_dataset(cifar_sample).get("test")
         ]
     right = [int(output.argmax()) == label for label, output in enumerate(outputs)]
     confidences = [float(output.max()) for output in outputs]
@@ -105,14 +110,15 @@ def test_a_card_says_what_the_files_and_the_test_images_say(run, cifar_sample):
 
 
 def test_the_card_of_a_fine_tuned_model_gives_its_command(run, cifar_sample):
-    settings = choose_settings("convmixer_cifar", cifar_sample, freeze_batch_norm=True)
+    dataset = open_dataset(cifar_sample)
+    settings = choose_settings("convmixer_cifar", dataset, freeze_batch_norm=True)
     config = json.loads((run / "config.json").read_text())
     (run / "config.json").write_text(json.dumps(config | {"training": asdict(settings)}))
     text = write_card(run, cifar_sample).read_text()
     [line] = re.findall(r"^convmixer finetune .*", text, re.M)
     given = finetune_command.make_context("finetune", shlex.split(line)[2:]).params
     again = {name: given[name] for name in FINETUNE_OPTIONS}
-    assert choose_settings(given["name"], cifar_sample, **again) == settings
+    assert choose_settings(given["name"], dataset, **again) == settings
     assert "training images: 35.00 %, by which the epoch was chosen" in text
 
 

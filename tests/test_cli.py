@@ -187,7 +187,8 @@ def test_evaluate_prints_top1(convmixer, cifar_sample):
     assert result.exit_code == 0
     right = round(float(result.stdout.split("top-1 ")[1].split(" %")[0]) / 10)
     assert (
-        result.stdout == f"{NAME}: top-1 {10 * right:.2f} % ({right} of 10 test images correct)\n"
+        result.stdout
+        == f"{NAME}: top-1 {10 * right:.2f} % ({right} of 10 test images in 10 classes correct)\n"
     )
 
 
@@ -196,7 +197,7 @@ def test_evaluate_says_when_the_images_are_those_for_validation(convmixer, tmp_p
         (tmp_path / "val" / name).mkdir(parents=True)
         shutil.copy(IMAGES / f"{name}.png", tmp_path / "val" / name)
     result = convmixer("evaluate", NAME, "--data", tmp_path, "--workers", 0)
-    assert result.stdout.endswith(" of 10 validation images correct)\n")
+    assert result.stdout.endswith(" of 10 validation images in 10 classes correct)\n")
 
 
 def test_train_predict_and_evaluate_take_the_same_folder(convmixer, cifar_sample, tmp_path):

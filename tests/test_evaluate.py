@@ -1,3 +1,5 @@
+import shutil
+
 import pytest
 import timm
 import torch
@@ -5,6 +7,7 @@ from PIL import Image
 
 from convmixer_hub import DataError
 from convmixer_hub.data.images import eval_transform
+from convmixer_hub.data.reader import open_dataset
 from convmixer_hub.evaluate import (
     count_confusions,
     evaluate_on,
@@ -28,7 +31,7 @@ def test_top1_counts_every_image_once(cifar_sample):
         )
     model.train()
     for batch_size in (3, 64):
-        result = evaluate_on(model, cifar_sample, batch_size)
+        result = evaluate_on(model, open_dataset(cifar_sample), batch_size)
         assert (result.correct, result.count) == (right, 10)
         assert result.top1 == 10.0 * right
 
@@ -36,7 +39,7 @@ def test_top1_counts_every_image_once(cifar_sample):
 def test_evaluation_does_not_change_the_model(cifar_sample):
     model = timm.create_model("convmixer_96_8_ks5_p1").train()
     before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
-    evaluate_on(model, cifar_sample)
+    evaluate_on(model, open_dataset(cifar_sample))
     torch.testing.assert_close(dict(model.state_dict()), before, atol=0, rtol=0)
 
 
@@ -44,21 +47,40 @@ def test_a_damaged_image_is_one_line_from_a_worker_too(write_parquet):
     image = (IMAGES / "cat.png").read_bytes()
     folder = write_parquet("test", [image, image[:-900]], [3, 3])
     model = timm.create_model("convmixer_96_8_ks5_p1")
-    message = (
-        rf"^{folder}/plain_text, row 1 of its parquet files: damaged image \(.*\); replace the"
-    )
+    message = rf"^{folder}, row 1 of its test images: damaged image \(.*\); replace the file"
     for workers in (0, 1):
         with pytest.raises(DataError, match=message) as refused:
-            evaluate_on(model, folder, workers=workers)
+            evaluate_on(model, open_dataset(folder), workers=workers)
         assert "\n" not in str(refused.value)
 
 
-@pytest.mark.parametrize("change", [{"num_classes": 4}, {"label_names": CIFAR10.classes[::-1]}])
-def test_data_with_other_classes_is_refused(cifar_sample, change):
-    model = timm.create_model("convmixer_96_8_ks5_p1", num_classes=change.get("num_classes", 10))
-    get_config(model).update(change)
-    with pytest.raises(DataError, match="has the classes airplane, automobile, .* but the model"):
-        evaluate_on(model, cifar_sample)
+@pytest.mark.parametrize(
+    ("num_classes", "names", "message"),
+    [
+        (4, None, "data: has the class airplane, but the model knows 4 classes without names; eva"),
+        (2, ["cat", "dog"], "data: has the class airplane, but the model knows cat, dog; evaluate"),
+    ],
+)
+def test_data_with_other_classes_is_refused(cifar_sample, num_classes, names, message):
+    model = timm.create_model("convmixer_96_8_ks5_p1", num_classes=num_classes)
+    get_config(model)["label_names"] = names
+    with pytest.raises(DataError, match=message):
+        evaluate_on(model, open_dataset(cifar_sample))
+
+
+def test_classes_are_found_by_their_names(cifar_sample, tmp_path):
+    model = load_trained("convmixer_cifar")
+    expected = evaluate_on(model, open_dataset(cifar_sample)).correct
+    for number, name in enumerate(reversed(CIFAR10.classes)):
+        place = tmp_path / "photos" / "test" / name
+        place.mkdir(parents=True)
+        shutil.copy(IMAGES / f"{name}.png", place / f"{number}.png")
+    # In alphabetical order by chance; some of the classes, whose numbers are others then.
+    assert evaluate_on(model, open_dataset(tmp_path / "photos")).correct == expected
+    for name in ("airplane", "frog"):
+        shutil.rmtree(tmp_path / "photos" / "test" / name)
+    result = evaluate_on(model, open_dataset(tmp_path / "photos"))
+    assert result.count == 8 and result.correct >= expected - 2
 
 
 def calibration_error(confidences: list[float], right: list[bool]) -> float:

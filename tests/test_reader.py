@@ -1,288 +1,442 @@
-import pickle
+"""Data sets as people have them: what each gives, or the line that says what is wrong with it."""
 
+import os
+import pickle
+import shutil
+from collections import Counter
+
+import datasets
 import numpy as np
 import pyarrow
 import pytest
-import torch
 from PIL import Image
 from pyarrow import parquet
 
 from convmixer_hub import DataError
-from convmixer_hub.data.images import eval_transform, open_image
-from convmixer_hub.data.reader import has_split, hold_out, load_images
+from convmixer_hub.data.reader import hold_out, open_dataset
 from convmixer_hub.hub.records import CIFAR10
 
-from .conftest import CONFIG, IMAGES, encode
+from .conftest import IMAGES, as_ordinary_user, encode
+
+CAT, DOG = ((IMAGES / f"{name}.png").read_bytes() for name in ("cat", "dog"))
+GRAY = encode(Image.new("L", (9, 9), 99))
 
 
-def gray_ramp(mode: str, highest: int | float) -> Image.Image:
-    values = np.linspace(0, highest, 256).reshape(16, 16)
-    kind = {"L": np.uint8, "I;16": np.uint16, "I": np.int32, "F": np.float32}[mode]
-    return Image.fromarray(values.astype(kind))
+def count_images(dataset):
+    """Count the images of each split by the names of their classes."""
+    return {
+        split: dict(Counter(dataset.classes[label] for label in images.labels))
+        for split, images in dataset.splits.items()
+    }
 
 
-@pytest.mark.parametrize(
-    ("mode", "highest", "format"),
-    [("L", 255, "PNG"), ("I;16", 65535, "PNG"), ("I", 65535, "TIFF"), ("F", 1.0, "TIFF")],
-)
-def test_grey_of_every_depth_keeps_its_shades(mode, highest, format):
-    image = open_image(encode(gray_ramp(mode, highest), format))
-    assert image.mode == "RGB"
-    shades = np.asarray(image)[..., 0].ravel()
-    np.testing.assert_allclose(shades, np.arange(256), atol=1)
-
-
-@pytest.mark.parametrize(("value", "shade"), [(0.5, 128), (float("nan"), 0), (200.0, 255)])
-def test_an_even_grey_float_image_is_not_stretched(value, shade):
-    image = Image.fromarray(np.full((2, 2), value, dtype=np.float32))
-    assert set(np.asarray(open_image(encode(image, "TIFF"))).ravel()) == {shade}
-
-
-def test_transparency_is_laid_over_white():
-    red_and_nothing = Image.new("RGBA", (2, 1), (255, 0, 0, 255))
-    red_and_nothing.putpixel((1, 0), (0, 0, 0, 0))
-    for image in (
-        red_and_nothing,
-        red_and_nothing.quantize(4),  # a palette with transparency
-    ):
-        pixels = np.asarray(open_image(encode(image)))[0].tolist()
-        assert pixels == [[255, 0, 0], [255, 255, 255]]
-
-
-def test_a_palette_image_keeps_its_colours():
-    image = Image.open(IMAGES / "frog.png").convert("RGB").quantize(16)
-    assert image.mode == "P"
-    np.testing.assert_array_equal(open_image(encode(image)), image.convert("RGB"))
-
-
-def test_exif_rotation_is_applied():
-    image = Image.new("RGB", (4, 2))
-    exif = Image.Exif()
-    exif[0x0112] = 6  # turned by 90 degrees
-    assert open_image(encode(image, "JPEG", exif=exif)).size == (2, 4)
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (None, "no such file; check the path"),
-        (b"not an image", "not an image that Pillow can read; give a PNG, JPEG, …"),
-        (b"", "not an image that Pillow can read"),
-        ((IMAGES / "cat.png").read_bytes()[:-900], "damaged image .*; replace the file"),
-    ],
-    ids=["missing", "text", "empty", "cut off"],
-)
-def test_what_is_no_image_is_named(tmp_path, content, message):
-    file = tmp_path / "picture.png"
-    if content is not None:
-        file.write_bytes(content)
-    with pytest.raises(DataError, match=f"^{file}: {message}"):
-        open_image(file)
-
-
-def test_a_folder_in_place_of_an_image_is_named(tmp_path):
-    with pytest.raises(DataError, match="is a folder; name the image files in it"):
-        open_image(tmp_path)
-
-
-def test_a_decompression_bomb_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
-    with pytest.raises(DataError, match="has too many pixels to be safe; scale it down first"):
-        open_image(IMAGES / "cat.png")
-
-
-class TestLayouts:
-    """The same images from each of the three layouts."""
-
-    @pytest.fixture(params=["parquet", "torchvision", "folders"])
-    def folder(self, request, cifar_sample, tmp_path):
-        if request.param == "parquet":
-            return cifar_sample
-        pixels = {name: Image.open(IMAGES / f"{name}.png") for name in CIFAR10.classes}
-        if request.param == "folders":
-            for split, copies in (("train", 4), ("val", 1)):
-                for name, image in pixels.items():
-                    (tmp_path / "folders" / split / name).mkdir(parents=True)
-                    for i in range(copies):
-                        image.save(tmp_path / "folders" / split / name / f"{i}.png")
-            return tmp_path / "folders"
-        return write_torchvision(tmp_path / "torchvision", list(pixels.values()))
-
-    def test_images_labels_and_classes(self, folder, monkeypatch):
-        # A small copy of torchvision's files cannot have the checksums of the original ones.
-        monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda *_: True)
-        images = load_images(folder, "test")
-        assert list(images.classes) == list(CIFAR10.classes)
-        assert len(images) == 10
-        assert len(load_images(folder, "train")) == 40
-        for image, label in (images[i] for i in range(10)):
-            name = CIFAR10.classes[label]
-            np.testing.assert_array_equal(image, Image.open(IMAGES / f"{name}.png"))
-
-
-def write_torchvision(root, images):
-    folder = root / "cifar-10-batches-py"
-    folder.mkdir(parents=True)
-    data = np.stack([np.asarray(image).transpose(2, 0, 1).ravel() for image in images])
-    labels = list(range(10))
-    for i in range(1, 6):
-        rows = data if i < 5 else data[:0]
-        content = {"data": rows, "labels": labels[: len(rows)]}
-        (folder / f"data_batch_{i}").write_bytes(pickle.dumps(content))
-    (folder / "test_batch").write_bytes(pickle.dumps({"data": data, "labels": labels}))
-    meta = pickle.dumps({"label_names": list(CIFAR10.classes)})
-    (folder / "batches.meta").write_bytes(meta)
+def write_tree(root, *paths):
+    """Write a cat, or what a pair of path and content says, at each path; / makes a folder."""
+    for path in paths:
+        path, content = path if isinstance(path, tuple) else (path, CAT)
+        place = root / path
+        if path.endswith("/"):
+            place.mkdir(parents=True)
+            continue
+        place.parent.mkdir(parents=True, exist_ok=True)
+        if isinstance(content, bytes):
+            place.write_bytes(content)
+        else:
+            place.symlink_to(content)
     return root
 
 
-@pytest.mark.parametrize(
-    ("label", "message"),
-    [
-        (10, "row 1 has the label 10, but there are 10 classes; labels run from 0 to 9"),
-        (-1, "row 1 has the label -1"),
-        (None, "row 1 has the label None"),
-    ],
-)
-def test_labels_out_of_range_are_refused(write_parquet, label, message):
-    image = (IMAGES / "cat.png").read_bytes()
-    folder = write_parquet("train", [image, image], [3, label])
-    with pytest.raises(DataError, match=message):
-        load_images(folder, "train")
+# Situation: what is there, what it gives by split and class, and what is said to be left out.
+FOLDERS = {
+    **{
+        f"splits called {train}, {validation}, {test}": (
+            [f"{split}/{name}/1.png" for split in (train, validation, test) for name in ("a", "b")],
+            {split: {"a": 1, "b": 1} for split in ("train", "validation", "test")},
+            [],
+        )
+        for train, validation, test in [
+            ("train", "val", "test"),
+            ("training", "validation", "testing"),
+            ("Train", "Valid", "Test"),  # Roboflow's, but for its capitals
+            ("TRAIN", "dev", "eval"),
+            ("seg_train", "seg_val", "seg_test"),
+            ("images.train", "images.valid", "images.test"),
+        ]
+    },
+    "class folders alone are for training": (
+        ["cat/1.png", "dog/1.jpg", "dog/2.PNG", "dog/3"],
+        {"train": {"cat": 1, "dog": 3}},
+        [],
+    ),
+    "an archive in folders of its own": (
+        ["archive/photos/cat/1.png", "archive/photos/dog/1.png", ("archive/LICENSE.txt", b"x")],
+        {"train": {"cat": 1, "dog": 1}},
+        ["left out: 1 × files that are no images (.txt), the first is archive/LICENSE.txt"],
+    ),
+    "a split in a folder of the same name": (
+        [
+            "seg_train/seg_train/sea/1.png",
+            "seg_train/seg_train/ice/1.png",
+            "seg_pred/seg_pred/1.png",
+        ],
+        {"train": {"sea": 1, "ice": 1}},
+        ["left out: 1 × splits of other names, the first is seg_pred"],
+    ),
+    "classes named like splits": (
+        ["car/1.png", "toy train/1.png", "test tube/1.png", "train/1.png"],
+        {"train": {"car": 1, "toy train": 1, "test tube": 1, "train": 1}},
+        [],
+    ),
+    "a class named train in a split": (
+        ["train/train/1.png", "train/bus/1.png", "val/bus/2.png"],
+        {"train": {"train": 1, "bus": 1}, "validation": {"bus": 1}},
+        [],
+    ),
+    "folders in class folders": (
+        ["train/cat/big/1.png", "train/cat/2.png", "train/dog/1.png"],
+        {"train": {"cat": 2, "dog": 1}},
+        [],
+    ),
+    "Tiny ImageNet": (
+        [
+            "tiny/train/n01/images/n01_0.JPEG",
+            "tiny/train/n02/images/n02_0.JPEG",
+            ("tiny/train/n02/n02_boxes.txt", b"n02_0.JPEG\t0\t0\t63\t63\n"),
+            "tiny/val/images/val_0.JPEG",
+            "tiny/val/images/val_1.JPEG",
+            ("tiny/val/val_annotations.txt", b"val_0.JPEG\tn02\t0\t32\t44\t62\n"),
+            "tiny/test/images/test_0.JPEG",
+            ("tiny/wnids.txt", b"n02\nn01\n"),
+        ],
+        {"train": {"n01": 1, "n02": 1}, "validation": {"n02": 1}},
+        [
+            "left out: 3 × files that are no images (.txt), the first is "
+            "tiny/train/n02/n02_boxes.txt",
+            "left out: 2 × images in no class folder, the first is val/images/val_1.JPEG",
+        ],
+    ),
+    "test images without classes": (
+        ["train/cat/1.png", "train/dog/1.png", "test/1.png", "test/2.png", "sample.png"],
+        {"train": {"cat": 1, "dog": 1}},
+        [
+            "left out: 1 × images beside the splits, the first is sample.png",
+            "left out: 2 × images in no class folder, the first is test/1.png",
+        ],
+    ),
+    "what systems and programs leave behind": (
+        [
+            "cat/1.png",
+            "dog/1.png",
+            ".ipynb_checkpoints/1-checkpoint.png",
+            "cat/.ipynb_checkpoints/1.png",
+            "cat/@eaDir/1.png",
+            "cat/._1.png",
+            "__MACOSX/cat/._1.png",
+            ("cat/Thumbs.db", b"thumbnails"),
+            ("dog/desktop.ini", b"[.ShellClassInfo]"),
+            (".DS_Store", b"x"),
+        ],
+        {"train": {"cat": 1, "dog": 1}},
+        [],
+    ),
+    "files of other kinds": (
+        [
+            "cat/1.png",
+            ("cat/a.txt", b"x"),
+            ("cat/b.txt", b"x"),
+            "dog/1.png",
+            ("dog/film.mp4", b"x"),
+        ],
+        {"train": {"cat": 1, "dog": 1}},
+        [
+            "left out: 2 × files that are no images (.txt), the first is cat/a.txt",
+            "left out: 1 × files that are no images (.mp4), the first is dog/film.mp4",
+        ],
+    ),
+    "formats of every kind": (
+        [
+            *[
+                (f"a/1.{suffix}", encode(Image.new("RGB", (9, 9)), form))
+                for suffix, form in [
+                    ("webp", "WEBP"),
+                    ("tif", "TIFF"),
+                    ("gif", "GIF"),
+                    ("avif", "AVIF"),
+                    ("jfif", "JPEG"),
+                    ("jp2", "JPEG2000"),
+                    ("bmp", "BMP"),
+                    ("tga", "TGA"),
+                ]
+            ],
+            "b/1.png",
+        ],
+        {"train": {"a": 8, "b": 1}},
+        [],
+    ),
+    "names with characters that patterns know": (
+        ["a [1]/x [2].png", "b*/?.png", "c\nd/1.png".replace("\n", " ")],
+        {"train": {"a [1]": 1, "b*": 1, "c d": 1}},
+        [],
+    ),
+    "a test split without one of the classes": (
+        ["train/cat/1.png", "train/dog/1.png", "test/dog/1.png", "test/cat/"],
+        {"train": {"cat": 1, "dog": 1}, "test": {"dog": 1}},
+        [],
+    ),
+    "a split under two names": (
+        ["train/a/1.png", "train/b/1.png", "test/a/1.png", "test2/a/1.png"],
+        {"train": {"a": 1, "b": 1}, "test": {"a": 1}},
+        ["left out: 1 × splits of other names, the first is test2"],
+    ),
+    "a link to a class elsewhere": (
+        ["cat/1.png", ("dog", "../elsewhere"), "../elsewhere/1.png"],
+        {"train": {"cat": 1, "dog": 1}},
+        [],
+    ),
+    "links in circles, up, and to nothing": (
+        [
+            "cat/1.png",
+            "dog/1.png",
+            ("dog/self", "."),
+            ("dog/up", ".."),
+            ("dog/far up", "../.."),
+            ("dog/gone.png", "nowhere.png"),
+        ],
+        {"train": {"cat": 1, "dog": 1}},
+        [
+            "left out: 3 × links that lead to where they lie, the first is dog/far up",
+            "left out: 1 × broken links, the first is dog/gone.png",
+        ],
+    ),
+}
 
 
-def test_an_image_that_is_not_there_is_named(write_parquet):
-    folder = write_parquet("train", [(IMAGES / "cat.png").read_bytes(), None], [3, 3])
-    with pytest.raises(DataError, match="row 1 of its parquet files: holds no image; remove"):
-        load_images(folder, "train")[1]
+@pytest.mark.parametrize("situation", FOLDERS)
+def test_class_folders(tmp_path, situation):
+    paths, splits, left_out = FOLDERS[situation]
+    dataset = open_dataset(write_tree(tmp_path / "data", *paths))
+    assert count_images(dataset) == splits
+    assert dataset.left_out == left_out
+    for images in dataset.splits.values():
+        assert all(images[i][0].mode == "RGB" for i in range(len(images)))
 
 
-def test_an_empty_parquet_is_refused(write_parquet):
-    with pytest.raises(DataError, match="holds no images; download it again"):
-        load_images(write_parquet("test", [], []), "test")
+# Situation: what is there, and the line that refuses it, after the folder's name.
+REFUSED = {
+    "no folder": (None, ": no such folder; give the folder that holds the data set"),
+    "nothing": (["cat/", "dog/"], ": no data set found; expected class folders train/<class>/"),
+    "no images": (
+        [("cat/1.txt", b"x")],
+        r": no data set found \(left out: 1 × files that are no images \(.txt\), the first is c",
+    ),
+    "no class folders": (
+        ["train/1.png", "test/1.png"],
+        "/test: holds images but no class folders; put the images of each class into a folder th",
+    ),
+    "images alone": (["1.png"], r": no data set found \(left out: 1 × images in no class folder, "),
+    "two names for one split": (
+        ["train/a/1.png", "train/b/1.png", "val/a/1.png", "valid/a/1.png"],
+        ": has val and valid, both for validation; keep one of them",
+    ),
+    "several data sets": (
+        ["flowers/rose/1.png", "flowers/lily/1.png", "pets/cat/1.png", "pets/dog/1.png"],
+        r": holds folders of folders \(flowers, pets\); choose one of them with --config, or name",
+    ),
+    "an empty class": (
+        ["train/cat/1.png", "train/dog/"],
+        "/train/dog: a class folder without an image that can be read; put some into it, or rem",
+    ),
+    "a class in another format": (
+        ["cat/1.png", ("dog/1.heic", b"x")],
+        "/dog: a class folder without an image that can be read; put some into it, or remove it",
+    ),
+    "an unknown class in the test images": (
+        ["train/a/1.png", "train/b/1.png", "test/c/1.png"],
+        ": its test images have the label 'c' in row 0, which is none of a, b; correct or remove",
+    ),
+    "a class whose name cannot be printed": (
+        ["a\nb/1.png", "c/1.png"],
+        r": has a class named 'a\\nb'; give it a name that can be printed",
+    ),
+    "a class whose name is no text": (
+        [os.fsdecode(b"a\xff/1.png"), "c/1.png"],
+        r": has a class named 'a\\udcff'; give it a name that can be printed",
+    ),
+    "torchvision's folder without its files": (
+        ["cifar-10-batches-py/"],
+        "/cifar-10-batches-py: incomplete or damaged .*; download it again with torchvision.data",
+    ),
+    "two of torchvision's": (
+        ["cifar-10-batches-py/", "cifar-100-python/"],
+        ": holds cifar-10-batches-py and cifar-100-python; choose one with --config",
+    ),
+    "a parquet file that is none": (
+        [("train-0.parquet", b"PAR1 and nothing more")],
+        "/train-0.parquet: cannot be read as parquet .*; download it again",
+    ),
+    "a saved data set that is damaged": (
+        [("dataset_dict.json", b"{")],
+        ": cannot be read as a data set .*; check its name and its files",
+    ),
+    "metadata without names of files": (
+        [("metadata.csv", b"image,label\n1.png,cat\n"), "1.png"],
+        ": cannot be read as a data set .*file_name.*; check its name and its files",
+    ),
+    "metadata of two kinds": (
+        [("metadata.csv", b"file_name,label\n1.png,a\n"), ("metadata.jsonl", b"{}"), "1.png"],
+        ": cannot be read as a data set .*different extensions.*; check its name and its files",
+    ),
+    "metadata of several splits": (
+        [
+            ("metadata.csv", b"file_name,label\ntrain/1.png,a\ntest/1.png,b\n"),
+            "train/1.png",
+            "test/1.png",
+        ],
+        ": its metadata lists images of test and train together; put a metadata file into the fo",
+    ),
+}
 
 
-def test_validation_images_do_not_mix_with_test_images(write_parquet):
-    image = (IMAGES / "cat.png").read_bytes()
-    write_parquet("validation", [image] * 2, [3, 3])
-    assert len(load_images(write_parquet("train", [image], [3]), "test")) == 2
-    assert len(load_images(write_parquet("test", [image], [3]), "test")) == 1
+@pytest.mark.parametrize("situation", REFUSED)
+def test_what_is_no_data_set_is_refused_in_one_line(tmp_path, situation):
+    paths, message = REFUSED[situation]
+    if paths is not None:
+        write_tree(tmp_path / "data", *paths)
+    with pytest.raises(DataError, match=f"^{tmp_path}/data{message}") as refused:
+        open_dataset(tmp_path / "data")
+    assert "\n" not in str(refused.value)
 
 
-def test_the_fine_labels_of_cifar100_are_its_classes(write_parquet):
-    image = (IMAGES / "cat.png").read_bytes()
-    folder = write_parquet("test", [image], [2], classes=["a", "b", "c"], label_column="fine_label")
-    images = load_images(folder, "test")
-    assert images.classes == ["a", "b", "c"] and images[0][1] == 2
+def test_a_folder_that_may_not_be_listed_is_named(tmp_path):
+    write_tree(tmp_path, "cat/1.png", "dog/1.png")
+    (tmp_path / "dog").chmod(0)
+    with pytest.raises(DataError, match="dog: cannot be listed .*; change its permissions, or mov"):
+        as_ordinary_user(lambda: open_dataset(tmp_path))
 
 
-def test_a_parquet_with_other_columns_is_refused(write_parquet):
-    folder = write_parquet("train", [b""], [0], column="picture")
-    with pytest.raises(DataError, match="has the columns picture, label; needed are an image col"):
-        load_images(folder, "train")
+def test_one_of_several_data_sets_is_chosen(tmp_path):
+    write_tree(tmp_path, "pets/cat/1.png", "pets/dog/1.png", "more/rose/1.png", "more/lily/1.png")
+    assert open_dataset(tmp_path, config="pets").classes == ["cat", "dog"]
+    with pytest.raises(DataError, match=f"^{tmp_path}/cars: no such folder; --config names a fold"):
+        open_dataset(tmp_path, config="cars")
 
 
-def test_a_parquet_with_bare_images_is_refused(tmp_path):
-    table = pyarrow.table({"image": [b"bytes"], "label": [0]})
-    parquet.write_table(table, tmp_path / "train-0.parquet")
-    with pytest.raises(DataError, match="its column 'image' holds binary; needed is a struct with"):
-        load_images(tmp_path, "train")
-
-
-def test_a_broken_parquet_is_refused(tmp_path):
-    (tmp_path / "train-0.parquet").write_bytes(b"PAR1 and nothing more")
-    with pytest.raises(DataError, match="train-0.parquet: cannot be read as parquet"):
-        load_images(tmp_path, "train")
-
-
-@pytest.mark.parametrize(
-    ("make", "message"),
-    [
-        (lambda folder: None, "no such folder; give the folder that holds the data set"),
-        (
-            lambda folder: folder.mkdir(),
-            "no data set found; expected test-\\*.parquet files, torch",
-        ),
-        (lambda folder: (folder / "test").mkdir(parents=True), "Couldn't find any class folder"),
-        (lambda folder: (folder / "cifar-10-batches-py").mkdir(parents=True), "incomplete or dam"),
-    ],
-    ids=["missing", "empty", "no classes", "no batches"],
-)
-def test_a_folder_without_data_is_refused(tmp_path, make, message):
-    make(tmp_path / "data")
-    with pytest.raises(DataError, match=message):
-        load_images(tmp_path / "data", "test")
-
-
-def test_class_folders_alone_are_training_images(tmp_path):
-    for place in ("cat", "dog", ".ipynb_checkpoints"):
-        (tmp_path / place).mkdir()
-    for name in ("cat", "dog"):
-        Image.open(IMAGES / f"{name}.png").save(tmp_path / name / "1.jpg")
-    images = load_images(tmp_path, "train")
-    assert images.classes == ["cat", "dog"] and len(images) == 2
-    assert not has_split(tmp_path, "train")
-    with pytest.raises(DataError, match="no data set found"):
-        load_images(tmp_path, "test")
+@pytest.fixture
+def photos(tmp_path):
+    """Images of three classes, of which there are many, some and two."""
+    counts = {"many": 30, "some": 9, "two": 2}
+    return open_dataset(
+        write_tree(tmp_path, *(f"{name}/{i}.png" for name, n in counts.items() for i in range(n)))
+    )
 
 
 def test_a_name_too_long_for_a_folder_is_none():
-    assert not has_split("x" * 300, "train")
     with pytest.raises(DataError, match="x: no such folder"):
-        load_images("x" * 300, "train")
+        open_dataset("x" * 300)
 
 
-def test_splits_of_other_names_are_not_taken_for_classes(tmp_path):
-    for split in ("Training", "Testing"):
-        (tmp_path / split / "cat").mkdir(parents=True)
-        Image.open(IMAGES / "cat.png").save(tmp_path / split / "cat" / "1.png")
-    with pytest.raises(DataError, match="Testing: holds folders, so it is no class folder; name"):
-        load_images(tmp_path, "train")
+class TestHoldOut:
+    def test_each_class_is_held_out_alike(self, photos):
+        labels = photos.get("train").labels
+        for size in (3, 8, 20, 38):
+            kept, held_out = hold_out(photos, size, seed=0)
+            assert sorted(kept + held_out) == list(range(41)) and len(held_out) == size
+            counts = Counter(labels[i] for i in held_out)
+            assert set(counts) == {0, 1, 2} == {labels[i] for i in kept}
+            assert abs(counts[0] - max(1, size * 30 / 41)) < 2
+
+    def test_the_seed_chooses(self, photos):
+        first, again, other = (hold_out(photos, 8, seed) for seed in (1, 1, 2))
+        assert first == again != other
+        assert hold_out(photos, 0, seed=1) == (list(range(41)), [])
+
+    @pytest.mark.parametrize("size", [2, 39, 41])
+    def test_what_cannot_be_held_out_is_refused(self, photos, size):
+        message = f"cannot hold out {size} of 41 training images in 3 classes; give 3 to 38"
+        with pytest.raises(DataError, match=message):
+            hold_out(photos, size, seed=0)
+
+    def test_a_class_of_one_image_is_named(self, tmp_path):
+        dataset = open_dataset(write_tree(tmp_path, "a/1.png", "a/2.png", "b/1.png"))
+        with pytest.raises(DataError, match="the class b has one image alone, which cannot be bot"):
+            hold_out(dataset, 1, seed=0)
 
 
-def test_files_of_one_split_are_told_from_those_of_another(write_parquet):
-    image = (IMAGES / "cat.png").read_bytes()
-    folder = write_parquet("train", [image], [3])
-    write_parquet("train-validation", [image, image], [3, 3])
-    (folder / "val").mkdir()
-    assert len(load_images(folder, "train")) == 1
-    assert not has_split(folder, "validation")
+class TestLayouts:
+    """The same images from each layout."""
 
+    def write_parquet(self, root):
+        self.write_saved(root)
+        saved = datasets.load_from_disk(root)
+        shutil.rmtree(root)
+        (root / "plain_text").mkdir(parents=True)
+        for split, table in saved.items():
+            table.to_parquet(root / "plain_text" / f"{split}-00000-of-00001.parquet")
 
-@pytest.mark.parametrize(
-    ("classes", "meaning"),
-    [(["cat", "dog", "frog", "bird"], "cat, dog, frog, bird"), (None, "numbers alone")],
-)
-def test_files_whose_labels_mean_other_classes_are_not_mixed(write_parquet, classes, meaning):
-    image = (IMAGES / "cat.png").read_bytes()
-    folder = write_parquet("train", [image], [3])
-    write_parquet("train-1", [image], [3], classes=classes)
-    message = rf"train-1\S*parquet: its labels mean {meaning}, those of \S*train-0\S*parquet airp"
-    with pytest.raises(DataError, match=message):
-        load_images(folder, "train")
+    def write_folders(self, root):
+        for split, copies in (("train", 4), ("test", 1)):
+            for name in CIFAR10.classes:
+                (root / split / name).mkdir(parents=True)
+                for i in range(copies):
+                    shutil.copy(IMAGES / f"{name}.png", root / split / name / f"{i}.png")
 
+    def write_metadata(self, root, kind="csv"):
+        for split, copies in (("train", 4), ("test", 1)):
+            (root / split).mkdir(parents=True)
+            rows = [(f"{i} {name}.png", name) for i in range(copies) for name in CIFAR10.classes]
+            for file, name in rows:
+                shutil.copy(IMAGES / f"{name}.png", root / split / file)
+            table = pyarrow.table(dict(zip(["file_name", "label"], map(list, zip(*rows)))))
+            if kind == "csv":
+                table.to_pandas().to_csv(root / split / "metadata.csv", index=False)
+            else:
+                parquet.write_table(table, root / split / "metadata.parquet")
 
-def test_labels_without_names_are_numbers(write_parquet):
-    image = (IMAGES / "cat.png").read_bytes()
-    folder = write_parquet("train", [image] * 2, [0, 2], classes=None)
-    assert load_images(folder, "train").classes == ["0", "1", "2"]
+    def write_metadata_parquet(self, root):
+        self.write_metadata(root, "parquet")
 
+    def write_saved(self, root):
+        features = datasets.Features(
+            {"img": datasets.Image(), "label": datasets.ClassLabel(names=list(CIFAR10.classes))}
+        )
+        images = [{"bytes": (IMAGES / f"{n}.png").read_bytes()} for n in CIFAR10.classes]
+        datasets.DatasetDict(
+            {
+                split: datasets.Dataset.from_dict(
+                    {"img": images * copies, "label": list(range(10)) * copies}, features
+                )
+                for split, copies in (("train", 4), ("test", 1))
+            }
+        ).save_to_disk(root)
 
-def test_a_missing_split_is_named(write_parquet):
-    folder = write_parquet("train", [(IMAGES / "cat.png").read_bytes()], [3])
-    with pytest.raises(DataError, match="holds parquet files, but none named test-"):
-        load_images(folder, "test")
+    def write_torchvision(self, root):
+        pixels = [np.asarray(Image.open(IMAGES / f"{name}.png")) for name in CIFAR10.classes]
+        data = np.stack([image.transpose(2, 0, 1).ravel() for image in pixels])
+        content = {"data": data, "labels": list(range(10))}
+        nothing = {"data": data[:0], "labels": []}
+        folder = root / "cifar-10-batches-py"
+        folder.mkdir(parents=True)
+        for i in range(1, 6):
+            batch = pickle.dumps(content if i < 5 else nothing)
+            (folder / f"data_batch_{i}").write_bytes(batch)
+        (folder / "test_batch").write_bytes(pickle.dumps(content))
+        meta = {"label_names": list(CIFAR10.classes)}
+        (folder / "batches.meta").write_bytes(pickle.dumps(meta))
 
-
-def test_holding_out_is_the_same_everywhere():
-    kept, held_out = hold_out(10, 3, seed=0)
-    assert sorted(kept + held_out) == list(range(10))
-    assert held_out == [1, 4, 7]
-    with pytest.raises(DataError, match="cannot hold out 10 of 10 training images; hold out fewer"):
-        hold_out(10, 10, seed=0)
-
-
-def test_evaluation_sees_the_whole_image_normalized():
-    image = Image.open(IMAGES / "cat.png")
-    expected = (torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255 - 0.5) / 0.25
-    torch.testing.assert_close(eval_transform(CONFIG)(image), expected)
-    assert eval_transform(CONFIG)(image.resize((70, 50))).shape == (3, 32, 32)
+    @pytest.mark.parametrize(
+        "layout", ["parquet", "folders", "metadata", "metadata_parquet", "saved", "torchvision"]
+    )
+    def test_images_labels_and_classes(self, tmp_path, monkeypatch, layout):
+        # A small copy of torchvision's files cannot have the checksums of the original ones.
+        monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda *_: True)
+        getattr(self, f"write_{layout}")(tmp_path / "data [1]")
+        dataset = open_dataset(tmp_path / "data [1]")
+        assert dataset.classes == list(CIFAR10.classes) and dataset.left_out == []
+        assert {split: len(images) for split, images in dataset.splits.items()} == {
+            "train": 40,
+            "test": 10,
+        }
+        for images in dataset.splits.values():
+            for image, label in (images[i] for i in range(len(images))):
+                expected = Image.open(IMAGES / f"{CIFAR10.classes[label]}.png")
+                np.testing.assert_array_equal(image, expected)

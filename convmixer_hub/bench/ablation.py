@@ -1,6 +1,7 @@
 """What choices in training are worth: short runs that differ from a plain one in one choice.
 
-All are measured on the same held-out training images, so that no test image is spent on a choice.
+All are measured on held-out training images, the same ones for the same seed, so that no test image
+is spent on a choice.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..data.reader import ImageDataset
 from ..errors import TrainingError
 from ..training.folder import METRICS_FILE, read_metrics
 from ..training.run import train
@@ -56,7 +58,7 @@ class Outcome:
 
 def compare_changes(
     model: str,
-    data_dir: str | Path,
+    dataset: ImageDataset,
     output: str | Path,
     changes: Sequence[str] = tuple(CHANGES),
     progress: bool = True,
@@ -66,7 +68,7 @@ def compare_changes(
 
     Args:
         model: Name of an arch of this package.
-        data_dir: Folder of the data set, see `data.reader.load_images`; its test split is not read.
+        dataset: Its test images are not looked at.
         output: Folder for the run folders; runs that are in it are resumed.
         changes: Keys of `CHANGES`.
         progress: Show progress bars, if there is a terminal, and a line an epoch.
@@ -86,6 +88,6 @@ def compare_changes(
         raise TrainingError("held_out is 0: give at least 1, for the runs to be compared on")
     for change in changes:
         settings = TrainingSettings(model, **(common | CHANGES[change]))
-        run = train(settings, data_dir, Path(output) / change, progress=progress)
+        run = train(settings, dataset, Path(output) / change, progress=progress)
         metrics = read_metrics(run / METRICS_FILE)
         yield Outcome(change, metrics["held_out_top1"][-1], sum(metrics["seconds"]))

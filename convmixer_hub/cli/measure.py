@@ -19,7 +19,7 @@ from ..hub.find import locate
 from ..hub.records import get_record
 from ..machine import describe_machine, find_device, get_rank
 from ..training.settings import TrainingSettings
-from .options import DEFAULT_MODEL, NOT_NEGATIVE, POSITIVE, data_option, print_table
+from .options import DEFAULT_MODEL, NOT_NEGATIVE, POSITIVE, OpenData, data_options, print_table
 
 
 def _describe_setting() -> str:
@@ -90,7 +90,7 @@ def bench_load_command(name: str, rounds: int) -> None:
 
 @bench_command.command("recipe")
 @click.argument("model", default=DEFAULT_MODEL)
-@data_option
+@data_options
 @click.option(
     "--output", required=True, type=click.Path(path_type=Path), help="Folder for the run folders."
 )
@@ -111,7 +111,7 @@ def bench_load_command(name: str, rounds: int) -> None:
     help="Only this one; may be repeated. The others are compared with the first.",
 )
 def bench_recipe_command(
-    model: str, data: Path, output: Path, changes: tuple[str, ...], **common: Any
+    model: str, open_data: OpenData, output: Path, changes: tuple[str, ...], **common: Any
 ) -> None:
     """Train MODEL with plain settings and with single changes to them, such as the recipe has.
 
@@ -119,7 +119,9 @@ def bench_recipe_command(
     """
     outcomes: list[Outcome] = []
     try:
-        for outcome in compare_changes(model, data, output, changes or tuple(CHANGES), **common):
+        for outcome in compare_changes(
+            model, open_data(), output, changes or tuple(CHANGES), **common
+        ):
             outcomes.append(outcome)
     finally:
         if outcomes and get_rank() == 0:
@@ -147,15 +149,15 @@ def _print_outcomes(model: str, outcomes: Sequence[Outcome], common: Mapping[str
 
 @bench_command.command("finetune")
 @click.argument("name", default=DEFAULT_MODEL)
-@data_option
+@data_options
 @click.option("--images-a-class", default=50, show_default=True, type=click.IntRange(min=2))
 @click.option("--seeds", default=3, show_default=True, type=POSITIVE)
-def bench_finetune_command(name: str, data: Path, images_a_class: int, seeds: int) -> None:
+def bench_finetune_command(name: str, open_data: OpenData, images_a_class: int, seeds: int) -> None:
     """Fine-tune NAME on a few images of each class, and train one like it from scratch on them.
 
     For as many steps on the same images; top-1 is on the test images of the data set.
     """
-    results = list(bench_finetune(name, data, images_a_class, seeds))
+    results = list(bench_finetune(name, open_data(), images_a_class, seeds))
     columns = [[r.finetuned for r in results], [r.from_scratch for r in results]]
     columns.append([tuned - scratch for tuned, scratch in zip(*columns)])
     rows = [["seed", *(str(result.seed) for result in results), "mean"]]

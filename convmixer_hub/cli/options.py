@@ -2,22 +2,48 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
 
 import click
+
+from ..data.reader import ImageDataset, open_dataset
+from ..machine import get_rank
 
 DEFAULT_MODEL = "convmixer_cifar"
 
 POSITIVE = click.IntRange(min=1)
 NOT_NEGATIVE = click.IntRange(min=0)
 
+OpenData = Callable[[], ImageDataset]
 
-data_option = click.option(
-    "--data",
-    required=True,
-    type=click.Path(path_type=Path),
-    help="Folder with parquet files, cifar-10-batches-py, or class folders in train/, test/, …",
-)
+
+def data_options(command: Callable) -> Callable:
+    """Give a command the options that name a data set, and as `open_data` what opens it."""
+
+    @click.option(
+        "--data",
+        required=True,
+        metavar="DIR|OWNER/NAME",
+        help="Folder with class folders, train/<class>/*.png; with parquet files, metadata.csv or "
+        "what else the datasets library reads; or a data set of the Hub.",
+    )
+    @click.option("--config", help="Which data set, if there are several: a folder in DIR.")
+    @click.option("--label-column", help="Column with the classes, if it is not called label.")
+    @wraps(command)
+    def run(
+        *arguments: Any, data: str, config: str | None, label_column: str | None, **options: Any
+    ) -> Any:
+        def open_data() -> ImageDataset:
+            dataset = open_dataset(data, config, label_column)
+            for line in dataset.left_out if get_rank() == 0 else []:
+                click.echo(line, err=True)
+            return dataset
+
+        return command(*arguments, open_data=open_data, **options)
+
+    return run
 
 
 def print_table(rows: list[list[str]]) -> None:

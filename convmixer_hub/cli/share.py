@@ -14,23 +14,23 @@ from ..model.layouts import ALIASES, LAYOUTS
 from ..release.card import propose_record, write_card
 from ..release.publish import list_uploads, publish
 from ..zoo import VARIANTS
-from .options import DEFAULT_MODEL, data_option, print_table
+from .options import DEFAULT_MODEL, OpenData, data_options, print_table
 
 
 @click.command("card")
 @click.argument("name", default=DEFAULT_MODEL)
-@data_option
+@data_options
 @click.option(
     "--output", type=click.Path(path_type=Path), help="Folder to write to, the model's by default."
 )
-def card_command(name: str, data: Path, output: Path | None) -> None:
+def card_command(name: str, open_data: OpenData, output: Path | None) -> None:
     """Write a model card with its figures and reference logits.
 
     NAME is a model or a run folder. All comes from the checkpoint, its metrics.csv, and one test on
     the data set; NOTES.md in the folder is appended. The record to add for a model of the package
     is printed.
     """
-    card = write_card(resolve_folder(name).folder, data, output)
+    card = write_card(resolve_folder(name).folder, open_data(), output)
     click.echo(card)
     record = propose_record(card)
     if record and name.partition(".")[0] in VARIANTS:

@@ -16,7 +16,7 @@ from ..training.finetune import FINETUNE_OPTIONS, choose_settings, finetune
 from ..training.folder import STATE_FILE
 from ..training.run import train
 from ..training.settings import RECIPE, TrainingSettings
-from .options import data_option
+from .options import OpenData, data_options
 
 _SETTINGS = {setting.name: setting for setting in fields(TrainingSettings)[1:]}
 _ONLY_FOR_FINETUNING = ("layer_decay", "freeze_batch_norm", "keep_best")
@@ -75,12 +75,12 @@ def _stopping_at(run: Path) -> Iterator[None]:
 
 @click.command("train")
 @click.argument("model")
-@data_option
+@data_options
 @_output_option
 @_settings_options(TRAIN_OPTIONS, TRAIN_DEFAULTS)
 @_skip_damaged_option
 def train_command(
-    model: str, data: Path, output: Path, skip_damaged: bool, **settings: Any
+    model: str, open_data: OpenData, output: Path, skip_damaged: bool, **settings: Any
 ) -> None:
     """Train a model from scratch; the same command resumes a stopped run.
 
@@ -89,22 +89,24 @@ def train_command(
     """
     settings["covariance_init"] &= not settings["pretrained"]  # which has kernels to begin with
     with _stopping_at(output):
-        train(TrainingSettings(model, **settings), data, output, skip_damaged)
+        plan = TrainingSettings(model, **settings)
+        dataset = open_data()
+        train(plan, dataset, output, skip_damaged)
     if get_rank() == 0:
         click.echo(
             f"{output}: finished; measure it with: "
-            f"convmixer evaluate {_as_folder(output)} --data {data}"
+            f"convmixer evaluate {_as_folder(output)} --data {dataset.source}"
         )
 
 
 @click.command("finetune")
 @click.argument("name")
-@data_option
+@data_options
 @_output_option
 @_settings_options(FINETUNE_OPTIONS, {})
 @_skip_damaged_option
 def finetune_command(
-    name: str, data: Path, output: Path, skip_damaged: bool, **changes: Any
+    name: str, open_data: OpenData, output: Path, skip_damaged: bool, **changes: Any
 ) -> None:
     """Fine-tune a trained model on other images; the same command resumes a stopped run.
 
@@ -113,8 +115,9 @@ def finetune_command(
     chosen for the data.
     """
     with _stopping_at(output):
-        settings = choose_settings(name, data, **changes)
-        result = finetune(settings, data, output, skip_damaged)
+        dataset = open_data()
+        settings = choose_settings(name, dataset, **changes)
+        result = finetune(settings, dataset, output, skip_damaged)
     if get_rank() == 0:
         click.echo(
             f"{output}: top-1 {result.top1:.2f} % ({result.correct} of {result.count} validation "

@@ -13,7 +13,6 @@ import torch
 
 from ..checkpoints.info import describe
 from ..data.images import open_image
-from ..data.reader import has_split
 from ..errors import DataError
 from ..evaluate import evaluate_on
 from ..figures import draw_predictions
@@ -25,7 +24,15 @@ from ..machine import describe_machine, get_rank
 from ..predict import predict
 from ..release.golden import TOLERANCES, verify
 from ..zoo import list_models, load_trained
-from .options import DEFAULT_MODEL, NOT_NEGATIVE, POSITIVE, data_option, print_markdown, print_table
+from .options import (
+    DEFAULT_MODEL,
+    NOT_NEGATIVE,
+    POSITIVE,
+    OpenData,
+    data_options,
+    print_markdown,
+    print_table,
+)
 
 
 @click.command("list")
@@ -103,21 +110,21 @@ def predict_command(
 
 @click.command("evaluate")
 @click.argument("name", default=DEFAULT_MODEL)
-@data_option
+@data_options
 @click.option("--batch-size", default=64, show_default=True, type=POSITIVE)
 @click.option("--workers", default=1, show_default=True, type=NOT_NEGATIVE)
-def evaluate_command(name: str, data: Path, batch_size: int, workers: int) -> None:
+def evaluate_command(name: str, open_data: OpenData, batch_size: int, workers: int) -> None:
     """Measure the top-1 accuracy of a model on the test images of a data set.
 
     NAME is a trained model, a folder, or a repository of the Hub.
     """
-    result = evaluate_on(load_trained(name), data, batch_size, workers)
+    model, dataset = load_trained(name), open_data()
+    result = evaluate_on(model, dataset, batch_size, workers)
     if get_rank() > 0:
         return
-    split = "test" if has_split(data, "test") else "validation"
     click.echo(
-        f"{name}: top-1 {result.top1:.2f} % "
-        f"({result.correct} of {result.count} {split} images correct)"
+        f"{name}: top-1 {result.top1:.2f} % ({result.correct} of {result.count} "
+        f"{dataset.test_split} images in {len(dataset.classes)} classes correct)"
     )
 
 

@@ -12,11 +12,10 @@ import torch
 from PIL import Image
 from timm.data.auto_augment import RandAugment, rand_augment_transform
 from torch.nn import functional as F
-from torch.utils.data import Subset
 from torchvision import transforms
 
 from .images import eval_transform
-from .reader import read_images
+from .reader import LabeledImages, read_images
 
 FLIPS = ("alternating", "random")
 
@@ -58,7 +57,7 @@ class TrainingImages:
     arXiv:2404.00498).
 
     Args:
-        images: Some of a `LabeledImages`.
+        images: The images.
         data_config: From `timm.data.resolve_model_data_config(model)`; images of other sizes are
             scaled and cropped as in evaluation.
         seed: The same seed gives the same batches everywhere, but for the RandAugment, which takes
@@ -78,7 +77,7 @@ class TrainingImages:
 
     def __init__(
         self,
-        images: Subset,
+        images: LabeledImages,
         data_config: Mapping[str, Any],
         seed: int = 0,
         rand_augment: str = "",

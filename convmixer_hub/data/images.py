@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import warnings
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,19 +16,33 @@ from torchvision import transforms
 
 from ..errors import DataError, first_line
 
+# What Pillow calls images of so many channels.
+MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
+# Before its middle is cut out, an image is scaled; of one that is so many times as long as what the
+# model takes, the ends go first, lest it become larger than memory.
+LONGEST = 16
+
 
 def to_rgb(image: Image.Image) -> Image.Image:
     """Bring an image of any mode to upright 8-bit RGB.
 
-    An EXIF rotation is applied and transparency is laid over white. Gray values of 16 bits are
-    scaled to 8 (Pillow alone would cut them off at 255); gray floats count as 0 to 1, or as 0 to
-    their maximum if that is higher.
+    An EXIF rotation is applied and transparency is laid over white. White in an image with deeper
+    gray is the highest value of as many bits as its values need: 8, 10, 12, 14, 16, 24 or 32. Gray
+    floats count as 0 to 1 if none is higher; what is not finite is black.
+
+    Raises:
+        DataError: If a gray value is negative.
     """
     image = ImageOps.exif_transpose(image)
     if image.mode == "F" or image.mode.startswith("I"):
-        values = np.nan_to_num(np.asarray(image, dtype=np.float64))
-        white = max(1.0, values.max()) if image.mode == "F" else 65535.0
-        image = Image.fromarray((255.0 * values / white).clip(0, 255).round().astype(np.uint8))
+        values = np.nan_to_num(np.asarray(image, np.float64), nan=0.0, posinf=0.0, neginf=0.0)
+        if values.min() < 0:
+            raise DataError("has negative gray values; save it as 8-bit gray")
+        depths = [2.0**bits - 1 for bits in (8, 10, 12, 14, 16, 24, 32)]
+        white = next((depth for depth in depths if values.max() <= depth), values.max())
+        if image.mode == "F" and values.max() <= 1:
+            white = 1.0
+        image = Image.fromarray((255.0 * values / white).round().astype(np.uint8))
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -61,18 +76,47 @@ def open_image(source: str | Path | bytes, name: str | None = None) -> Image.Ima
         raise DataError(f"{name}: not an image that Pillow can read; give a PNG, JPEG, …") from None
     except Image.DecompressionBombError:
         raise DataError(f"{name}: has too many pixels to be safe; scale it down first") from None
+    except DataError as error:
+        raise DataError(f"{name}: {error}") from None
     except Exception as error:  # each of Pillow's decoders fails in its own way
         reason = first_line(error)
         raise DataError(f"{name}: damaged image ({reason}); replace the file") from None
 
 
-def eval_transform(data_config: Mapping[str, Any], normalize: bool = True) -> Callable:
-    """Resize, crop and normalize as a model's timm data config says, in evaluation.
+def eval_transform(
+    data_config: Mapping[str, Any], normalize: bool = True
+) -> Callable[[Image.Image], Any]:
+    """Resize, crop and normalize an RGB image as a model's timm data config says, in evaluation.
 
     Args:
         data_config: From `timm.data.resolve_model_data_config(model)`.
         normalize: Give normalized floats; else bytes, 0 to 255.
+
+    Raises:
+        DataError: If images have no such number of channels.
     """
+    channels, height, width = data_config["input_size"]
+    if channels not in MODES:
+        raise DataError(
+            f"the model takes {channels} channels, and images have {', '.join(map(str, MODES))}; "
+            "give it tensors"
+        )
     transform = create_transform(**data_config, is_training=False, normalize=normalize)
-    to_gray = [transforms.Grayscale()] if data_config["input_size"][0] == 1 else []
-    return transforms.Compose([*to_gray, transform])
+    steps = [partial(_convert, MODES[channels]), transform]
+    if data_config.get("crop_mode", "center") == "center":
+        steps.insert(0, partial(_cut_ends, LONGEST * max(height, width) // min(height, width)))
+    return transforms.Compose(steps)
+
+
+def _cut_ends(times: int, image: Image.Image) -> Image.Image:
+    """Keep the middle of an image that is more than so many times as long as it is wide."""
+    longest = times * min(image.size)
+    if max(image.size) <= longest:
+        return image
+    width, height = (min(side, longest) for side in image.size)
+    left, top = (image.width - width) // 2, (image.height - height) // 2
+    return image.crop((left, top, left + width, top + height))
+
+
+def _convert(mode: str, image: Image.Image) -> Image.Image:
+    return image if image.mode == mode else image.convert(mode)

@@ -1,258 +1,303 @@
-"""Labeled images from disk: a folder gives the images of its splits, and the names of classes.
+"""A data set of labeled images, opened once: its splits, its classes, and what was left out.
 
-Three layouts are known, and a folder tells which one it is:
+Known are
 
-- parquet files as the Hugging Face Hub keeps them (`train-*.parquet`, `test-*.parquet`, at any
-  depth), with an image column `img` or `image` and a class column `label` or `fine_label`;
-- torchvision's `cifar-10-batches-py`;
-- class folders: `train/<class>/*.png`, `test/<class>/*.png` (or `val`, `validation` for `test`), or
-  `<class>/*.png` alone, all of them training images.
+- class folders: `train/<class>/*.png`, `val/<class>/*.png`, `test/<class>/*.png`, or
+  `<class>/*.png` alone, all of them training images;
+- what the datasets library reads: parquet files, images with a `metadata.csv`, folders written by
+  `save_to_disk`, repositories of the Hugging Face Hub;
+- torchvision's `cifar-10-batches-py` and `cifar-100-python`.
 """
 
 from __future__ import annotations
 
 import copy
-import json
+import math
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image
-from torch.utils.data import DataLoader, Dataset, Subset
-from torchvision import datasets
+from torch.utils.data import DataLoader, Dataset
+from torchvision.datasets import CIFAR10, CIFAR100
 from tqdm import tqdm
 
 from ..errors import DataError, first_line
-from .images import open_image
+from .layout import LeftOut, RawSplit, find_class_folders, is_metadata, list_files
+from .tables import load_files, load_from_hub, load_saved
 
-LABEL_COLUMNS = ("label", "fine_label")  # the latter in CIFAR-100
-
-# What each split may be called.
-SPLITS = {"train": ("train",), "validation": ("validation", "val"), "test": ("test",)}
+TORCHVISION = {kind.base_folder: kind for kind in (CIFAR10, CIFAR100)}
 
 
 class LabeledImages(Dataset[tuple[Any, int]]):
-    """What a reader gives: `(image, label)`, and the names of the classes by label."""
-
-    classes: list[str]
-    transform: Callable[[Image.Image], Any] | None
-
-    def __len__(self) -> int:
-        raise NotImplementedError
-
-
-class ParquetImages(LabeledImages):
-    """Images and labels from parquet files in the Hugging Face Hub's layout.
+    """The images of a split, each with the number of its class.
 
     Args:
-        files: The files, read in this order.
-        transform: Applied to each RGB image.
+        raw: The split as it was read.
+        labels: Number of the class of each image.
 
-    Raises:
-        DataError: If a file is no parquet file, or lacks the columns, or means other classes by
-            its labels than the first does, or a label is out of range.
+    Attributes:
+        labels: As given.
+        folder: The folder with the class folders that they lie in, if they do.
     """
 
-    def __init__(self, files: Sequence[Path], transform: Callable | None = None) -> None:
-        try:
-            import pyarrow
-            from pyarrow import parquet
-        except ImportError:
-            raise DataError(
-                f"{files[0]}: reading parquet needs pyarrow: pip install pyarrow"
-            ) from None
-        try:
-            tables = [parquet.read_table(file) for file in files]
-            table = pyarrow.concat_tables(tables).combine_chunks()
-        except (pyarrow.ArrowException, OSError) as error:
-            raise DataError(
-                f"{files[0]}: cannot be read as parquet ({first_line(error)}); download it again"
-            ) from None
-        image_column = next((c for c in ("img", "image") if c in table.column_names), None)
-        label_column = next((c for c in LABEL_COLUMNS if c in table.column_names), None)
-        if image_column is None or label_column is None:
-            raise DataError(
-                f"{files[0]}: has the columns {', '.join(table.column_names)}; needed are an image "
-                "column 'img' or 'image' and a class column 'label' or 'fine_label'"
-            )
-        if not len(table):
-            raise DataError(f"{files[0]}: holds no images; download it again")
-        kind = table[image_column].type
-        if not (pyarrow.types.is_struct(kind) and kind.get_field_index("bytes") >= 0):
-            raise DataError(
-                f"{files[0]}: its column '{image_column}' holds {kind}; needed is a struct with "
-                "the field 'bytes', as the datasets library writes images"
-            )
-        self.transform = transform
-        self.source = files[0].parent
-        self.images = table[image_column]
-        self.labels = table[label_column].to_pylist()
-        names, *others = (
-            _read_class_names(table.schema.metadata, label_column) for table in tables
-        )
-        for file, other in zip(files[1:], others):
-            if other != names:
-                raise DataError(
-                    f"{file}: its labels mean {_list_names(other)}, those of {files[0]} "
-                    f"{_list_names(names)}; read them as two data sets"
-                )
-        known = [label for label in self.labels if isinstance(label, int)]
-        self.classes = names or [str(label) for label in range(max(known, default=-1) + 1)]
-        for row, label in enumerate(self.labels):
-            if not isinstance(label, int) or not 0 <= label < len(self.classes):
-                raise DataError(
-                    f"{files[0]}: row {row} has the label {label!r}, but there are "
-                    f"{len(self.classes)} classes; labels run from 0 to {len(self.classes) - 1}"
-                )
+    def __init__(self, raw: RawSplit, labels: Sequence[int]) -> None:
+        self.labels = labels
+        self.folder = raw.folder
+        self._indices: Sequence[int] = range(len(labels))
+        self._read = raw.read
+        self._transform: Callable[[Image.Image], Any] | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def __getitem__(self, index: int) -> tuple[Any, int]:
-        name = f"{self.source}, row {index} of its parquet files"
-        content = self.images[index]["bytes"].as_py()
-        if content is None:
-            raise DataError(f"{name}: holds no image; remove the row")
-        image = open_image(content, name)
-        return (self.transform(image) if self.transform else image), self.labels[index]
+        image = self._read(self._indices[index])
+        return (self._transform(image) if self._transform else image), self.labels[index]
+
+    def take(self, indices: Sequence[int]) -> LabeledImages:
+        """Give some of the images."""
+        view = copy.copy(self)
+        view.labels = [self.labels[i] for i in indices]
+        view._indices = [self._indices[i] for i in indices]
+        return view
+
+    def seen_through(self, transform: Callable[[Image.Image], Any]) -> LabeledImages:
+        """Give the same images with a transform applied to each."""
+        view = copy.copy(self)
+        view._transform = transform
+        return view
+
+    def renumbered(self, numbers: Mapping[int, int]) -> LabeledImages:
+        """Give the same images with other numbers for their classes."""
+        view = copy.copy(self)
+        view.labels = [numbers[label] for label in self.labels]
+        return view
 
 
-def _read_class_names(metadata: Mapping[bytes, bytes] | None, label_column: str) -> list[str]:
-    """Read what the datasets library writes into a parquet file; nothing if it did not write it."""
-    try:
-        info = json.loads((metadata or {})[b"huggingface"])
-        return [str(name) for name in info["info"]["features"][label_column]["names"]]
-    except (KeyError, TypeError, ValueError):
-        return []
+@dataclass(frozen=True)
+class ImageDataset:
+    """A data set that was opened.
+
+    Attributes:
+        source: The folder, or the id of a repository of the Hub.
+        hub_id: The latter, if it is that.
+        classes: Names of the classes by number: those of the training images, if there are any.
+        splits: The images for `train`, `validation` and `test`, or for some of these.
+        left_out: What is not used, one line for each kind.
+    """
+
+    source: str
+    hub_id: str | None
+    classes: list[str]
+    splits: dict[str, LabeledImages]
+    left_out: list[str]
+
+    @property
+    def name(self) -> str:
+        """Its name in a card."""
+        return self.hub_id or Path(self.source).resolve().name
+
+    @property
+    def test_split(self) -> str:
+        """The split to test on: `validation` if there are no test images."""
+        return "test" if "test" in self.splits or "validation" not in self.splits else "validation"
+
+    def get(self, split: str) -> LabeledImages:
+        """Give the images of a split.
+
+        Raises:
+            DataError: If there are none.
+        """
+        if split not in self.splits:
+            raise DataError(
+                f"{self.source}: has images for {' and '.join(self.splits)}, but none for {split}; "
+                f"name their folder or file {split}"
+            )
+        return self.splits[split]
 
 
-def _list_names(classes: Sequence[str]) -> str:
-    return ", ".join(classes) or "numbers alone"
-
-
-def load_images(
-    data_dir: str | Path, split: str, transform: Callable | None = None
-) -> LabeledImages:
-    """Read one split of a data set; the layout is found out from the folder.
+def open_dataset(
+    source: str | Path, config: str | None = None, label_column: str | None = None
+) -> ImageDataset:
+    """Open a data set of labeled images; its layout is found out.
 
     Args:
-        data_dir: Folder with one of the layouts named at the top of this module.
-        split: `train`, `validation` or `test`; without test images, those for validation take
-            their place.
-        transform: Applied to each RGB image.
+        source: A folder with one of the layouts at the top of this module, or the id of a
+            repository of the Hugging Face Hub, `OWNER/NAME`.
+        config: Which data set of several: a folder in that folder, or a configuration of the
+            repository.
+        label_column: Column of a table that holds the classes; by default one named `label`,
+            `labels` or `fine_label`, or else the only one that names classes.
 
     Raises:
-        DataError: If the folder holds none of the layouts, or nothing for this split.
+        DataError: If there is no data set, or it is not clear what its images, labels or splits
+            are, or the datasets library, which reads it, is not installed.
     """
-    folder = Path(data_dir)
-    if not os.path.isdir(folder):
-        raise DataError(f"{folder}: no such folder; give the folder that holds the data set")
-
-    if os.path.isdir(folder / datasets.CIFAR10.base_folder) and split != "validation":
-        try:
-            return datasets.CIFAR10(str(folder), train=split == "train", transform=transform)
-        except (RuntimeError, OSError, EOFError) as error:
-            raise DataError(
-                f"{folder / datasets.CIFAR10.base_folder}: incomplete or damaged "
-                f"({first_line(error)}); download it again with torchvision.datasets.CIFAR10"
-            ) from None
-    places = _find_split(folder, split)
-    if not places and split == "test":
-        places = _find_split(folder, "validation")
-    if not places and split == "train" and not any(_find_split(folder, name) for name in SPLITS):
-        places = _find_bare_classes(folder)
-    if not places and any(folder.rglob("*.parquet")):
-        raise DataError(f"{folder}: holds parquet files, but none named {split}-*.parquet")
-    if not places:
+    folder = Path(source, config or "")
+    left_out = LeftOut()
+    hub_id = None
+    if os.path.isdir(folder):
+        splits = _read_folder(folder, label_column, left_out)
+    elif os.path.isdir(source):
+        raise DataError(f"{folder}: no such folder; --config names a folder in {source}")
+    elif re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(source)):
+        hub_id = str(source)
+        splits = load_from_hub(hub_id, config, label_column, left_out)
+    else:
+        raise DataError(f"{source}: no such folder; give the folder that holds the data set")
+    if not splits:
+        skipped = "".join(f" ({line})" for line in left_out.describe())
         raise DataError(
-            f"{folder}: no data set found; expected {split}-*.parquet files, torchvision's "
-            f"{datasets.CIFAR10.base_folder}, or class folders {SPLITS[split][0]}/<class>/*.png"
+            f"{folder}: no data set found{skipped}; expected class folders train/<class>/*.png, "
+            f"train-*.parquet files, or one of {', '.join(TORCHVISION)}"
         )
-    if places[0].suffix == ".parquet":
-        return ParquetImages(places, transform)
+    return _number_classes(str(source), hub_id, splits, left_out)
+
+
+def _read_folder(folder: Path, label_column: str | None, left_out: LeftOut) -> dict[str, RawSplit]:
+    """Find out the layout of a folder, and read its splits."""
+    if folder.name in TORCHVISION:
+        return _read_torchvision(folder)
+    found = [folder / name for name in TORCHVISION if os.path.isdir(folder / name)]
+    if len(found) == 1:
+        return _read_torchvision(found[0])
+    if found:
+        raise DataError(f"{folder}: holds {' and '.join(TORCHVISION)}; choose one with --config")
+    if any(os.path.exists(folder / name) for name in ("dataset_dict.json", "state.json")):
+        return load_saved(folder, label_column, left_out)
+    files, empty = list_files(folder, left_out)
+    metadata = [file for file in files if is_metadata(file)]
+    parquet = [f for f in files if f.suffix == ".parquet" and not is_metadata(f)]
+    if parquet or metadata:
+        return load_files(folder, files, parquet or metadata, label_column, left_out)
+    return find_class_folders(folder, files, empty, left_out)
+
+
+def _read_torchvision(folder: Path) -> dict[str, RawSplit]:
+    """Read CIFAR-10 or CIFAR-100 as torchvision keeps them."""
+    kind = TORCHVISION[folder.name]
+    splits = {}
     try:
-        return _ClassFolders(str(places[0]), transform, loader=open_image)
-    except OSError as error:
+        for split in ("train", "test"):
+            part = kind(str(folder.parent), train=split == "train")
+            splits[split] = RawSplit(part.targets, partial(_read_pixels, part.data), part.classes)
+    except (RuntimeError, OSError, EOFError) as error:
         raise DataError(
-            f"{places[0]}: {first_line(error)}; give class folders with images"
+            f"{folder}: incomplete or damaged ({first_line(error)}); download it again with "
+            f"torchvision.datasets.{kind.__name__}"
         ) from None
+    return splits
 
 
-def has_split(data_dir: str | Path, split: str) -> bool:
-    """Tell whether a data set has images of its own for a split."""
-    folder = Path(data_dir)
-    if os.path.isdir(folder / datasets.CIFAR10.base_folder):
-        return split != "validation"
-    return os.path.isdir(folder) and bool(_find_split(folder, split))
+def _read_pixels(pixels: Any, index: int) -> Image.Image:
+    return Image.fromarray(pixels[index])
 
 
-def _find_split(folder: Path, split: str) -> list[Path]:
-    """Find the parquet files or else the folder of a split; nothing if there is neither."""
-    parquet_files = sorted(folder.rglob("*.parquet"))
-    for name in SPLITS[split]:
-        if parquet_files:
-            pattern = re.compile(rf"{name}([-_]?\d.*)?\.parquet")
-            places = [file for file in parquet_files if pattern.fullmatch(file.name)]
-        else:
-            places = [place for place in [folder / name] if os.path.isdir(place)]
-        if places:
-            return places
-    return []
+def _number_classes(
+    source: str, hub_id: str | None, raw: Mapping[str, RawSplit], left_out: LeftOut
+) -> ImageDataset:
+    """Give each class one number in all splits."""
+    # As the Hub keeps the test images of competitions.
+    raw = dict(raw)
+    for split in list(raw):
+        if all(label in (None, -1) for label in raw[split].labels):
+            rows = range(len(raw.pop(split).labels))
+            left_out.add(f"{split} images without labels", (f"row {row}" for row in rows))
+    if not raw:
+        raise DataError(f"{source}: its images have no labels; give a data set that has them")
+
+    first = "train" if "train" in raw else next(iter(raw))
+    for split, images in raw.items():
+        if images.names != raw[first].names:
+            meanings = [", ".join(raw[s].names or ["numbers alone"]) for s in (split, first)]
+            raise DataError(
+                f"{source}: its {split} labels mean {meanings[0]}, its {first} labels "
+                f"{meanings[1]}; make them the same"
+            )
+    classes: list[Any]
+    numbers: dict[Any, int]
+    if names := raw[first].names:
+        classes, numbers = list(names), {number: number for number in range(len(names))}
+    else:
+        of_classes = [first] if first == "train" else list(raw)
+        found = {label for split in of_classes for label in raw[split].labels} - {None, -1}
+        classes = sorted(found)
+        numbers = {label: number for number, label in enumerate(classes)}
+    splits = {
+        split: LabeledImages(images, _number(images.labels, numbers, f"{source}: its {split}"))
+        for split, images in raw.items()
+    }
+    classes = [str(label) for label in classes]
+    for name in classes:
+        if not name.isprintable():
+            raise DataError(
+                f"{source}: has a class named {name!r}; give it a name that can be printed"
+            )
+    return ImageDataset(source, hub_id, classes, splits, left_out.describe())
 
 
-def _find_bare_classes(folder: Path) -> list[Path]:
-    """Take a folder for class folders without a split, unless they look like splits themselves."""
-    try:
-        classes = [place for place in sorted(folder.iterdir()) if _is_visible_folder(place)]
-        nested = [p for p in classes if any(_is_visible_folder(inner) for inner in p.iterdir())]
-    except OSError as error:
-        raise DataError(f"{error.filename}: {first_line(error)}; move it elsewhere") from None
-    if nested:
-        raise DataError(
-            f"{nested[0]}: holds folders, so it is no class folder; name the splits of a data set "
-            "train, val and test, and the class folders in them"
-        )
-    return [folder] if classes else []
+def _number(labels: Sequence[Any], numbers: Mapping[Any, int], place: str) -> list[int]:
+    for row, label in enumerate(labels):
+        if label not in numbers:
+            known = ", ".join(map(str, numbers))
+            raise DataError(
+                f"{place} images have the label {label!r} in row {row}, which is none of {known}; "
+                "correct or remove it"
+            )
+    return [numbers[label] for label in labels]
 
 
-def _is_visible_folder(place: Path) -> bool:
-    return os.path.isdir(place) and not place.name.startswith(".")
-
-
-class _ClassFolders(datasets.ImageFolder):
-    """Class folders; hidden ones, such as those of thumbnails or notebooks, are none."""
-
-    def find_classes(self, directory: str) -> tuple[list[str], dict[str, int]]:
-        classes = [
-            place.name for place in sorted(Path(directory).iterdir()) if _is_visible_folder(place)
-        ]
-        if not classes:
-            return super().find_classes(directory)  # torchvision's own refusal
-        return classes, {name: label for label, name in enumerate(classes)}
-
-
-def hold_out(count: int, size: int, seed: int) -> tuple[list[int], list[int]]:
-    """Split the indices of a training set into kept and held-out ones.
+def hold_out(dataset: ImageDataset, size: int, seed: int) -> tuple[list[int], list[int]]:
+    """Split the indices of the training images into kept and held-out ones, each class alike.
 
     Args:
-        count: Number of training images.
-        size: Number of images to hold out.
+        dataset: The data set.
+        size: Number of images to hold out; 0 for none.
         seed: The same seed gives the same split everywhere.
 
     Raises:
-        DataError: If so many cannot be held out.
+        DataError: If a class cannot have an image in each part, naming it.
     """
-    if not 0 <= size < count:
-        raise DataError(f"cannot hold out {size} of {count} training images; hold out fewer")
-    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist()
-    return sorted(order[size:]), sorted(order[:size])
+    labels = torch.tensor(dataset.get("train").labels)
+    if not size:
+        return list(range(len(labels))), []
+    counts = labels.bincount(minlength=len(dataset.classes))
+    present = counts > 0
+    for name, count in zip(dataset.classes, counts.tolist()):
+        if count == 1:
+            raise DataError(
+                f"{dataset.source}: the class {name} has one image alone, which cannot be both "
+                "trained on and held out; add some, or hold out none"
+            )
+    least, most = int(present.sum()), len(labels) - int(present.sum())
+    if not least <= size <= most:
+        raise DataError(
+            f"{dataset.source}: cannot hold out {size} of {len(labels)} training images in "
+            f"{least} classes; give {least} to {most}"
+        )
+    # One of each class, then always of the class that is farthest from its share.
+    chosen = present.long()
+    for _ in range(size - least):
+        missing = size * counts / len(labels) - chosen
+        missing[chosen >= counts - 1] = -math.inf
+        chosen[missing.argmax()] += 1
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
+    held_out = torch.cat(
+        [order[labels[order] == number][:count] for number, count in enumerate(chosen.tolist())]
+    )
+    kept = torch.ones(len(labels), dtype=torch.bool)
+    kept[held_out] = False
+    return kept.nonzero().flatten().tolist(), sorted(held_out.tolist())
 
 
 def read_images(
-    images: Subset,
+    images: LabeledImages,
     transform: Callable,
     skip_damaged: bool = False,
     progress: bool = True,
@@ -260,7 +305,7 @@ def read_images(
     """Read some of the images of a data set into memory.
 
     Args:
-        images: Some of a `LabeledImages`.
+        images: The images.
         transform: Turns an RGB image into a tensor.
         skip_damaged: Leave out images that cannot be read.
         progress: Show a progress bar, if there is a terminal.
@@ -272,11 +317,11 @@ def read_images(
         DataError: If images cannot be read, naming the first of them.
     """
     tensors, labels, damaged = [], [], []
-    subset = with_transform(images, transform)
-    rows = range(len(subset))
+    images = images.seen_through(transform)
+    rows = range(len(images))
     for row in tqdm(rows, desc="read", leave=False, disable=None if progress else True):
         try:
-            tensor, label = subset[row]
+            tensor, label = images[row]
         except DataError as error:
             damaged.append(str(error))
         else:
@@ -284,7 +329,7 @@ def read_images(
             labels.append(label)
     if damaged and not (skip_damaged and tensors):
         raise DataError(
-            f"{len(damaged)} of {len(subset)} images cannot be read, the first "
+            f"{len(damaged)} of {len(images)} images cannot be read, the first "
             f"is {damaged[0]}; --skip-damaged trains on the others"
         )
     return torch.stack(tensors), torch.tensor(labels), damaged
@@ -297,10 +342,3 @@ def read_batches(loader: DataLoader) -> Iterator[list[torch.Tensor]]:
     except DataError as error:
         _, _, line = str(error).strip().rpartition("DataError: ")
         raise DataError(line) from None
-
-
-def with_transform(images: Subset, transform: Callable) -> Subset:
-    """Take some images of a `LabeledImages`, seen through another transform."""
-    view: Any = copy.copy(images.dataset)
-    view.transform = transform
-    return Subset(view, images.indices)

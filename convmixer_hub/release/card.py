@@ -20,7 +20,7 @@ import torch
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from torch.utils.data import DataLoader
 
-from ..data.reader import has_split
+from ..data.reader import ImageDataset
 from ..errors import CheckpointError, DataError, TrainingError, first_line
 from ..evaluate import (
     CALIBRATION_BINS,
@@ -28,8 +28,8 @@ from ..evaluate import (
     Evaluation,
     collect_logits,
     count_confusions,
-    load_test_images,
     measure_calibration,
+    prepare_test_images,
 )
 from ..figures import (
     draw_confusion,
@@ -59,7 +59,7 @@ PREDICTIONS_CAPTION = (
 
 def write_card(
     folder: str | Path,
-    data_dir: str | Path,
+    dataset: ImageDataset,
     output: str | Path | None = None,
     batch_size: int = 64,
     workers: int = 0,
@@ -72,7 +72,7 @@ def write_card(
     Args:
         folder: Holds the model as `train` writes it; the card has the folder's name. Without
             `metrics.csv` there is no curve and no training time.
-        data_dir: Folder of the data set, see `data.reader.load_images`.
+        dataset: Its test images are looked at, or else those for validation.
         output: Where the files go, made if missing; the model's own folder if not given.
         batch_size: Images at a time; changes the speed, not the result.
         workers: Processes that read images.
@@ -100,10 +100,10 @@ def write_card(
     config = json.loads((folder / CONFIG_FILE).read_text())
     settings = config.get("training") or {}
     chosen_on_validation = settings.get("keep_best") and not settings.get("held_out")
-    if chosen_on_validation and not has_split(data_dir, "test"):
+    if chosen_on_validation and "test" not in dataset.splits:
         raise DataError(
-            f"{data_dir}: has no test images but those for validation, by which the epoch was "
-            "chosen; give data with test images"
+            f"{dataset.source}: has no test images but those for validation, by which the epoch "
+            "was chosen; give data with test images"
         )
     metrics = read_metrics(folder / METRICS_FILE)
     notes = _read_notes(folder / NOTES_FILE)
@@ -116,7 +116,7 @@ def write_card(
     }
     if metrics:
         figures["curve.png"] = draw_curve(metrics)
-    loader = DataLoader(load_test_images(model, data_dir), batch_size, num_workers=workers)
+    loader = DataLoader(prepare_test_images(model, dataset), batch_size, num_workers=workers)
     logits, labels = collect_logits(model, loader)
     probabilities = logits.softmax(dim=1)
     confusion = count_confusions(probabilities, labels)
@@ -126,14 +126,14 @@ def write_card(
     figures["reliability.png"] = draw_reliability(calibration)
 
     known = next((d for d in DATASETS if d.classes == tuple(classes)), None)
-    dataset = known.name if known else Path(data_dir).resolve().name
-    hub_id = known.hub_id if known else None
-    split = "test" if has_split(data_dir, "test") else "validation"
+    dataset_name = known.name if known else dataset.name
+    hub_id = known.hub_id if known else dataset.hub_id
+    split = dataset.test_split
     result = Evaluation(int(confusion.trace()), int(confusion.sum()))
     plan = _read_plan(settings)
     validation_top1 = metrics.get("held_out_top1", [0.0])
     card = ModelCard.from_template(
-        _make_metadata(name, model, dataset, hub_id, split, result, calibration),
+        _make_metadata(name, model, dataset_name, hub_id, split, result, calibration),
         str(Path(__file__).with_suffix(".md")),
         name=name,
         model=model,
@@ -154,7 +154,7 @@ def write_card(
         result=result,
         calibration=calibration,
         bins=CALIBRATION_BINS,
-        dataset=dataset,
+        dataset=dataset_name,
         split=split,
         today=today or date.today(),
         measured_on=f"{describe_machine(torch.device('cpu'))}, torch {torch.__version__}",

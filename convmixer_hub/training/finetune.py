@@ -18,7 +18,7 @@ from torchvision.transforms.functional import to_pil_image
 
 from ..checkpoints.resolve import resolve
 from ..data.images import eval_transform
-from ..data.reader import has_split, load_images, read_images
+from ..data.reader import ImageDataset, read_images
 from ..evaluate import Evaluation, collect_logits, count_confusions
 from ..figures import check_matplotlib, draw_confusion, draw_predictions
 from ..files import write_file
@@ -27,7 +27,7 @@ from ..machine import get_rank, get_world_size
 from ..model.config import get_label_names
 from ..predict import Prediction
 from ..zoo import load_trained
-from .run import load_validation, train
+from .run import choose_validation, train
 from .settings import TrainingSettings
 
 # The settings that one may choose for oneself.
@@ -54,25 +54,25 @@ FEW_IMAGES = 5000
 LEAST_STEPS = 200
 
 
-def choose_settings(name: str, data_dir: str | Path, **changes: Any) -> TrainingSettings:
+def choose_settings(name: str, dataset: ImageDataset, **changes: Any) -> TrainingSettings:
     """Choose how to fine-tune, for the data at hand.
 
     Args:
         name: The trained model, as in `zoo.load_trained`.
-        data_dir: Folder of the data set, see `data.reader.load_images`.
+        dataset: What to fine-tune on.
         changes: Settings to be different from what would be chosen; None for no change. By
             default a fifth of the training images is held out, if there are none for validation.
 
     Raises:
-        DataError: If the data cannot be read.
+        DataError: If there are no training images.
         TrainingError: If a setting cannot be.
     """
     source = resolve(name)
     is_folder = source.name.startswith("local-dir:")
     name = str(source.folder.absolute()) if is_folder else source.name
     changes = {setting: value for setting, value in changes.items() if value is not None}
-    count = len(load_images(data_dir, "train"))
-    fifth = 0 if has_split(data_dir, "validation") else max(1, round(count / 5))
+    count = len(dataset.get("train"))
+    fifth = 0 if "validation" in dataset.splits else max(len(dataset.classes), round(count / 5))
     held_out = changes.setdefault("held_out", fifth)
     kept = changes.get("train_images") or max(1, count - held_out)
     few = kept < FEW_IMAGES
@@ -92,7 +92,7 @@ def choose_settings(name: str, data_dir: str | Path, **changes: Any) -> Training
 
 def finetune(
     settings: TrainingSettings,
-    data_dir: str | Path,
+    dataset: ImageDataset,
     output: str | Path,
     skip_damaged: bool = False,
     progress: bool = True,
@@ -105,7 +105,7 @@ def finetune(
 
     Args:
         settings: From `choose_settings`.
-        data_dir: Folder of the data set, see `data.reader.load_images`.
+        dataset: Its test images are not looked at.
         output: The run folder. If it holds a run with the same settings, that run is resumed.
         skip_damaged: Leave out images that cannot be read, naming them on stderr.
         progress: Show progress bars, if there is a terminal, and a line an epoch.
@@ -120,11 +120,11 @@ def finetune(
         DataError: As `train` does, and if matplotlib is not installed.
     """
     check_matplotlib()
-    folder = train(settings, data_dir, output, skip_damaged, progress)
+    folder = train(settings, dataset, output, skip_damaged, progress)
     model = load_trained(folder)
     config = resolve_model_data_config(model)
     images, labels, _ = read_images(
-        load_validation(settings, data_dir, load_images(data_dir, "train")),
+        choose_validation(settings, dataset),
         eval_transform(config),
         skip_damaged,
         progress,

@@ -22,13 +22,12 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader, Subset, TensorDataset
-from torchvision.datasets import ImageFolder
+from torch.utils.data import DataLoader, TensorDataset
 from tqdm import tqdm
 
 from ..data.augment import TrainingImages, derive_seed
 from ..data.images import eval_transform
-from ..data.reader import LabeledImages, has_split, hold_out, load_images, read_images
+from ..data.reader import ImageDataset, LabeledImages, hold_out, read_images
 from ..errors import DataError, TrainingError, UnknownModelError
 from ..evaluate import collect_logits, evaluate, fit_temperature
 from ..hub.records import CONFIG_FILE, WEIGHTS_FILE, suggest
@@ -48,13 +47,12 @@ from .folder import RunState, lock_run, open_run, save_results, save_state
 from .settings import OPTIMIZERS, TrainingSettings
 
 SECONDS_BETWEEN_SAVES = 60.0
-SPLIT_SEED = 0
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def train(
     settings: TrainingSettings,
-    data_dir: str | Path,
+    dataset: ImageDataset,
     output: str | Path,
     skip_damaged: bool = False,
     progress: bool = True,
@@ -71,7 +69,7 @@ def train(
 
     Args:
         settings: What to compute.
-        data_dir: Folder of the data set, see `data.reader.load_images`; its test split is not read.
+        dataset: Its test images are not looked at.
         output: The run folder. If it holds a run with the same settings, that run is resumed.
         skip_damaged: Train without the images that cannot be read, naming them on stderr.
         progress: Show progress bars, if there is a terminal, and a line an epoch.
@@ -100,25 +98,25 @@ def train(
             f"batch_size is {settings.batch_size}: give a multiple of {unit} for "
             f"{get_world_size()} processes"
         )
-    images = load_images(data_dir, "train")
-    if len(images.classes) < 2:
+    images = dataset.get("train")
+    if len(dataset.classes) < 2:
         raise DataError(
-            f"{data_dir}: has one class alone, {images.classes[0]}; there is nothing to tell apart"
+            f"{dataset.source}: has one class alone, {dataset.classes[0]}; there is nothing to "
+            "tell apart"
         )
-    if isinstance(images, ImageFolder) and Path(images.root).resolve() in folder.resolve().parents:
+    if images.folder and images.folder.resolve() in folder.resolve().parents:
         raise TrainingError(
-            f"{folder}: lies among the class folders in {images.root}; name another --output"
+            f"{folder}: lies among the class folders in {images.folder}; name another --output"
         )
 
     def begin() -> RunState:
         open_files.enter_context(lock_run(folder))
-        return open_run(folder, RunState(asdict(settings), list(images.classes), len(images)))
+        return open_run(folder, RunState(asdict(settings), dataset.classes, len(images)))
 
     with ExitStack() as open_files, join_processes() as device:
         state = ask_first_process(begin)
-        validation = load_validation(settings, data_dir, images)
         progress = progress and get_rank() == 0
-        run = _Run(settings, folder, state, images, validation, device, skip_damaged, progress)
+        run = _Run(settings, folder, state, dataset, device, skip_damaged, progress)
         open_files.enter_context(_muon_computing_in(run.dtype))
         while state.epoch < settings.epochs:
             run.train_epoch()
@@ -127,36 +125,29 @@ def train(
     return folder
 
 
-def load_validation(
-    settings: TrainingSettings, data_dir: str | Path, images: LabeledImages
-) -> Subset:
-    """Read the images by which a run with these settings measures itself after each epoch.
+def choose_validation(settings: TrainingSettings, dataset: ImageDataset) -> LabeledImages:
+    """Choose the images by which a run with these settings measures itself after each epoch.
 
     Args:
         settings: Those of the run.
-        data_dir: Folder of its data set.
-        images: The training images of the data set.
+        dataset: Its data set.
 
     Returns:
         The images without a transform; none of them if the run does not measure itself.
 
     Raises:
-        DataError: If they cannot be read, or have other classes than the training images.
+        DataError: If so many images cannot be held out.
         TrainingError: If the best epoch is to be kept and there is nothing to choose it by.
     """
     if settings.held_out or not settings.keep_best:
-        return Subset(images, hold_out(len(images), settings.held_out, SPLIT_SEED)[1])
-    if not has_split(data_dir, "validation"):
+        held_out = hold_out(dataset, settings.held_out, settings.seed)[1]
+        return dataset.get("train").take(held_out)
+    if "validation" not in dataset.splits:
         raise TrainingError(
-            f"{data_dir}: has no validation images to choose the best epoch by; give --held-out"
+            f"{dataset.source}: has no validation images to choose the best epoch by; give "
+            "--held-out"
         )
-    validation = load_images(data_dir, "validation")
-    if list(validation.classes) != list(images.classes):
-        raise DataError(
-            f"{data_dir}: its validation images have the classes {', '.join(validation.classes)}, "
-            f"its training images {', '.join(images.classes)}; make them the same"
-        )
-    return Subset(validation, range(len(validation)))
+    return dataset.get("validation")
 
 
 @contextmanager
@@ -181,8 +172,7 @@ class _Run:
         settings: TrainingSettings,
         folder: Path,
         state: RunState,
-        images: LabeledImages,
-        validation: Subset,
+        dataset: ImageDataset,
         device: torch.device,
         skip_damaged: bool,
         progress: bool,
@@ -193,17 +183,17 @@ class _Run:
         self.device = device
         self.progress = progress
         random_seed(settings.seed)
-        self._build_model(list(images.classes))
+        self._build_model(dataset.classes)
         if state.epoch < settings.epochs:  # a finished run is only written out again
             here = f"{describe_machine(self.device)}, {self._choose_precision()}"
             before = state.machine or here
             state.machine = before if before.endswith(here) else f"{before}, then {here}"
-            self._read_images(images, validation, skip_damaged)
+            self._read_images(dataset, skip_damaged)
         self.mix = Mixup(
             mixup_alpha=settings.mixup,
             cutmix_alpha=settings.cutmix,
             label_smoothing=settings.label_smoothing,
-            num_classes=len(images.classes),
+            num_classes=len(dataset.classes),
         )
         self.erase = RandomErasing(settings.random_erasing, mode="pixel", device=device)
         if state.model is not None and state.optimizer is not None:
@@ -278,7 +268,7 @@ class _Run:
                 tqdm.write(f"computes in {reason}")
         return state.precision
 
-    def _read_images(self, images: LabeledImages, validation: Subset, skip_damaged: bool) -> None:
+    def _read_images(self, dataset: ImageDataset, skip_damaged: bool) -> None:
         settings = self.settings
         data_config = resolve_model_data_config(self.model)
         image_size = data_config["input_size"][-1]
@@ -287,17 +277,19 @@ class _Run:
                 f"small_crop_size is {settings.small_crop_size}: {settings.model} takes images of "
                 f"{image_size} pixels in patches of {self.patch_size}; give a number between them"
             )
-        kept, _ = hold_out(len(images), settings.held_out, SPLIT_SEED)
+        kept, _ = hold_out(dataset, settings.held_out, settings.seed)
         if settings.train_images > len(kept):
             raise TrainingError(
                 f"train_images is {settings.train_images}: {len(kept)} are there that are not held "
                 "out; give at most that"
             )
         if settings.train_images:
-            some, _ = hold_out(len(kept), len(kept) - settings.train_images, SPLIT_SEED)
-            kept = [kept[i] for i in some]
+            order = torch.randperm(
+                len(kept), generator=torch.Generator().manual_seed(settings.seed)
+            )
+            kept = [kept[i] for i in sorted(order[: settings.train_images].tolist())]
         self.images = TrainingImages(
-            Subset(images, kept),
+            dataset.get("train").take(kept),
             data_config,
             settings.seed,
             settings.rand_augment,
@@ -307,6 +299,7 @@ class _Run:
             self.progress,
         )
         damaged = self.images.damaged
+        validation = choose_validation(settings, dataset)
         self.validation: DataLoader | None = None
         if 0 < len(validation) < get_world_size():
             raise TrainingError(

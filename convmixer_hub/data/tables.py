@@ -1,0 +1,235 @@
+"""Splits of labeled images from what the datasets library reads: files, saved folders, the Hub."""
+
+from __future__ import annotations
+
+import glob
+import re
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path, PurePath
+from types import ModuleType
+from typing import Any
+
+import fsspec
+from PIL import Image
+
+from ..errors import DataError, first_line
+from .images import open_image
+from .layout import LeftOut, RawSplit, choose_splits, find_split, find_tables, is_metadata
+
+IMAGE_COLUMNS = ("image", "img")
+LABEL_COLUMNS = ("label", "labels", "fine_label")  # the last one in CIFAR-100
+
+
+def load_files(
+    folder: Path,
+    files: Sequence[PurePath],
+    tables: Sequence[PurePath],
+    label_column: str | None,
+    left_out: LeftOut,
+) -> dict[str, RawSplit]:
+    """Read parquet files, or images with metadata files.
+
+    Args:
+        folder: The folder.
+        files: All its files.
+        tables: Those that are parquet files, or else metadata files.
+        label_column: See `reader.open_dataset`.
+        left_out: Gets what is not used.
+
+    Raises:
+        DataError: If they cannot be read, or it is not clear what they hold.
+    """
+    datasets = _import_datasets(folder)
+    places = {
+        split: [folder / file for file in parts]
+        for split, parts in find_tables(folder, tables, left_out).items()
+    }
+    kind = "imagefolder" if is_metadata(tables[0]) else "parquet"
+    if kind == "parquet":
+        _check_same_classes(datasets, [file for files in places.values() for file in files])
+    patterns = {
+        split: [glob.escape(str(file)) for file in files] for split, files in places.items()
+    }
+    with _naming(f"{folder}:"):
+        loaded = datasets.load_dataset(kind, data_files=patterns)
+    if kind == "imagefolder":
+        _check_metadata(folder, loaded, files, left_out)
+    return _read_tables(datasets, loaded, str(folder), label_column, left_out)
+
+
+def load_saved(folder: Path, label_column: str | None, left_out: LeftOut) -> dict[str, RawSplit]:
+    """Read a folder that `save_to_disk` wrote; arguments and errors as in `load_files`."""
+    datasets = _import_datasets(folder)
+    with _naming(f"{folder}:"):
+        loaded = datasets.load_from_disk(str(folder))
+    if not isinstance(loaded, Mapping):
+        loaded = {"train": loaded}
+    return _read_tables(datasets, loaded, str(folder), label_column, left_out)
+
+
+def load_from_hub(
+    repo_id: str, config: str | None, label_column: str | None, left_out: LeftOut
+) -> dict[str, RawSplit]:
+    """Read a data set of the Hub.
+
+    Args:
+        repo_id: `OWNER/NAME`.
+        config: One of its configurations; needed if it has several.
+        label_column: See `reader.open_dataset`.
+        left_out: Gets what is not used.
+
+    Raises:
+        DataError: As `load_files` does, and if there is no such repository.
+    """
+    datasets = _import_datasets(repo_id)
+    with _naming(f"{repo_id}: no such folder, and of the Hub"):
+        names = datasets.get_dataset_config_names(repo_id)
+    if config not in names and (config or len(names) > 1):
+        raise DataError(f"{repo_id}: holds {', '.join(names)}; choose one of them with --config")
+    with _naming(f"{repo_id}: no such folder, and of the Hub"):
+        loaded = datasets.load_dataset(repo_id, config)
+    return _read_tables(datasets, loaded, repo_id, label_column, left_out)
+
+
+def _import_datasets(place: object) -> ModuleType:
+    """Import the datasets library, which only those need who read with it."""
+    try:
+        import datasets
+    except ImportError:
+        raise DataError(
+            f"{place}: reading it needs the datasets library: pip install datasets"
+        ) from None
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
+    return datasets
+
+
+@contextmanager
+def _naming(place: str) -> Iterator[None]:
+    """Let the errors of the datasets library, which are of all kinds, begin with what was read."""
+    try:
+        yield
+    except Exception as error:
+        cause = first_line(error.__cause__ or error)
+        raise DataError(
+            f"{place} cannot be read as a data set ({cause}); check its name and its files"
+        ) from None
+
+
+def _check_same_classes(datasets: ModuleType, files: Sequence[Path]) -> None:
+    """Refuse files whose labels mean different classes: datasets goes by the first file alone."""
+    from pyarrow import parquet  # which datasets brings
+
+    meanings = []
+    for file in files:
+        try:
+            features = datasets.Features.from_arrow_schema(parquet.read_schema(file))
+        except Exception as error:  # of pyarrow, of json, of datasets
+            raise DataError(
+                f"{file}: cannot be read as parquet ({first_line(error)}); download it again"
+            ) from None
+        names = [kind.names for kind in features.values() if isinstance(kind, datasets.ClassLabel)]
+        meanings.append("; ".join(", ".join(classes) for classes in names) or "numbers alone")
+    for file, meaning in zip(files, meanings):
+        if meaning != meanings[0]:
+            raise DataError(
+                f"{file}: its labels mean {meaning}, those of {files[0]} {meanings[0]}; read them "
+                "as two data sets"
+            )
+
+
+def _check_metadata(
+    folder: Path, tables: Mapping[str, Any], files: Iterable[PurePath], left_out: LeftOut
+) -> None:
+    """Refuse metadata that lists the images of several splits; note images that none lists."""
+    listed: set[PurePath] = set()
+    for split, table in tables.items():
+        rows = table.with_format("arrow")[:]["image"].to_pylist()
+        paths = [Path(row["path"]).relative_to(folder) for row in rows if row and row["path"]]
+        tops = {find_split(path.parts[0]) for path in paths if len(path.parts) > 1} - {""}
+        if tops - {split}:
+            raise DataError(
+                f"{folder}: its metadata lists images of {' and '.join(sorted(tops))} together; "
+                "put a metadata file into the folder of each"
+            )
+        listed.update(paths)
+    unlisted = [file for file in files if file not in listed and not is_metadata(file)]
+    left_out.add("files that no metadata lists", unlisted)
+
+
+def _read_tables(
+    datasets: ModuleType,
+    tables: Mapping[str, Any],
+    source: str,
+    label_column: str | None,
+    left_out: LeftOut,
+) -> dict[str, RawSplit]:
+    """Find the splits of a `datasets.DatasetDict`, and the images and labels in each."""
+    return {
+        split: _read_table(datasets, tables[name], source, split, label_column)
+        for split, name in choose_splits(tables, source, left_out).items()
+    }
+
+
+def _read_table(
+    datasets: ModuleType, table: Any, source: str, split: str, label_column: str | None
+) -> RawSplit:
+    features = table.features
+    if not len(table):
+        raise DataError(f"{source}: has no rows for {split}; download it again")
+    columns = [name for name in IMAGE_COLUMNS if name in features]
+    columns = columns or [n for n, kind in features.items() if isinstance(kind, datasets.Image)]
+    if len(columns) != 1:
+        raise DataError(
+            f"{source}: has the columns {', '.join(features)}; needed is one of images, named "
+            f"{' or '.join(IMAGE_COLUMNS)}"
+        )
+    [column] = columns
+    try:
+        images = table.select_columns([column])
+        images = images.cast_column(column, datasets.Image(decode=False))
+    except Exception:  # of pyarrow, of datasets
+        raise DataError(
+            f"{source}: its column '{column}' holds {features[column]}; needed are images as the "
+            "datasets library writes them"
+        ) from None
+
+    columns = [name for name in LABEL_COLUMNS if name in features]
+    columns = columns or [
+        name for name, kind in features.items() if isinstance(kind, datasets.ClassLabel)
+    ]
+    columns = [label_column] if label_column else columns
+    if len(columns) != 1 or columns[0] not in features:
+        raise DataError(
+            f"{source}: has the columns {', '.join(features)}; name the one that holds the classes "
+            "with --label-column"
+        )
+    [label_column] = columns
+    kind = features[label_column]
+    if not re.match("u?int|string|large_string|bool", getattr(kind, "dtype", "")):
+        raise DataError(
+            f"{source}: its column '{label_column}' holds {kind}; needed are names or numbers of "
+            "classes; name another one with --label-column"
+        )
+    labels = table.select_columns([label_column]).with_format("arrow")[:][label_column].to_pylist()
+    return RawSplit(
+        labels,
+        partial(_read_row, images, column, f"{source}, row {{}} of its {split} images"),
+        getattr(kind, "names", None),
+    )
+
+
+def _read_row(rows: Any, column: str, name: str, index: int) -> Image.Image:
+    cell, name = rows[index][column], name.format(index)
+    path = cell and cell["path"]
+    if cell and cell["bytes"] is not None:
+        return open_image(cell["bytes"], name)
+    if not path:
+        raise DataError(f"{name}: holds no image; remove the row")
+    if "::" not in path:
+        return open_image(path)
+    with fsspec.open(path) as file:  # in an archive
+        return open_image(file.read(), name)

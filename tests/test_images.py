@@ -1,0 +1,152 @@
+import tracemalloc
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+
+from convmixer_hub import DataError
+from convmixer_hub.data.images import eval_transform, open_image
+
+from .conftest import CONFIG, IMAGES, encode
+
+
+def gray_ramp(mode: str, highest: int | float) -> Image.Image:
+    values = np.linspace(0, highest, 256).reshape(16, 16)
+    kind = {"L": np.uint8, "I;16": np.uint16, "I": np.int32, "F": np.float32}[mode]
+    return Image.fromarray(values.astype(kind))
+
+
+@pytest.mark.parametrize(
+    ("mode", "highest", "format"),
+    [
+        ("L", 255, "PNG"),
+        ("I;16", 255, "PNG"),
+        ("I;16", 1023, "TIFF"),
+        ("I;16", 4095, "PNG"),  # as cameras and scanners in medicine give it
+        ("I;16", 65535, "PNG"),
+        ("I", 65535, "TIFF"),
+        ("I", 2**24 - 1, "TIFF"),
+        ("F", 1.0, "TIFF"),
+        ("F", 255.0, "TIFF"),
+        ("F", 65535.0, "TIFF"),
+    ],
+)
+def test_grey_of_every_depth_keeps_its_shades(mode, highest, format):
+    image = open_image(encode(gray_ramp(mode, highest), format))
+    assert image.mode == "RGB"
+    shades = np.asarray(image)[..., 0].ravel()
+    np.testing.assert_allclose(shades, np.arange(256), atol=1)
+
+
+@pytest.mark.parametrize(
+    ("value", "shade"), [(0.5, 128), (float("nan"), 0), (float("inf"), 0), (200.0, 200)]
+)
+def test_an_even_grey_float_image_is_not_stretched(value, shade):
+    image = Image.fromarray(np.full((2, 2), value, dtype=np.float32))
+    assert set(np.asarray(open_image(encode(image, "TIFF"))).ravel()) == {shade}
+
+
+@pytest.mark.parametrize("mode", ["I", "F"])
+def test_negative_grey_is_refused(tmp_path, mode):
+    kind = {"I": np.int32, "F": np.float32}[mode]
+    Image.fromarray(np.array([[-1, 1]], dtype=kind)).save(tmp_path / "ct.tiff")
+    message = f"^{tmp_path}/ct.tiff: has negative gray values; save it as 8-bit gray$"
+    with pytest.raises(DataError, match=message):
+        open_image(tmp_path / "ct.tiff")
+
+
+def test_transparency_is_laid_over_white():
+    red_and_nothing = Image.new("RGBA", (2, 1), (255, 0, 0, 255))
+    red_and_nothing.putpixel((1, 0), (0, 0, 0, 0))
+    for image in (
+        red_and_nothing,
+        red_and_nothing.quantize(4),  # a palette with transparency
+    ):
+        pixels = np.asarray(open_image(encode(image)))[0].tolist()
+        assert pixels == [[255, 0, 0], [255, 255, 255]]
+
+
+def test_a_palette_image_keeps_its_colours():
+    image = Image.open(IMAGES / "frog.png").convert("RGB").quantize(16)
+    assert image.mode == "P"
+    np.testing.assert_array_equal(open_image(encode(image)), image.convert("RGB"))
+
+
+def test_exif_rotation_is_applied():
+    image = Image.new("RGB", (4, 2))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned by 90 degrees
+    assert open_image(encode(image, "JPEG", exif=exif)).size == (2, 4)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "no such file; check the path"),
+        (b"not an image", "not an image that Pillow can read; give a PNG, JPEG, …"),
+        (b"", "not an image that Pillow can read"),
+        ((IMAGES / "cat.png").read_bytes()[:-900], "damaged image .*; replace the file"),
+    ],
+    ids=["missing", "text", "empty", "cut off"],
+)
+def test_what_is_no_image_is_named(tmp_path, content, message):
+    file = tmp_path / "picture.png"
+    if content is not None:
+        file.write_bytes(content)
+    with pytest.raises(DataError, match=f"^{file}: {message}"):
+        open_image(file)
+
+
+def test_a_folder_in_place_of_an_image_is_named(tmp_path):
+    with pytest.raises(DataError, match="is a folder; name the image files in it"):
+        open_image(tmp_path)
+
+
+def test_a_decompression_bomb_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    with pytest.raises(DataError, match="has too many pixels to be safe; scale it down first"):
+        open_image(IMAGES / "cat.png")
+
+
+def test_evaluation_sees_the_whole_image_normalized():
+    image = Image.open(IMAGES / "cat.png")
+    expected = (torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255 - 0.5) / 0.25
+    torch.testing.assert_close(eval_transform(CONFIG)(image), expected)
+    assert eval_transform(CONFIG)(image.resize((70, 50))).shape == (3, 32, 32)
+
+
+@pytest.mark.parametrize("size", [(1, 2_000_000), (2_000_000, 1)])
+def test_an_extremely_long_image_costs_no_more_than_itself(size):
+    content = encode(Image.new("RGB", size, (10, 20, 30)))
+    assert len(content) < 10_000
+    tracemalloc.start()
+    image = eval_transform(CONFIG)(open_image(content))
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert image.shape == (3, 32, 32) and peak < 100e6
+    shades = image.amax((1, 2)) * 0.25 + 0.5
+    torch.testing.assert_close(shades * 255, torch.tensor([10.0, 20.0, 30.0]))
+
+
+def test_the_middle_of_a_long_image_is_what_timm_takes():
+    noise = np.random.default_rng(0).integers(0, 256, (40, 700, 3), dtype=np.uint8)
+    image = Image.fromarray(noise)
+    expected = timm.data.create_transform(**CONFIG, is_training=False)(image)
+    torch.testing.assert_close(eval_transform(CONFIG)(image), expected)
+
+
+@pytest.mark.parametrize(("channels", "mode"), [(1, "L"), (2, "LA"), (3, "RGB"), (4, "RGBA")])
+def test_images_are_converted_to_the_channels_of_a_model(channels, mode):
+    values = {"mean": (0.0,) * channels, "std": (1.0,) * channels}
+    config = CONFIG | values | {"input_size": (channels, 32, 32)}
+    image = open_image(IMAGES / "cat.png")
+    expected = torch.from_numpy(np.array(image.convert(mode))).view(32, 32, channels)
+    found = eval_transform(config)(image)
+    torch.testing.assert_close(found * 255, expected.permute(2, 0, 1).float())
+
+
+def test_channels_that_no_image_has_are_refused():
+    with pytest.raises(DataError, match="the model takes 5 channels, and images have 1, 2, 3, 4;"):
+        eval_transform(CONFIG | {"input_size": (5, 32, 32)})

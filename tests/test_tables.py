@@ -1,0 +1,358 @@
+"""What the datasets library reads: parquet files, metadata files, repositories of the Hub."""
+
+import io
+import os
+import shutil
+import subprocess
+import sys
+
+import datasets
+import pyarrow
+import pytest
+from PIL import Image
+from pyarrow import parquet
+
+from convmixer_hub import DataError
+from convmixer_hub.data.reader import open_dataset
+
+from .conftest import CHECKOUT, IMAGES
+from .hub_server import HubServer
+from .test_reader import count_images, write_tree
+
+CAT = (IMAGES / "cat.png").read_bytes()
+DOG = (IMAGES / "dog.png").read_bytes()
+PAIR = {"cat": 1, "dog": 1}
+INT = datasets.Value("int64")
+NAMED = datasets.ClassLabel(names=["cat", "dog"])
+
+
+def make_table(labels, label="label", image="image", kind=None, **columns) -> bytes:
+    """Make a parquet file as `push_to_hub` does, with as many images as there are labels."""
+    features = {image: datasets.Image(), label: kind or NAMED}
+    content = {image: [{"bytes": CAT}] * len(labels), label: labels}
+    for name, (values, kind) in columns.items():
+        content[name], features[name] = values, kind
+    table = datasets.Dataset.from_dict(content, datasets.Features(features))
+    buffer = io.BytesIO()
+    table.to_parquet(buffer)
+    return buffer.getvalue()
+
+
+def make_bare(**columns) -> bytes:
+    """Make a parquet file of which only the columns are known."""
+    buffer = io.BytesIO()
+    parquet.write_table(pyarrow.table(columns), buffer)
+    return buffer.getvalue()
+
+
+STRUCT = [{"bytes": CAT, "path": None}, {"bytes": DOG, "path": "dog.png"}]
+TABLE = make_table([0, 1])
+
+# Situation: the files, what they give by split and class, and what is said to be left out.
+READ = {
+    **{
+        f"files called {train} and {test}": (
+            {train: TABLE, test: TABLE},
+            {"train": PAIR, "test": PAIR},
+            [],
+        )
+        for train, test in [
+            ("train-00000-of-00001.parquet", "test-00000-of-00001.parquet"),
+            ("data/train-00000-of-00001-abcdef.parquet", "data/test-00000-of-00001-1234.parquet"),
+            ("default/train/0000.parquet", "default/test/0000.parquet"),  # as the Hub converts
+            ("cats_train.parquet", "cats_test.parquet"),
+            ("training.parquet", "testing.parquet"),
+        ]
+    },
+    "one file of no split": ({"photos.parquet": TABLE}, {"train": PAIR}, []),
+    "a split of another name": (
+        {"train.parquet": TABLE, "extra.parquet": TABLE},
+        {"train": PAIR},
+        ["left out: 1 × tables named after no split, the first is extra.parquet"],
+    ),
+    "train-validation is neither": (
+        {"train.parquet": TABLE, "train-validation.parquet": TABLE},
+        {"train": PAIR},
+        ["left out: 1 × tables named after no split, the first is train-validation.parquet"],
+    ),
+    "names in numbers": (
+        {"a.parquet": make_bare(image=STRUCT, label=[3, 10])},
+        {"train": {"3": 1, "10": 1}},
+        [],
+    ),
+    "names as strings": (
+        {"a.parquet": make_bare(image=STRUCT, label=["dog", "cat"])},
+        {"train": PAIR},
+        [],
+    ),
+    "truth values": (
+        {"a.parquet": make_bare(image=STRUCT, label=[True, False])},
+        {"train": {"False": 1, "True": 1}},
+        [],
+    ),
+    "bare images": (
+        {"a.parquet": make_bare(image=[CAT, DOG], label=["cat", "dog"])},
+        {"train": PAIR},
+        [],
+    ),
+    "a test split without labels": (
+        {"train.parquet": TABLE, "test.parquet": make_table([-1, -1, -1])},
+        {"train": PAIR},
+        ["left out: 3 × test images without labels, the first is row 0"],
+    ),
+    "columns of CIFAR-100": (
+        {"a.parquet": make_table([0, 1], "fine_label", "img", coarse_label=([0, 0], NAMED))},
+        {"train": PAIR},
+        [],
+    ),
+    "columns of other names": (
+        {"a.parquet": make_table([0, 1], "animal", "picture", id=([7, 8], INT))},
+        {"train": PAIR},
+        [],
+    ),
+    "a test split without one of the classes": (
+        {
+            "train.parquet": make_bare(image=STRUCT, label=["dog", "cat"]),
+            "test.parquet": make_bare(image=STRUCT, label=["dog", "dog"]),
+        },
+        {"train": PAIR, "test": {"dog": 2}},
+        [],
+    ),
+    "metadata.csv beside images": (
+        {
+            "train/metadata.csv": b"file_name,label\n1.png,cat\nmore/2.png,dog\n",
+            "train/1.png": CAT,
+            "train/more/2.png": DOG,
+            "train/3.png": DOG,
+            "valid/metadata.csv": b"file_name,label\n1.png,cat\n",
+            "valid/1.png": CAT,
+        },
+        {"train": PAIR, "validation": {"cat": 1}},
+        ["left out: 1 × files that no metadata lists, the first is train/3.png"],
+    ),
+    "metadata.jsonl with numbers": (
+        {
+            "metadata.jsonl": b'{"file_name": "1.png", "label": 1}\n{"file_name": "2.png", '
+            b'"label": 0}\n',
+            "1.png": CAT,
+            "2.png": DOG,
+        },
+        {"train": {"0": 1, "1": 1}},
+        [],
+    ),
+}
+
+
+@pytest.mark.parametrize("situation", READ)
+def test_tables(tmp_path, situation):
+    files, splits, left_out = READ[situation]
+    dataset = open_dataset(write_tree(tmp_path / "data", *files.items()))
+    assert count_images(dataset) == splits
+    assert dataset.left_out == left_out
+    for images in dataset.splits.values():
+        assert all(images[i][0].size == (32, 32) for i in range(len(images)))
+
+
+# Situation: the files, and the line that refuses them, after the folder's name.
+REFUSED = {
+    "a part that is missing": (
+        {f"train-0000{i}-of-00003.parquet": TABLE for i in (0, 2)},
+        "/train-00001-of-00003.parquet: is missing; download it again",
+    ),
+    "several data sets": (
+        {"cifar10/plain_text/train.parquet": TABLE, "mnist/train.parquet": TABLE},
+        ": holds several data sets, cifar10/plain_text, mnist; choose one of them with --config",
+    ),
+    "no column of images": (
+        {"a.parquet": make_bare(label=[0, 1], text=["a", "b"])},
+        ": has the columns label, text; needed is one of images, named image or img",
+    ),
+    "images of another kind": (
+        {"a.parquet": make_bare(image=[0.5, 1.5], label=[0, 1])},
+        r": its column 'image' holds Value\('float64'\); needed are images as the dataset",
+    ),
+    "no column of classes": (
+        {"a.parquet": make_bare(image=STRUCT, animal=["cat", "dog"])},
+        ": has the columns image, animal; name the one that holds the classes with --label-column",
+    ),
+    "several columns of classes": (
+        {"a.parquet": make_table([0, 1], fine_label=([0, 1], NAMED))},
+        ": has the columns image, label, fine_label; name the one that holds the classes with --l",
+    ),
+    "classes of another kind": (
+        {"a.parquet": make_bare(image=STRUCT, label=[0.5, 1.5])},
+        r": its column 'label' holds Value\('float64'\); needed are names or numbers of classes; n",
+    ),
+    "several classes an image": (
+        {"a.parquet": make_bare(image=STRUCT, label=[[0, 1], [1]])},
+        r": its column 'label' holds List\(.*\); needed are names or numbers of classes; name anot",
+    ),
+    "no rows": (
+        {"train.parquet": make_table([])},
+        ": cannot be read as a data set .*; check",
+    ),
+    "no labels": (
+        {"train.parquet": make_table([-1, -1])},
+        ": its images have no labels; give a data set that has them",
+    ),
+    "a row without a label": (
+        {"train.parquet": make_table([0, None])},
+        ": its train images have the label None in row 1, which is none of 0, 1; correct or remov",
+    ),
+    "a label out of range": (
+        {
+            "train.parquet": make_bare(image=STRUCT, label=[0, 1]),
+            "test.parquet": make_bare(image=STRUCT, label=[0, 2]),
+        },
+        ": its test images have the label 2 in row 1, which is none of 0, 1; correct or remove it",
+    ),
+    "files whose labels mean other classes": (
+        {
+            "train-0.parquet": TABLE,
+            "train-1.parquet": make_table([0], kind=datasets.ClassLabel(names=["x", "y"])),
+        },
+        "/train-1.parquet: its labels mean x, y, those of .*/train-0.parquet cat, dog; read them a",
+    ),
+    "files of which one does not say what its labels mean": (
+        {"train-0.parquet": TABLE, "train-1.parquet": make_bare(image=STRUCT, label=[0, 1])},
+        "/train-1.parquet: its labels mean numbers alone, those of .*/train-0.parquet cat, dog; re",
+    ),
+    "files with other columns": (
+        {
+            "train.parquet": make_bare(image=STRUCT, label=[0, 1]),
+            "test.parquet": make_bare(image=STRUCT),
+        },
+        ": cannot be read as a data set .*; check its name and its files",
+    ),
+}
+
+
+@pytest.mark.parametrize("situation", REFUSED)
+def test_tables_that_are_not_clear_are_refused_in_one_line(tmp_path, situation):
+    files, message = REFUSED[situation]
+    write_tree(tmp_path / "data", *files.items())
+    with pytest.raises(DataError, match=f"^{tmp_path}/data{message}") as refused:
+        open_dataset(tmp_path / "data")
+    assert "\n" not in str(refused.value)
+
+
+def test_a_column_of_classes_is_chosen(tmp_path):
+    table = make_bare(image=STRUCT, label=[0, 1], species=["felis catus", "canis lupus"])
+    write_tree(tmp_path, ("a.parquet", table))
+    dataset = open_dataset(tmp_path, label_column="species")
+    assert dataset.classes == ["canis lupus", "felis catus"]
+    with pytest.raises(DataError, match="has the columns image, label, species; name the one that"):
+        open_dataset(tmp_path, label_column="animal")
+
+
+def test_an_image_that_is_not_there_is_named(tmp_path):
+    images = [STRUCT[0], None, {"bytes": b"", "path": None}]
+    write_tree(tmp_path, ("train.parquet", make_bare(image=images, label=[0, 1, 1])))
+    images = open_dataset(tmp_path).get("train")
+    with pytest.raises(DataError, match="row 1 of its train images: holds no image; remove the r"):
+        images[1]
+    with pytest.raises(DataError, match="row 2 of its train images: not an image that Pillow can"):
+        images[2]
+    write_tree(tmp_path / "csv", ("metadata.csv", b"file_name,label\n1.png,a\n2.png,b\n"), "1.png")
+    images = open_dataset(tmp_path / "csv").get("train")
+    with pytest.raises(DataError, match="csv/2.png: no such file; check the path"):
+        images[1]
+
+
+def test_what_was_changed_is_read_anew(tmp_path):
+    for labels in ([0, 1], [1, 1, 1]):
+        (tmp_path / "train.parquet").write_bytes(make_table(labels))
+        assert open_dataset(tmp_path).get("train").labels == labels
+
+
+def test_without_the_datasets_library_it_is_named(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    write_tree(tmp_path, ("train.parquet", TABLE))
+    with pytest.raises(DataError, match="reading it needs the datasets library: pip install data"):
+        open_dataset(tmp_path)
+    write_tree(tmp_path / "folders", "cat/1.png", "dog/1.png")
+    assert open_dataset(tmp_path / "folders").classes == ["cat", "dog"]
+
+
+@pytest.mark.slow
+def test_a_split_of_more_than_2_gib_is_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    padding = bytes(60_000_000)  # no decoder looks at what comes after the end of a PNG
+    images = [{"bytes": CAT + padding, "path": None}] * 3
+    part = pyarrow.table({"image": images, "label": [0, 1, 1]})
+    file = tmp_path / "train.parquet"
+    with parquet.ParquetWriter(file, part.schema, compression="zstd") as writer:
+        for _ in range(13):
+            writer.write_table(part)
+    assert file.stat().st_size < 10e6
+    images = open_dataset(tmp_path).get("train")
+    assert len(images) == 39
+    assert images[38][0].tobytes() == Image.open(IMAGES / "cat.png").tobytes()
+    shutil.rmtree(tmp_path / "cache")
+
+
+@pytest.fixture
+def hub_data(tmp_path):
+    """Evaluate on data sets of a Hub, each time in a process of its own."""
+    with HubServer() as server:
+        one = {f"data/{split}-00000-of-00001.parquet": TABLE for split in ("train", "test")}
+        several = {"a/train.parquet": TABLE, "b/train.parquet": TABLE}
+        several["README.md"] = (
+            b"---\nconfigs:\n- config_name: a\n  data_files: a/*\n- config_name: b\n"
+            b"  data_files: b/*\n---\n"
+        )
+        server.repositories = {
+            "datasets/someone/one": {"main": one},
+            "datasets/someone/several": {"main": several},
+        }
+
+        def evaluate(*options):
+            result = subprocess.run(
+                [sys.executable, "-m", "convmixer_hub", "evaluate", *options],
+                cwd=tmp_path,
+                env=os.environ
+                | {
+                    "HF_ENDPOINT": server.url,
+                    "HF_HOME": str(tmp_path / "hf"),
+                    "PYTHONPATH": str(CHECKOUT),
+                },
+                capture_output=True,
+                text=True,
+            )
+            return result.stdout + result.stderr
+
+        yield evaluate
+
+
+@pytest.mark.slow
+def test_a_data_set_of_the_hub_is_measured_by_its_id(hub_data):
+    found = hub_data("--data", "someone/one")
+    assert found == "convmixer_cifar: top-1 50.00 % (1 of 2 test images in 2 classes correct)\n"
+    assert hub_data("--data", "someone/several") == (
+        "Error: someone/several: holds a, b; choose one of them with --config\n"
+    )
+    found = hub_data("--data", "someone/several", "--config", "b")
+    assert found == (
+        "Error: someone/several: has images for train, but none for test; name their folder or "
+        "file test\n"
+    )
+    found = hub_data("--data", "someone/nothing")
+    assert found == (
+        "Error: someone/nothing: no such folder, and of the Hub cannot be read as a data set "
+        "(Dataset 'someone/nothing' doesn't exist on the Hub or cannot be accessed); check its "
+        "name and its files\n"
+    )
+
+
+def test_what_is_left_out_is_said_once_by_a_command(tmp_path):
+    write_tree(tmp_path, "test/cat/1.png", "test/dog/1.png", ("test/cat/1.txt", b"x"))
+    result = subprocess.run(
+        [sys.executable, "-m", "convmixer_hub", "evaluate", "--data", tmp_path],
+        env=os.environ | {"PYTHONPATH": str(CHECKOUT)},
+        capture_output=True,
+        text=True,
+    )
+    assert result.stderr == (
+        "left out: 1 × files that are no images (.txt), the first is test/cat/1.txt\n"
+    )
+    assert result.stdout.endswith("% (1 of 2 test images in 2 classes correct)\n")
