@@ -32,6 +32,11 @@ class PublishError(ConvMixerHubError, RuntimeError):
     """A model cannot be published on the Hub."""
 
 
+def printable(text: object) -> str:
+    """Write out what no terminal shows as it is, such as a line break or bytes that are no text."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
+
+
 def first_line(error: BaseException) -> str:
     """Shorten another library's error to one line."""
     return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")

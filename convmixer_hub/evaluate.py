@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 
 import torch
-from timm.data import resolve_model_data_config
+from timm.data import resolve_input_data_config
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
@@ -16,7 +16,7 @@ from .data.images import eval_transform
 from .data.reader import ImageDataset, LabeledImages, read_batches
 from .errors import DataError
 from .machine import get_rank, get_world_size, join_processes, sum_over_processes
-from .model.config import get_label_names
+from .model.config import check_classifies, get_label_names
 
 CALIBRATION_BINS = 15
 MISTAKES_TO_FIT = 10  # fewer do not determine a temperature
@@ -72,8 +72,10 @@ def prepare_test_images(model: nn.Module, dataset: ImageDataset) -> LabeledImage
         Its test images, or else those for validation, as the model's config says.
 
     Raises:
+        CheckpointError: If the model tells no classes apart.
         DataError: If there are none, or the model does not know one of their classes.
     """
+    check_classifies(model)
     images = dataset.get(dataset.test_split)
     known = get_label_names(model)
     if known:
@@ -88,7 +90,7 @@ def prepare_test_images(model: nn.Module, dataset: ImageDataset) -> LabeledImage
             f"{', '.join(known) if known else f'{model.num_classes} classes without names'}; "
             "evaluate it on data with the same classes"
         )
-    transform = eval_transform(resolve_model_data_config(model))
+    transform = eval_transform(resolve_input_data_config(model))
     return images.renumbered(numbers).seen_through(transform)
 
 
@@ -106,6 +108,7 @@ def evaluate_on(
         workers: Processes that read images.
 
     Raises:
+        CheckpointError: As `prepare_test_images` does.
         DataError: As `prepare_test_images` does, and if an image cannot be read.
     """
     images = prepare_test_images(model, dataset)

@@ -6,6 +6,7 @@ Every function raises a DataError if matplotlib, an extra of this package, is no
 from __future__ import annotations
 
 import io
+import warnings
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
@@ -181,5 +182,8 @@ def _new_figure(width: float, height: float, layout: Any = "constrained") -> Fig
 
 def _to_png(figure: Figure) -> bytes:
     content = io.BytesIO()
-    figure.savefig(content, format="png", dpi="figure")
+    with warnings.catch_warnings():
+        # A name in a script that the font lacks is drawn as boxes.
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")
+        figure.savefig(content, format="png", dpi="figure")
     return content.getvalue()

@@ -7,12 +7,11 @@ from dataclasses import dataclass
 
 import torch
 from PIL import Image
-from timm.data import resolve_model_data_config
+from timm.data import resolve_input_data_config
 from torch import nn
 
 from .data.images import eval_transform, to_rgb
-from .errors import CheckpointError
-from .model.config import get_label_names
+from .model.config import check_classifies, get_label_names
 
 
 @dataclass(frozen=True)
@@ -38,9 +37,8 @@ def predict(
         CheckpointError: If the model tells no classes apart.
         DataError: If an image has negative gray values, or the model takes what no image has.
     """
-    if getattr(model, "num_classes", None) == 0:
-        raise CheckpointError("the model has no head (num_classes is 0); give one with classes")
-    transform = eval_transform(resolve_model_data_config(model))
+    check_classifies(model)
+    transform = eval_transform(resolve_input_data_config(model))
     parameter = next(model.parameters())
     names = get_label_names(model)
     model.eval()

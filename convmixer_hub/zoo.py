@@ -6,7 +6,7 @@ timm finds `default_cfgs` by that name in the module of the `@register_model` fu
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -134,13 +134,13 @@ def _create_convmixer(
     pretrained: bool,
     pretrained_cfg: Any = None,
     pretrained_cfg_overlay: dict[str, Any] | None = None,
-    label_names: Sequence[str] | None = None,
+    label_names: Any = None,
     **kwargs: Any,
 ) -> ConvMixer:
     """Build a model as timm does; weights on record are verified before timm sees them.
 
     With `label_names`, the model is for these classes, and its head keeps the rows of those that
-    the checkpoint knows by the same name.
+    the checkpoint knows by the same name; see `_list_names` for how they may be given.
     """
     sizes = VARIANTS[variant]
     overlay = dict(pretrained_cfg_overlay or {})
@@ -165,7 +165,7 @@ def _create_convmixer(
             # timm takes a file only where there is neither a source nor a state dict.
             overlay.update(file=str(file), source=None, state_dict=None)
             activation = "gelu"
-    label_names = _choose_labels(label_names, trained, kwargs)
+    label_names = _choose_labels(_list_names(label_names), trained, kwargs)
     if label_names:
         overlay.update(num_classes=len(label_names), label_names=tuple(label_names))
     changes: list[str] = []
@@ -205,12 +205,41 @@ def _find_known(trained: PretrainedCfg, overlay: dict[str, Any]) -> str | None:
     return None if other else REPOSITORIES.get(trained.hf_hub_id or "")
 
 
+def _list_names(label_names: Any) -> list[str] | None:
+    """List the names of classes in the order of their numbers.
+
+    Args:
+        label_names: A list or tuple; an array, or an Index or Series of pandas; or a dict of names
+            by number, such as transformers' `id2label`, in any order. None for none.
+
+    Raises:
+        ModelSizeError: If it is something else, such as a set, which has no order, or a name stands
+            twice.
+    """
+    names = label_names
+    if hasattr(names, "tolist"):  # numpy, pandas
+        names = names.tolist()
+    elif isinstance(names, Mapping):
+        numbers = {str(number): name for number, name in names.items()}
+        names = [numbers.get(str(i)) for i in range(len(numbers))]
+    if names is None:
+        return None
+    if (
+        not isinstance(names, (list, tuple))
+        or not all(isinstance(name, str) for name in names)
+        or len(set(names)) < len(names)
+    ):
+        raise ModelSizeError(
+            f"label_names is {label_names!r}: give a list of different names, or a dict of them by "
+            "number from 0 on"
+        )
+    return list(names)
+
+
 def _choose_labels(
     label_names: Sequence[str] | None, trained: PretrainedCfg, kwargs: dict[str, Any]
 ) -> Sequence[str] | None:
     """Set the number of classes by their names; None if these are those of the checkpoint."""
-    if isinstance(label_names, str) or len(set(label_names or ())) < len(label_names or ()):
-        raise ModelSizeError(f"label_names is {label_names!r}: give a list of different names")
     saved = kwargs.get("pretrained_model_args") or {}
     if not label_names or list(label_names) == saved.get("label_names"):
         return None

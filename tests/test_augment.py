@@ -36,7 +36,7 @@ def test_training_crops_are_parts_of_the_image_or_its_mirror(training_images):
     patches = {window.tobytes() for window in windows}
     seen, mirrored = set(), []
     for epoch in range(20):
-        [crop], [label] = images.read_batch(epoch, 0, 1, 24)
+        [crop], [label] = images.read_batch(epoch, 0, 1, (24, 24))
         assert label == 3
         crop = to_bytes(crop)
         seen.add(crop.numpy().tobytes())
@@ -51,7 +51,7 @@ def test_mirror_images_by_chance(training_images):
     images.images[:, :, :, :16] = 0  # so that the left half tells
     mirrored = []
     for epoch in range(20):
-        [crop], _ = images.read_batch(epoch, 0, 1, 32)
+        [crop], _ = images.read_batch(epoch, 0, 1, (32, 32))
         crop = to_bytes(crop).float()
         mirrored.append(bool(crop[..., :12].sum() > crop[..., 20:].sum()))
     assert 4 < sum(mirrored) < 16
@@ -61,37 +61,39 @@ def test_mirror_images_by_chance(training_images):
 def test_rand_augment_of_the_highest_level(training_images):
     random_seed(0)
     images = training_images(rand_augment="rand-m10-n8-inc1")
-    batch, _ = images.read_batch(0, 0, 40, 32)
+    batch, _ = images.read_batch(0, 0, 40, (32, 32))
     assert torch.isfinite(batch).all()
-    assert not torch.equal(batch, images.read_batch(0, 0, 40, 32, augment=False)[0])
+    assert not torch.equal(batch, images.read_batch(0, 0, 40, (32, 32), augment=False)[0])
 
 
 def test_an_epoch_shows_each_image_once_in_random_order(training_images):
     images = training_images(range(10))
     for epoch in range(2):
-        labels = torch.cat([images.read_batch(epoch, step, 2, 32)[1] for step in range(5)]).tolist()
+        steps = [images.read_batch(epoch, step, 2, (32, 32)) for step in range(5)]
+        labels = [int(label) for _, labels in steps for label in labels]
         assert sorted(labels) == list(range(10))
         assert labels != list(range(10))
 
 
 def test_the_same_seed_gives_the_same_batches(training_images):
-    batches = [training_images(seed=seed).read_batch(1, 2, 8, 32)[0] for seed in (5, 5, 6)]
+    batches = [training_images(seed=seed).read_batch(1, 2, 8, (32, 32))[0] for seed in (5, 5, 6)]
     torch.testing.assert_close(batches[0], batches[1], atol=0, rtol=0)
     assert not torch.equal(batches[0], batches[2])
 
 
 def test_processes_share_a_batch(training_images):
     images = training_images()
-    whole, labels = images.read_batch(0, 3, 8, 24)
-    shares = [images.read_batch(0, 3, 8, 24, share=share) for share in (slice(0, 4), slice(4, 8))]
+    whole, labels = images.read_batch(0, 3, 8, (24, 24))
+    halves = (slice(0, 4), slice(4, 8))
+    shares = [images.read_batch(0, 3, 8, (24, 24), share=share) for share in halves]
     torch.testing.assert_close(torch.cat([share[0] for share in shares]), whole, atol=0, rtol=0)
     assert torch.equal(torch.cat([share[1] for share in shares]), labels)
 
 
 def test_rand_augment_is_timms(training_images):
-    plain, _ = training_images().read_batch(0, 0, 40, 32)
+    plain, _ = training_images().read_batch(0, 0, 40, (32, 32))
     random_seed(0)
-    augmented, _ = training_images(rand_augment="rand-m9-n2-p1").read_batch(0, 0, 40, 32)
+    augmented, _ = training_images(rand_augment="rand-m9-n2-p1").read_batch(0, 0, 40, (32, 32))
     changed = (plain != augmented).flatten(1).any(1)
     assert changed.float().mean() > 0.8
     assert is_rand_augment("") and is_rand_augment("rand-m9-n2-mstd0.5-inc1")
@@ -104,7 +106,7 @@ def test_grey_images_are_augmented_too(cifar_sample):
     gray = {**CONFIG, "input_size": (1, 32, 32), "mean": (0.5,), "std": (0.25,)}
     random_seed(0)
     augmented = TrainingImages(images, gray, rand_augment="rand-m9-n8-p1-inc1", progress=False)
-    batch, _ = augmented.read_batch(0, 0, 40, 24)
+    batch, _ = augmented.read_batch(0, 0, 40, (24, 24))
     assert batch.shape == (40, 1, 24, 24) and torch.isfinite(batch).all()
 
 
@@ -112,7 +114,7 @@ def test_images_of_other_sizes_and_modes_are_trained_on(write_parquet):
     sizes = [(80, 40), (20, 30), (32, 32)]
     images = [encode(Image.new("L", size, 128)) for size in sizes]
     images = open_dataset(write_parquet("train", images, [0, 1, 2])).get("train")
-    batch, labels = TrainingImages(images, CONFIG).read_batch(0, 0, 3, 32)
+    batch, labels = TrainingImages(images, CONFIG).read_batch(0, 0, 3, (32, 32))
     assert batch.shape == (3, 3, 32, 32) and sorted(labels.tolist()) == [0, 1, 2]
     assert (to_bytes(batch) == 128).all()
 
@@ -141,3 +143,28 @@ def test_damaged_images_are_counted_and_named_or_skipped(write_parquet):
     assert [line.partition("row ")[2][:1] for line in kept.damaged] == ["1", "2"]
     with pytest.raises(DataError, match="2 of 2 images cannot be read"):
         TrainingImages(images.take([1, 2]), CONFIG, skip_damaged=True)
+
+
+def test_images_need_not_be_square(training_images, cifar_sample):
+    config = CONFIG | {"input_size": (3, 24, 41)}
+    images = TrainingImages(open_dataset(cifar_sample).get("train"), config, progress=False)
+    whole = np.pad(images.images[0].numpy(), ((0, 0), (3, 3), (5, 5)), mode="reflect")
+    batch, _ = images.read_batch(0, 0, 40, (24, 41))
+    assert batch.shape == (40, 3, 24, 41)
+    order = [i for i in range(40) if torch.equal(images.images[i], images.images[0])]
+    windows = np.lib.stride_tricks.sliding_window_view(whole, (24, 41), axis=(1, 2))
+    patches = {w.tobytes() for w in windows.transpose(1, 2, 0, 3, 4).reshape(-1, 3, 24, 41)}
+    crops = [to_bytes(crop) for crop in batch]
+    found = [
+        crop for crop in crops for view in (crop, crop.flip(2)) if view.numpy().tobytes() in patches
+    ]
+    assert len(found) == len(order) == 4
+
+
+def test_rand_augment_of_other_channels_is_refused(cifar_sample):
+    images = open_dataset(cifar_sample).get("train")
+    config = CONFIG | {"input_size": (4, 32, 32), "mean": (0.5,) * 4, "std": (0.25,) * 4}
+    with pytest.raises(DataError, match="timm's RandAugment takes images of 1 or 3 channels"):
+        TrainingImages(images, config, rand_augment="rand-m9-n2")
+    batch, _ = TrainingImages(images, config).read_batch(0, 0, 40, (32, 32))
+    assert batch.shape == (40, 4, 32, 32)

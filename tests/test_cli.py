@@ -1,11 +1,15 @@
 import json
+import os
 import re
 import shutil
+import subprocess
+import sys
 
 import pytest
 import safetensors.torch
 import torch
 from click.testing import CliRunner
+from PIL import Image
 
 from convmixer_hub import ConvMixer, __version__, find_checkpoint, get_record
 from convmixer_hub.checkpoints.files import check_safetensors
@@ -306,3 +310,46 @@ def test_a_script_that_is_not_there_is_named(convmixer, tmp_path):
     result = convmixer("run-script", tmp_path / "none.py")
     assert result.exit_code == 2
     assert f"File '{tmp_path / 'none.py'}' does not exist." in result.stderr
+
+
+@pytest.fixture
+def plain_terminal(tmp_path):
+    """Run the command line where text is Latin-1; give its exit status and what it printed."""
+
+    latin = {"PYTHONPATH": str(CHECKOUT), "PYTHONIOENCODING": "latin-1"}
+
+    def run(*arguments):
+        result = subprocess.run(
+            [sys.executable, "-m", "convmixer_hub", *arguments],
+            cwd=tmp_path,
+            env=os.environ | latin,
+            capture_output=True,
+        )
+        return result.returncode, result.stdout.decode("latin-1"), result.stderr.decode("latin-1")
+
+    return run
+
+
+@pytest.mark.slow
+def test_a_terminal_that_does_not_know_all_characters_is_no_hindrance(plain_terminal, tmp_path):
+    status, printed, errors = plain_terminal("list")
+    assert status == 0 and "3×32×32" in printed and "\\u2013" in printed and not errors
+    names = [b"caf\xff.png", "Kätzchen 熊.png".encode(), b"two\nlines.png", b"100$ $cat$.png"]
+    for name in names:
+        shutil.copy(IMAGES / "cat.png", os.fsencode(tmp_path) + b"/" + name)
+    (tmp_path / "br\noken.png").write_bytes(b"x")
+    files = [*names, b"br\noken.png"]
+    status, printed, errors = plain_terminal("predict", *files, "--figure", "seen.png")
+    assert status == 1 and len(errors.splitlines()) == 1
+    assert errors.startswith("Error: br\\noken.png: not an image that Pillow can read")
+    lines = printed.splitlines()
+    assert [line.partition(": cat ")[0] for line in lines] == [
+        "caf\\udcff.png",
+        "Kätzchen \\u718a.png",
+        "two\\nlines.png",
+        "100$ $cat$.png",
+    ]
+    with Image.open(tmp_path / "seen.png") as figure:
+        assert figure.format == "PNG"
+    status, printed, _ = plain_terminal("predict", "--json", *names)
+    assert status == 0 and len(json.loads(printed)) == 4

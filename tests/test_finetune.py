@@ -13,6 +13,7 @@ from PIL import Image
 from timm.optim import create_optimizer_v2
 
 from convmixer_hub import CheckpointError, DataError, TrainingError, UnknownModelError
+from convmixer_hub.checkpoints.files import save_model
 from convmixer_hub.data.images import open_image
 from convmixer_hub.data.reader import open_dataset
 from convmixer_hub.evaluate import Evaluation, evaluate_on
@@ -282,6 +283,23 @@ def test_a_run_goes_on_without_what_it_began_with(split_photos, tmp_path, monkey
     )
     config = json.loads((tmp_path / "parts" / "config.json").read_text())
     assert config["training"]["model"] == "start"  # without the rest of the path
+
+
+@pytest.mark.parametrize("size", [(24, 41), (33, 33), (16, 16)])
+def test_images_may_have_another_shape_than_the_weights_were_trained_on(photos, tmp_path, size):
+    overlay = {"input_size": (3, *size)}
+    model = timm.create_model("convmixer_cifar", pretrained=True, pretrained_cfg_overlay=overlay)
+    save_model(model, tmp_path / "start", {})
+    folder = tmp_path / "run"
+    run(
+        choose(str(tmp_path / "start"), photos, **QUICK | {"rand_augment": "rand-m5-n1"}),
+        photos,
+        folder,
+    )
+    loaded = load_trained(folder)
+    assert loaded.pretrained_cfg["input_size"] == (3, *size)
+    side = "×".join(map(str, size)) if size[0] != size[1] else str(size[0])
+    assert f"\n1,{side}," in (folder / "metrics.csv").read_text()
 
 
 @pytest.mark.slow

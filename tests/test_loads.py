@@ -3,10 +3,14 @@
 import json
 import logging
 
+import numpy as np
+import pandas
 import pytest
 import safetensors.torch
 import timm
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from timm.models.convmixer import ConvMixer as TimmConvMixer
 
 from convmixer_hub import CheckpointError, ConvMixer, ModelSizeError, find_checkpoint
@@ -176,10 +180,56 @@ class TestLabelNames:
         assert get_label_names(model) == list(ANIMALS)
         assert said()[-1][1].endswith(f"{HEAD} keeps the rows of 0 classes, 3 newly initialized")
 
-    @pytest.mark.parametrize("names", ["cat,dog", ["cat", "dog", "cat"]])
+    @pytest.mark.parametrize(
+        "names",
+        [
+            np.array(ANIMALS),
+            pandas.Index(ANIMALS),
+            pandas.Series(ANIMALS, index=[7, 8, 9]),
+            {2: ANIMALS[2], 0: ANIMALS[0], 1: ANIMALS[1]},
+            {"1": ANIMALS[1], "0": ANIMALS[0], "2": ANIMALS[2]},
+        ],
+        ids=["array", "Index", "Series", "id2label", "id2label of JSON"],
+    )
+    def test_they_may_be_given_as_other_libraries_have_them(self, names, tmp_path, batch):
+        expected = timm.create_model(NAME, pretrained=True, label_names=ANIMALS).eval()
+        model = timm.create_model(NAME, pretrained=True, label_names=names).eval()
+        assert get_label_names(model) == list(ANIMALS)
+        torch.testing.assert_close(model(batch)[:, [0, 2]], expected(batch)[:, [0, 2]])
+        save_model(model, tmp_path, {})
+        loaded = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
+        assert get_label_names(loaded) == list(ANIMALS) and torch.equal(loaded(batch), model(batch))
+
+    @pytest.mark.parametrize(
+        "names",
+        [
+            "cat,dog",
+            ["cat", "dog", "cat"],
+            {"cat", "dog"},
+            (name for name in ANIMALS),
+            ["cat", None],
+            [b"cat", b"dog"],
+            {1: "cat", 2: "dog"},
+            {"cat": 0, "dog": 1},
+            np.array([["cat", "dog"]]),
+        ],
+        ids=str,
+    )
     def test_what_is_no_list_of_different_names_is_refused(self, names):
         with pytest.raises(ModelSizeError, match="^label_names is .*: give a list of different na"):
             timm.create_model(NAME, label_names=names)
+
+    @pytest.mark.parametrize("num_classes", [10, 3])
+    def test_a_fresh_head_has_classes_without_names(self, num_classes, tmp_path, batch):
+        model = timm.create_model(NAME, pretrained=True, label_names=ANIMALS)
+        model.reset_classifier(num_classes)
+        assert get_label_names(model) is None
+        save_model(model, tmp_path, {})
+        loaded = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
+        assert get_label_names(loaded) is None
+        assert torch.equal(loaded(batch), model.eval()(batch))
+        again = timm.create_model(NAME, pretrained=True)
+        assert get_label_names(again) == list(CIFAR10.classes)
 
     def test_without_pretrained_they_name_the_classes(self):
         model = timm.create_model(ARCH, label_names=ANIMALS)
@@ -283,3 +333,40 @@ def test_a_bf16_checkpoint_leaves_the_model_in_fp32(saved):
 def test_an_unknown_argument_is_refused(argument, pretrained):
     with pytest.raises(TypeError, match=f"unexpected keyword argument '{argument}'"):
         timm.create_model(NAME, pretrained=pretrained, **{argument: 3})
+
+
+@settings(
+    max_examples=30,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+@given(
+    names=st.none() | st.lists(st.text(min_size=1), min_size=2, max_size=12, unique=True),
+    num_classes=st.none() | st.integers(2, 12),
+    in_chans=st.sampled_from([None, 1, 2, 3, 4]),
+    pretrained=st.booleans(),
+    reset=st.none() | st.integers(2, 12),
+    config=st.booleans(),
+)
+@pytest.mark.slow
+def test_what_was_saved_is_what_is_loaded(
+    tmp_path_factory, names, num_classes, in_chans, pretrained, reset, config
+):
+    """No load of a folder replaces a trained head, whatever the model in it was made with."""
+    options = {"label_names": names, "num_classes": num_classes, "in_chans": in_chans}
+    options = {name: value for name, value in options.items() if value is not None}
+    if names and num_classes:
+        options["num_classes"] = len(names)
+    model = timm.create_model("convmixer_cifar", pretrained=pretrained, **options).eval()
+    if reset:
+        model.reset_classifier(reset)
+    expected = get_label_names(model)
+    if config:
+        expected = [f"class {i}" for i in range(model.num_classes)]
+    folder = tmp_path_factory.mktemp("saved")
+    save_model(model, folder, {"label_names": expected} if config else {})
+    loaded = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    torch.testing.assert_close(loaded.state_dict(), model.state_dict(), atol=0, rtol=0)
+    assert get_label_names(loaded) == expected
+    again = timm.create_model(f"local-dir:{folder}", pretrained=True, label_names=expected).eval()
+    torch.testing.assert_close(again.state_dict(), model.state_dict(), atol=0, rtol=0)

@@ -18,7 +18,7 @@ def test_probabilities_are_the_softmax_of_the_logits():
     model = load_trained("convmixer_cifar")
     image = open_image(IMAGES / "ship.png")
     [found] = predict(model, [image], top_k=99)
-    transform = eval_transform(timm.data.resolve_model_data_config(model))
+    transform = eval_transform(timm.data.resolve_input_data_config(model))
     with torch.no_grad():
         expected = model(transform(image)[None]).softmax(1)[0]
     assert [p.probability for p in found] == sorted(expected.tolist(), reverse=True)
@@ -51,6 +51,26 @@ def test_a_model_without_a_head_answers_nothing():
     model = timm.create_model("convmixer_96_8_ks5_p1", num_classes=0)
     with pytest.raises(CheckpointError, match=r"the model has no head \(num_classes is 0\)"):
         predict(model, [Image.new("RGB", (32, 32))])
+    model = timm.create_model("convmixer_96_8_ks5_p1", num_classes=1)
+    with pytest.raises(CheckpointError, match="the model has one output, whose probability"):
+        predict(model, [Image.new("RGB", (32, 32))])
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "CMYK", "YCbCr", "HSV", "I", "F"])
+def test_images_of_every_mode_are_answered(mode):
+    image = Image.open(IMAGES / "cat.png")
+    image = image.convert("L").convert(mode) if mode in "IF" else image.convert(mode)
+    [[found]] = predict(load_trained("convmixer_cifar"), [image], top_k=1)
+    assert found.label in CIFAR10.classes
+    if mode in ("P", "RGBA", "YCbCr"):
+        assert found.label == "cat"
+
+
+@pytest.mark.parametrize("in_chans", [1, 2, 4])
+def test_models_of_other_channels_answer(in_chans):
+    model = timm.create_model("convmixer_96_8_ks5_p1", in_chans=in_chans)
+    [found] = predict(model, [open_image(IMAGES / "cat.png")], top_k=2)
+    assert len(found) == 2
 
 
 def test_images_take_the_type_of_the_model():

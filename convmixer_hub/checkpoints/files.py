@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from ..errors import CheckpointError, first_line
 from ..files import replacing
 from ..hub.records import CONFIG_FILE, MISTAKES_FILE, MODEL_FILES, WEIGHTS_FILE
+from ..model.config import get_label_names
 from ..model.convmixer import ConvMixer, name_activation
 
 
@@ -86,17 +88,30 @@ def save_model(model: nn.Module, folder: Path, extra_config: Mapping[str, Any]) 
         folder: Where the two files go; made if missing.
         extra_config: Entries added to `config.json`.
     """
-    activation = name_activation(model) if isinstance(model, ConvMixer) else None
+    # What a model was made with comes from timm, but for what is no JSON: classes, arrays.
+    arguments: dict[str, Any] = {"label_names": None}
+    if isinstance(model, ConvMixer) and (activation := name_activation(model)):
+        arguments["act_layer"] = activation
+    names = get_label_names(model)
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as temporary:
         save_for_hf(
             model,
             temporary,
-            model_config=dict(extra_config),
-            model_args={"act_layer": activation} if activation else None,  # a class is no JSON
+            model_config={"label_names": names, **extra_config} if names else dict(extra_config),
+            model_args=arguments,
             safe_serialization=True,
         )
+        _drop_repeated_arguments(Path(temporary, CONFIG_FILE))
         for name in (WEIGHTS_FILE, CONFIG_FILE):
             Path(temporary, name).chmod(0o644)  # safetensors lets nobody but the writer read
             with replacing(folder / name) as file:
                 Path(temporary, name).rename(file)
+
+
+def _drop_repeated_arguments(file: Path) -> None:
+    """Say once what the classes are: transformers fails where `model_args` repeats it."""
+    config = json.loads(file.read_text(encoding="utf-8"))
+    for name in ("num_classes", "label_names"):
+        config.get("model_args", {}).pop(name, None)
+    file.write_text(json.dumps(config, indent=2), encoding="utf-8")

@@ -7,8 +7,10 @@ nothing but click; it is installed under a name of its own, too (see setup.cfg),
 
 from __future__ import annotations
 
+import sys
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
+from io import TextIOWrapper
 from typing import Any
 
 import click
@@ -87,11 +89,18 @@ class _Group(click.Group):
         try:
             return super().invoke(ctx)
         except Exception as error:
-            from convmixer_hub.errors import ConvMixerHubError
+            from convmixer_hub.errors import ConvMixerHubError, printable
 
             if not isinstance(error, ConvMixerHubError):
                 raise
-            raise click.ClickException(str(error)) from None
+            raise click.ClickException(printable(error)) from None
+
+    def main(self, *args: Any, **extra: Any) -> Any:
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, TextIOWrapper):
+                # Not every terminal knows "×", nor is every name of a file text.
+                stream.reconfigure(errors="backslashreplace")
+        return super().main(*args, **extra)
 
 
 def _print_version(ctx: click.Context, parameter: click.Parameter, wanted: bool) -> None:

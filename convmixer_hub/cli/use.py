@@ -13,7 +13,7 @@ import torch
 
 from ..checkpoints.info import describe
 from ..data.images import open_image
-from ..errors import DataError
+from ..errors import DataError, printable
 from ..evaluate import evaluate_on
 from ..figures import draw_predictions
 from ..files import write_file
@@ -84,7 +84,7 @@ def predict_command(
         try:
             picture = open_image(path)
         except DataError as error:
-            click.echo(f"Error: {error}", err=True)
+            click.echo(f"Error: {printable(error)}", err=True)
             continue
         [classes] = predict(model, [picture], top_k)
         answered.append(path)
@@ -94,7 +94,7 @@ def predict_command(
             thumbnails.append(picture)
         if not as_json:
             words = ", ".join(f"{c.label} {100 * c.probability:.1f} %" for c in classes)
-            click.echo(f"{path}: {words}")
+            click.echo(printable(f"{path}: {words}"))
     if as_json:
         result = [
             {"image": str(path), "predictions": [asdict(c) for c in classes]}
@@ -102,7 +102,7 @@ def predict_command(
         ]
         click.echo(json.dumps(result, indent=2))
     if figure is not None and thumbnails:
-        titles = [path.stem for path in answered]
+        titles = [printable(path.stem) for path in answered]
         write_file(figure, draw_predictions(thumbnails, titles, predictions))
     if len(answered) < len(images):
         sys.exit(1)

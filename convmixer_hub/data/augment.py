@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -14,6 +14,7 @@ from timm.data.auto_augment import RandAugment, rand_augment_transform
 from torch.nn import functional as F
 from torchvision import transforms
 
+from ..errors import DataError
 from .images import eval_transform
 from .reader import LabeledImages, read_images
 
@@ -34,6 +35,11 @@ def is_rand_augment(description: str) -> bool:
 
 
 def _make_rand_augment(description: str, channels: int = 3, image_size: int = 32) -> RandAugment:
+    if channels not in (1, 3):
+        raise DataError(
+            f"timm's RandAugment takes images of 1 or 3 channels, the model {channels}; give "
+            "--rand-augment ''"
+        )
     gray = (128,) * channels  # what fills the corners of a turned image
     hparams = {"translate_const": image_size // 3, "img_mean": gray}
     transform = rand_augment_transform(description, hparams)
@@ -51,14 +57,14 @@ def _keep_one_bit(choose_bits: Callable, level: float, hparams: Mapping[str, Any
 class TrainingImages:
     """A training set in memory, served in shuffled and augmented batches.
 
-    The usual augmentation of CIFAR: reflected borders, random squares, and mirror images. Unless
+    The usual augmentation of CIFAR: reflected borders, random crops, and mirror images. Unless
     they are mirrored at random, an image is mirrored every other epoch, starting with a random
     half of them, so that two epochs show all images both ways ("alternating flip", Jordan 2024,
     arXiv:2404.00498).
 
     Args:
         images: The images.
-        data_config: From `timm.data.resolve_model_data_config(model)`; images of other sizes are
+        data_config: From `timm.data.resolve_input_data_config(model)`; images of other sizes are
             scaled and cropped as in evaluation.
         seed: The same seed gives the same batches everywhere, but for the RandAugment, which takes
             its random numbers from `random` and `numpy.random`.
@@ -72,7 +78,8 @@ class TrainingImages:
         damaged: One line for each image that was left out.
 
     Raises:
-        DataError: If images cannot be read, naming the first of them.
+        DataError: If images cannot be read, naming the first of them, or have another number of
+            channels than RandAugment takes.
     """
 
     def __init__(
@@ -86,11 +93,12 @@ class TrainingImages:
         device: torch.device | str = "cpu",
         progress: bool = True,
     ) -> None:
-        channels, _, self.image_size = data_config["input_size"]
+        channels, *sides = data_config["input_size"]
+        self.image_size = tuple(sides)
         self.seed = seed
         self.flip = flip
         self.rand_augment = (
-            _make_rand_augment(rand_augment, channels, self.image_size) if rand_augment else None
+            _make_rand_augment(rand_augment, channels, min(sides)) if rand_augment else None
         )
         tensors, self.labels, self.damaged = read_images(
             images, eval_transform(data_config, normalize=False), skip_damaged, progress
@@ -107,7 +115,7 @@ class TrainingImages:
         epoch: int,
         step: int,
         batch_size: int,
-        crop_size: int,
+        crop_size: Sequence[int],
         augment: bool = True,
         share: slice = slice(None),
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -117,20 +125,25 @@ class TrainingImages:
             epoch: Number of the epoch, from 0.
             step: Number of the batch in it, from 0.
             batch_size: Images a batch.
-            crop_size: Side of the squares, in pixels; an eighth of it is padded on each side.
+            crop_size: Height and width of the crops, in pixels; an eighth is padded on each side.
             augment: Apply the RandAugment.
             share: Part of the batch to give, for one process of several.
 
         Returns:
-            Images `[batch_size, channels, crop_size, crop_size]` and their labels `[batch_size]`.
+            Images `[batch_size, channels, *crop_size]` and their labels `[batch_size]`.
         """
         # Which images, which part of each, and which of them mirrored: the same in every process.
         order = torch.randperm(len(self), generator=_generator(self.seed, epoch))
         batch = order[step * batch_size : (step + 1) * batch_size]
-        border = crop_size // 8
-        places = self.image_size + 2 * border - crop_size + 1
+        borders = [crop // 8 for crop in crop_size]
+        places = [
+            side + 2 * border - crop + 1
+            for side, border, crop in zip(self.image_size, borders, crop_size)
+        ]
         generator = _generator(self.seed, epoch, step)
-        corners = torch.randint(places, (2, batch_size, 1), generator=generator)
+        corners = torch.stack(
+            [torch.randint(count, (batch_size, 1), generator=generator) for count in places]
+        )
         if self.flip == "random":
             mirrored = torch.rand(batch_size, generator=generator) < 0.5
         else:
@@ -145,8 +158,8 @@ class TrainingImages:
             images = torch.stack(
                 [transforms.functional.pil_to_tensor(self.rand_augment(p)) for p in pictures]
             ).to(self.images.device)
-        # Floats: [batch_size, channels, crop_size, crop_size].
-        images = _cut(images, border, crop_size, corners[:, share], mirrored[share])
+        # Floats: [batch_size, channels, *crop_size].
+        images = _cut(images, borders, crop_size, corners[:, share], mirrored[share])
         return (images / 255.0 - self.mean) / self.std, self.labels[batch]
 
 
@@ -162,12 +175,18 @@ def _generator(*numbers: int) -> torch.Generator:
 
 
 def _cut(
-    images: torch.Tensor, border: int, size: int, corners: torch.Tensor, mirrored: torch.Tensor
+    images: torch.Tensor,
+    borders: Sequence[int],
+    size: Sequence[int],
+    corners: torch.Tensor,
+    mirrored: torch.Tensor,
 ) -> torch.Tensor:
-    """Cut a square out of each image, bordered by its reflection; mirror some of them."""
+    """Cut a part out of each image, bordered by its reflection; mirror some of them."""
     count, channels = images.shape[:2]
-    images = F.pad(images.float(), (border,) * 4, mode="reflect")
-    rows, columns = corners + torch.arange(size)  # each [count, size]
+    padding = [border for border in reversed(borders) for _ in range(2)]
+    images = F.pad(images.float(), padding, mode="reflect")
+    # Each [count, size of the side].
+    rows, columns = (corner + torch.arange(side) for corner, side in zip(corners, size))
     columns = torch.where(mirrored[:, None], columns.flip(1), columns)
     places = (
         torch.arange(count)[:, None, None, None],

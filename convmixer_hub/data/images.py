@@ -89,7 +89,7 @@ def eval_transform(
     """Resize, crop and normalize an RGB image as a model's timm data config says, in evaluation.
 
     Args:
-        data_config: From `timm.data.resolve_model_data_config(model)`.
+        data_config: From `timm.data.resolve_input_data_config(model)`.
         normalize: Give normalized floats; else bytes, 0 to 255.
 
     Raises:

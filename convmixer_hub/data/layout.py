@@ -13,7 +13,7 @@ from typing import Any
 
 from PIL import Image
 
-from ..errors import DataError, first_line
+from ..errors import DataError, first_line, printable
 from .images import open_image
 
 # What a split may be called, in the name of a folder or a file, as the datasets library has it.
@@ -56,7 +56,7 @@ class LeftOut:
     def describe(self) -> list[str]:
         """Give one line for each kind."""
         return [
-            f"left out: {len(names)} × {kind}, the first is {names[0]}"
+            printable(f"left out: {len(names)} × {kind}, the first is {names[0]}")
             for kind, names in self._names.items()
             if names
         ]

@@ -6,6 +6,8 @@ from typing import Any, cast
 
 from torch import nn
 
+from ..errors import CheckpointError
+
 CLASSIFIER = "classification.linear"
 FIRST_CONV = "patch_emb.conv"
 
@@ -19,3 +21,17 @@ def get_label_names(model: nn.Module) -> list[str] | None:
     """Name the classes of a model by index; None if its configuration is not about its classes."""
     names = get_config(model).get("label_names")
     return list(names) if names and len(names) == model.num_classes else None
+
+
+def check_classifies(model: nn.Module) -> None:
+    """Refuse a model that tells no classes apart.
+
+    Raises:
+        CheckpointError: If it has no head, or one output alone.
+    """
+    count = getattr(model, "num_classes", None)
+    if count in (0, 1):
+        found = "no head" if count == 0 else "one output, whose probability is always 1"
+        raise CheckpointError(
+            f"the model has {found} (num_classes is {count}); give it two classes or more"
+        )

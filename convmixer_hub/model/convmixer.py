@@ -362,11 +362,14 @@ class ConvMixer(nn.Module):
         return self.classification.linear
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Replace the head by a fresh one; the pooling stays unless another is named."""
+        """Replace the head by a fresh one, of classes without names; the pooling may stay."""
         if global_pool is not None:
             self.global_pool = global_pool
         self.classification.reset(num_classes, self.global_pool, **get_device_dtype(self))
         self.num_classes = num_classes
+        config: dict = getattr(self, "pretrained_cfg", {})  # timm's, once the model is built
+        for named in ("label_names", "label_descriptions"):
+            config.pop(named, None)
         self.head_hidden_size = self.classification.num_features
 
     @torch.jit.ignore

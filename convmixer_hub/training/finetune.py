@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from timm.data import resolve_model_data_config
+from timm.data import resolve_input_data_config
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 from torchvision.transforms.functional import to_pil_image
@@ -122,7 +122,7 @@ def finetune(
     check_matplotlib()
     folder = train(settings, dataset, output, skip_damaged, progress)
     model = load_trained(folder)
-    config = resolve_model_data_config(model)
+    config = resolve_input_data_config(model)
     images, labels, _ = read_images(
         choose_validation(settings, dataset),
         eval_transform(config),
@@ -165,5 +165,5 @@ def _draw_mistakes(
         [Prediction(classes[i], p) for i, p in zip(best.indices.tolist(), best.values.tolist())]
         for best in (probabilities[i].topk(min(3, len(classes))) for i in wrong)
     ]
-    pictures = [to_pil_image(image) for image in images[wrong]]
+    pictures = [to_pil_image(image).convert("RGB") for image in images[wrong]]
     write_file(file, draw_predictions(pictures, titles, first_choices))

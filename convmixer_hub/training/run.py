@@ -14,7 +14,7 @@ from pathlib import Path
 
 import timm
 import torch
-from timm.data import Mixup, resolve_model_data_config
+from timm.data import Mixup, resolve_input_data_config
 from timm.data.random_erasing import RandomErasing
 from timm.optim import create_optimizer_v2, muon
 from timm.utils import ModelEmaV3, random_seed
@@ -261,7 +261,7 @@ class _Run:
         if not state.precision and self.settings.precision != "auto":
             state.precision = self.settings.precision
         if not state.precision:
-            image_size = resolve_model_data_config(self.model)["input_size"][-1]
+            image_size = min(resolve_input_data_config(self.model)["input_size"][1:])
             dtype, reason = choose_dtype(self.model, self.device, image_size)
             state.precision = "bf16" if dtype is torch.bfloat16 else "fp32"
             if self.progress:
@@ -270,12 +270,13 @@ class _Run:
 
     def _read_images(self, dataset: ImageDataset, skip_damaged: bool) -> None:
         settings = self.settings
-        data_config = resolve_model_data_config(self.model)
-        image_size = data_config["input_size"][-1]
-        if not self.patch_size <= settings.small_crop_size <= image_size:
+        data_config = resolve_input_data_config(self.model)
+        side = min(data_config["input_size"][1:])
+        needed = not settings.shows_whole_images(0)
+        if needed and not self.patch_size <= settings.small_crop_size <= side:
             raise TrainingError(
                 f"small_crop_size is {settings.small_crop_size}: {settings.model} takes images of "
-                f"{image_size} pixels in patches of {self.patch_size}; give a number between them"
+                f"{side} pixels in patches of {self.patch_size}; give a number between them"
             )
         kept, _ = hold_out(dataset, settings.held_out, settings.seed)
         if settings.train_images > len(kept):
@@ -331,8 +332,9 @@ class _Run:
         epoch, first_step = state.epoch, state.step
         # Sums over the epoch so far; they begin anew with it.
         sums = state.sums if first_step else {"loss": 0.0, "correct": 0.0, "seconds": 0.0}
-        is_whole = settings.shows_whole_images(epoch)
-        crop_size = self.images.image_size if is_whole else settings.small_crop_size
+        crop_size = self.images.image_size  # height, width
+        if not settings.shows_whole_images(epoch):
+            crop_size = (settings.small_crop_size,) * 2
         steps = len(self.images) // settings.batch_size
         start, saved = time.monotonic() - sums["seconds"], time.monotonic()
         self.network.train()
@@ -370,7 +372,7 @@ class _Run:
         count = steps * settings.batch_size
         metrics = {
             "epoch": epoch + 1,
-            "crop_size": crop_size,
+            "crop_size": "×".join(map(str, crop_size)) if len(set(crop_size)) > 1 else crop_size[0],
             "train_loss": round(sums["loss"] / count, 4),
             "train_top1": round(100.0 * sums["correct"] / count, 2),
             "seconds": round(sums["seconds"], 1),
@@ -393,12 +395,12 @@ class _Run:
             tqdm.write("  ".join(f"{name} {value}" for name, value in metrics.items()))
 
     def _train_step(
-        self, epoch: int, step: int, crop_size: int, learning_rate_factor: float
+        self, epoch: int, step: int, crop_size: tuple[int, ...], learning_rate_factor: float
     ) -> tuple[float, int]:
         """Take one step; return the sum of the losses and the number of correct images."""
         settings = self.settings
 
-        # Images: [share of the batch, channels, crop_size, crop_size]. The seed of each step is its
+        # Images: [share of the batch, channels, *crop_size]. The seed of each step is its
         # own, so that a run that is resumed at any step computes what it would have computed.
         random_seed(derive_seed(settings.seed, epoch, step) % 2**31, get_rank())
         augments = settings.augments(epoch)
