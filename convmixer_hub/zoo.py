@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from timm.models import (
 from torch import nn
 
 from .checkpoints.adapt import adapt_checkpoint
+from .checkpoints.convert import build_like, choose_activation, read_checkpoint
 from .checkpoints.files import check_safetensors
 from .checkpoints.resolve import Source, resolve
 from .errors import (
@@ -32,6 +33,7 @@ from .errors import (
     UnknownModelError,
     first_line,
 )
+from .files import hash_file
 from .hub.find import find_checkpoint
 from .hub.records import (
     CIFAR10,
@@ -43,8 +45,9 @@ from .hub.records import (
     CheckpointRecord,
     suggest,
 )
-from .model.config import CLASSIFIER, FIRST_CONV
+from .model.config import CLASSIFIER, FIRST_CONV, get_config
 from .model.convmixer import ConvMixer
+from .model.layouts import convert_layout
 
 _logger = logging.getLogger(__package__)
 
@@ -257,7 +260,8 @@ def load_trained(name: str | Path | Source, label_names: Sequence[str] | None = 
 
     Args:
         name: As in `checkpoints.resolve.resolve`, or what that gave: a trained model's name, a
-            folder such as a run of `train`, or a repository of the Hub. A `Path` is always a path.
+            folder such as a run of `train`, a repository of the Hub, or a file of weights, whose
+            classes have no names unless it is on record. A `Path` is always a path.
         label_names: Classes that the model is to tell apart instead of those it was trained on, if
             it is one of this package.
 
@@ -273,10 +277,9 @@ def load_trained(name: str | Path | Source, label_names: Sequence[str] | None = 
         return timm.create_model(
             source.record.name, pretrained=True, pretrained_cfg_overlay=overlay, **options
         )
-    if not source.name:
-        raise CheckpointError(
-            f"{source.file}: is a file alone; name the folder that holds it and its {CONFIG_FILE}"
-        )
+    if not source.name and not label_names:
+        return _load_file(source)
+    source.check_is_whole()
     config_file = source.folder / CONFIG_FILE
     arch = source.config.get("architecture")
     if "architecture" not in source.config:
@@ -304,6 +307,37 @@ def load_trained(name: str | Path | Source, label_names: Sequence[str] | None = 
             f"{source.folder}: cannot be loaded as {arch} ({first_line(error)}); "
             f"fix its {CONFIG_FILE}, or name a folder that `convmixer train` or timm wrote"
         ) from None
+
+
+def _load_file(source: Source) -> nn.Module:
+    """Build the model of a file of weights alone."""
+    if source.config:
+        return load_trained(source.folder)
+    digest = hash_file(source.file) if source.file.is_file() else ""
+    if known := [record for record in RECORDS.values() if record.sha256 == digest]:
+        return load_trained(replace(source, record=known[0]))
+    checkpoint = read_checkpoint(str(source.file.absolute()))
+    tensors = convert_layout(checkpoint.tensors)
+    like = build_like(tensors, str(source.file))
+    sizes = Variant(
+        like.num_features, len(like.conv_mixer_layers), like.kernel_size, like.patch_emb.patch_size
+    )
+    found = [arch for arch, v in VARIANTS.items() if replace(v, image_size=32) == sizes]
+    if not found:
+        raise CheckpointError(
+            f"{source.file}: no model of this package has its sizes; build a ConvMixer of these, "
+            "which `convmixer info` tells, and load it with load_state_dict"
+        )
+    model = timm.create_model(
+        found[0],
+        num_classes=like.num_classes,
+        in_chans=like.in_chans,
+        global_pool=like.global_pool,
+        act_layer=choose_activation(checkpoint, None),
+    )
+    model.load_state_dict(tensors)
+    get_config(model)["label_names"] = None
+    return model
 
 
 @dataclass(frozen=True)

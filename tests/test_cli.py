@@ -152,8 +152,15 @@ def test_a_file_alone_is_no_folder_of_a_model(convmixer, tmp_path, command):
     options = {"card": ["--data", "."], "publish": ["--repo-id", "a/b"]}[command]
     message = f"Error: {file}: is no folder of a model; name a run folder, or a model of this "
     assert convmixer(command, file, *options).stderr.startswith(message)
+    assert "cat" in convmixer("predict", IMAGES / "cat.png", "--model", file).stdout
+
+
+def test_a_file_alone_is_not_fine_tuned(convmixer, tmp_path, cifar_sample):
+    file = tmp_path / "other.safetensors"
+    shutil.copy(CHECKOUT / "weights" / NAME / "model.safetensors", file)
+    result = convmixer("finetune", file, "--data", cifar_sample, "--output", tmp_path / "run")
     message = f"Error: {file}: is a file alone; name the folder that holds it and its config.json"
-    assert convmixer("predict", IMAGES / "cat.png", "--model", file).stderr.startswith(message)
+    assert result.stderr.startswith(message) and not (tmp_path / "run").exists()
 
 
 def test_predict_draws_a_figure(convmixer, tmp_path):
@@ -260,7 +267,7 @@ def test_info_of_a_name_and_of_its_folder(convmixer):
     assert info == {
         "file": str(file),
         "bytes": f"{get_record(NAME).size:,}",
-        "sha256": f"{get_record(NAME).sha256}, as on record",
+        "sha256": f"{get_record(NAME).sha256}, on record for {NAME}",
         "layout": "ours",
         "size": "8 layers × 256 channels, kernel 7, patch 2, 3 image channels, 10 classes",
         "arch": "convmixer_cifar",
@@ -269,8 +276,7 @@ def test_info_of_a_name_and_of_its_folder(convmixer):
         "parameters": "643,338",
         "metadata": "none",
     }
-    digest = f"{get_record(NAME).sha256}, not on record"
-    assert read_info(convmixer, file.parent) == {**info, "sha256": digest}
+    assert read_info(convmixer, file.parent) == info
 
 
 def test_info_tells_what_the_metadata_says(convmixer, tmp_path):

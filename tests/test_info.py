@@ -2,11 +2,13 @@
 
 import argparse
 import hashlib
+import json
 import shutil
 import socket
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import safetensors.torch
 import timm
@@ -14,10 +16,12 @@ import torch
 from huggingface_hub import constants
 from timm.models.convmixer import ConvMixer as TimmConvMixer
 
-from convmixer_hub import CheckpointError, UnknownModelError, get_record
+from convmixer_hub import CheckpointError, UnknownModelError, find_checkpoint, get_record
 from convmixer_hub.checkpoints.files import save_model
 from convmixer_hub.checkpoints.info import describe
 from convmixer_hub.hub import find
+from convmixer_hub.model.config import get_label_names
+from convmixer_hub.zoo import load_trained
 
 from .conftest import use_endpoint
 from .hub_server import error
@@ -52,7 +56,7 @@ def test_a_repository_is_described(prefix, revision, somebodys):
 @pytest.mark.parametrize("name", ["hf-hub:convmixer-hub/{}", "convmixer-hub/{}@v1"])
 def test_a_repository_on_record_is_verified(name, hub):
     info = describe(name.format(NAME))
-    assert info["sha256"] == f"{get_record(NAME).sha256}, as on record"
+    assert info["sha256"] == f"{get_record(NAME).sha256}, on record for {NAME}"
     hub.repositories[f"convmixer-hub/{NAME}"]["v1"]["model.safetensors"] = b"another"
     shutil.rmtree(constants.HF_HUB_CACHE)
     with pytest.raises(CheckpointError, match="not to be trusted"):
@@ -188,10 +192,81 @@ def test_a_file_of_a_training_program_is_read_with_weights_only(tmp_path):
     torch.save(model.state_dict(), file)
     assert describe(str(file))["activation"] == "not told, and no tensor would tell it"
     torch.save(model, file)
-    with pytest.raises(
-        CheckpointError, match="last.pth.tar: cannot be read with weights_only=True"
-    ):
+    message = r"last.pth.tar: cannot be read with weights_only=True \(it holds convmixer_hub"
+    with pytest.raises(CheckpointError, match=message):
         describe(str(file))
+
+
+def test_figures_of_numpy_beside_the_weights_are_no_hindrance(tmp_path):
+    model = timm.create_model(ARCH)
+    figures = {"loss": np.float64(0.5), "step": np.int64(3), "best": np.bool_(True)}
+    content = {"model": model.state_dict(), **figures, "curve": np.arange(3.0, dtype="float32")}
+    torch.save(content, tmp_path / "last.pth")
+    assert describe(str(tmp_path / "last.pth"))["parameters"] == "99,082"
+
+
+def test_a_network_is_found_among_the_modules_of_a_lightning_checkpoint(tmp_path):
+    model = timm.create_model(ARCH)
+    modules = torch.nn.ModuleDict({"network": model, "criterion": torch.nn.Linear(3, 3)})
+    content = {"state_dict": modules.state_dict(), "pytorch-lightning_version": "2.5", "epoch": 3}
+    file = tmp_path / "last.ckpt"
+    torch.save(content, file)
+    info = describe(str(file))
+    assert info["file"] == f"{file} (state_dict.network of it)"
+    assert info["tensors"] == "104 float32, 17 int64"
+    modules["teacher"] = TimmConvMixer(8, 1, 3, 1)
+    torch.save({"state_dict": modules.state_dict()}, file)
+    with pytest.raises(CheckpointError, match="last.ckpt: holds several networks, network, teach"):
+        describe(str(file))
+
+
+def test_a_copy_of_a_recorded_file_is_told(tmp_path):
+    shutil.copy(find_checkpoint(NAME), tmp_path / "copy.safetensors")
+    info = describe(str(tmp_path / "copy.safetensors"))
+    assert info["sha256"] == f"{get_record(NAME).sha256}, on record for {NAME}"
+
+
+def test_a_configuration_may_begin_with_a_mark_and_hold_any_letters(tmp_path):
+    save_model(timm.create_model(ARCH, label_names=["Kätzchen", "熊"]), tmp_path, {})
+    config = json.loads((tmp_path / "config.json").read_text())
+    text = json.dumps(config, ensure_ascii=False)
+    (tmp_path / "config.json").write_text(text, encoding="utf-8")
+    assert get_label_names(load_trained(tmp_path)) == ["Kätzchen", "熊"]
+    (tmp_path / "config.json").write_text(text, encoding="utf-8-sig")
+    assert describe(str(tmp_path))["arch"] == ARCH
+    with pytest.raises(CheckpointError, match="cannot be loaded as .* UTF-8 BOM .*; fix its conf"):
+        load_trained(tmp_path)
+
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 2620544\n"
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "model.pth"])
+def test_a_pointer_of_git_lfs_is_named(tmp_path, name):
+    save_model(timm.create_model(ARCH), tmp_path, {})
+    (tmp_path / name).write_bytes(POINTER)
+    message = f"^{tmp_path / name}: is a Git LFS pointer, not the file itself; run git lfs pull wh"
+    with pytest.raises(CheckpointError, match=message):
+        describe(str(tmp_path / name))
+    if name == "model.safetensors":
+        for load in (load_trained, lambda f: timm.create_model(f"local-dir:{f}", pretrained=True)):
+            with pytest.raises(CheckpointError, match=message):
+                load(tmp_path)
+
+
+def test_what_transformers_wrote_otherwise_is_named(tmp_path):
+    save_model(timm.create_model(ARCH), tmp_path, {})
+    (tmp_path / "model.safetensors").rename(tmp_path / "model-00001-of-00001.safetensors")
+    (tmp_path / "model.safetensors.index.json").touch()
+    message = "no such file, but model.safetensors.index.json beside it; save the model whole, with"
+    with pytest.raises(CheckpointError, match=message):
+        load_trained(tmp_path)
+    (tmp_path / "model.safetensors.index.json").rename(tmp_path / "pytorch_model.bin")
+    message = (
+        f"no such file, but pytorch_model.bin beside it; convert that: convmixer convert {tmp_path}"
+    )
+    with pytest.raises(CheckpointError, match=message):
+        load_trained(tmp_path)
 
 
 def test_a_file_on_record_is_hashed_once(monkeypatch):

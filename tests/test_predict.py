@@ -1,11 +1,14 @@
 import re
+import shutil
 
 import pytest
+import safetensors.torch
 import timm
 import torch
 from PIL import Image
+from timm.models.convmixer import ConvMixer as TimmConvMixer
 
-from convmixer_hub import CheckpointError
+from convmixer_hub import CheckpointError, find_checkpoint
 from convmixer_hub.data.images import eval_transform, open_image
 from convmixer_hub.hub.records import CIFAR10
 from convmixer_hub.predict import predict
@@ -84,3 +87,25 @@ def test_a_fresh_head_does_not_inherit_the_names_of_the_old_classes(num_classes)
     model = timm.create_model("convmixer_cifar", pretrained=True, num_classes=num_classes)
     [found] = predict(model, [Image.new("RGB", (32, 32))], top_k=num_classes)
     assert {p.label for p in found} == {str(i) for i in range(num_classes)}
+
+
+def test_a_file_of_weights_alone_answers(tmp_path):
+    image = open_image(IMAGES / "frog.png")
+    shutil.copy(find_checkpoint("convmixer_cifar"), tmp_path / "copy.safetensors")
+    expected = predict(load_trained("convmixer_cifar"), [image])
+    assert predict(load_trained(tmp_path / "copy.safetensors"), [image]) == expected
+
+    # Not on record: its sizes tell the model, its metadata the activation, nothing the classes.
+    options = {"num_classes": 4, "in_chans": 1, "global_pool": "catavgmax"}
+    model = timm.create_model("convmixer_96_8_ks5_p1", **options)
+    file = tmp_path / "mine.safetensors"
+    safetensors.torch.save_file(model.state_dict(), file)
+    with pytest.raises(CheckpointError, match="mine.safetensors: nothing in it tells the activat"):
+        load_trained(file)
+    safetensors.torch.save_file(model.state_dict(), file, {"activation": "gelu"})
+    [found], [expected] = (predict(m, [image], top_k=4) for m in (load_trained(file), model))
+    assert found == expected and {p.label for p in found} == {"0", "1", "2", "3"}
+    other = TimmConvMixer(768, 1, kernel_size=7, patch_size=7)
+    safetensors.torch.save_file(other.state_dict(), file, {"activation": "relu"})
+    with pytest.raises(CheckpointError, match="mine.safetensors: no model of this package has its"):
+        load_trained(file)

@@ -10,10 +10,15 @@ import timm
 import torch
 from timm.layers import DropPath
 from timm.optim import create_optimizer_v2
+from torch.ao.quantization import get_default_qconfig_mapping
+from torch.ao.quantization.quantize_fx import convert_fx, prepare_fx
 
 from convmixer_hub import ConvMixer, ModelSizeError
+from convmixer_hub.data.images import eval_transform, open_image
+from convmixer_hub.hub.records import CIFAR10
+from convmixer_hub.zoo import load_trained
 
-from .conftest import CHECKOUT
+from .conftest import CHECKOUT, IMAGES
 
 NAME = "convmixer_cifar.cifar10"
 ARCH = "convmixer_96_8_ks5_p1"
@@ -195,3 +200,28 @@ def test_a_trained_model_takes_four_channels(batch):
     assert model(torch.cat([batch, batch[:, :1]], 1)).shape == (2, 10)
     with pytest.raises(RuntimeError, match="4 channels"):
         model(batch)
+
+
+@pytest.mark.parametrize("arch", [ARCH, "convmixer_cifar"])
+def test_torchscript_optimizes_the_model_for_inference(arch, batch):
+    model = timm.create_model(arch).eval()
+    with torch.no_grad():
+        optimized = torch.jit.optimize_for_inference(torch.jit.script(model))
+        for _ in range(3):  # the first calls compile it
+            torch.testing.assert_close(optimized(batch), model(batch), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore")  # torch's own, of its quantization
+def test_static_quantization_works():
+    model = load_trained(NAME).eval()
+    images = [open_image(IMAGES / f"{name}.png") for name in CIFAR10.classes]
+    transform = eval_transform(timm.data.resolve_model_data_config(model))
+    batch = torch.stack([transform(image) for image in images])
+    observed = prepare_fx(model, get_default_qconfig_mapping("x86"), (batch,))
+    with torch.no_grad():
+        observed(batch)
+        quantized = convert_fx(observed)
+        agreed = (quantized(batch).argmax(1) == model(batch).argmax(1)).sum()
+    assert agreed >= 7
+    depthwise = [node for node in quantized.graph.nodes if "quantized.conv2d" in str(node.target)]
+    assert len(depthwise) == 8

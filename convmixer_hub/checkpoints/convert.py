@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import safetensors.torch
 import timm
 import torch
@@ -18,10 +19,30 @@ from ..errors import CheckpointError, first_line
 from ..files import replacing
 from ..hub.records import CONFIG_FILE
 from ..model.convmixer import ACTIVATIONS, ConvMixer, name_activation
-from ..model.layouts import ALIASES, LAYOUTS, check_fit, convert_layout, detect_layout
-from .files import check_finite, check_safetensors
+from ..model.layouts import (
+    ALIASES,
+    LAYOUTS,
+    check_fit,
+    convert_layout,
+    detect_layout,
+    find_networks,
+)
+from .files import check_finite, check_is_no_pointer, check_safetensors
 from .resolve import Source, resolve
 
+# What training programs keep beside the weights: their options, and figures as numpy has them.
+_NUMPY = {"scalar": np.float64(0).__reduce__()[0], "_reconstruct": np.empty(0).__reduce__()[0]}
+HARMLESS: list[Any] = [
+    argparse.Namespace,
+    np.ndarray,
+    np.dtype,
+    *{type(np.dtype(code)) for code in np.typecodes["AllInteger"] + np.typecodes["AllFloat"] + "?"},
+    *(
+        (function, f"numpy.{core}.multiarray.{name}")  # `core` in files of numpy before 2
+        for name, function in _NUMPY.items()
+        for core in ("core", "_core")
+    ),
+]
 # Where training programs keep the state dict in a file of theirs; like timm, averages first.
 WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model_state_dict", "model", "net")
 
@@ -78,6 +99,13 @@ def read_checkpoint(name: str) -> Checkpoint:
     else:
         content = _unpickle(file)
         part, tensors = _unwrap(file, content)
+    networks = find_networks(tensors)
+    if len(networks) > 1:
+        raise CheckpointError(
+            f"{file}: holds several networks, {', '.join(networks)}; save the state dict of one"
+        )
+    [(prefix, tensors)] = networks.items()
+    part = ".".join(filter(None, (part, prefix)))
     arch = config.get("architecture") or content.get("arch") or metadata.get("arch")
     if not isinstance(arch, str) or not timm.is_model(arch):
         arch = None
@@ -104,13 +132,13 @@ def read_checkpoint(name: str) -> Checkpoint:
 
 
 def _unpickle(file: Path) -> dict[str, Any]:
+    check_is_no_pointer(file)
     try:
-        # timm keeps the options of its training script, a Namespace, beside the weights.
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with torch.serialization.safe_globals(HARMLESS):
             content = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load has no error of its own
         raise CheckpointError(
-            f"{file}: cannot be read with weights_only=True ({first_line(error)}); "
+            f"{file}: cannot be read with weights_only=True ({_find_reason(file, error)}); "
             "save the state dict alone with torch.save or safetensors.torch.save_file"
         ) from None
     if not isinstance(content, Mapping):
@@ -119,6 +147,16 @@ def _unpickle(file: Path) -> dict[str, Any]:
             "save the state dict of the model"
         )
     return dict(content)
+
+
+def _find_reason(file: Path, error: Exception) -> str:
+    """Name what a pickle holds beside tensors, rather than torch's general advice."""
+    try:
+        with torch.serialization.safe_globals(HARMLESS):
+            others = torch.serialization.get_unsafe_globals_in_checkpoint(file)
+    except Exception:  # it is no whole file
+        others = []
+    return f"it holds {', '.join(sorted(others))}" if others else first_line(error)
 
 
 def _unwrap(file: Path, content: Mapping[str, Any]) -> tuple[str, dict[str, Tensor]]:

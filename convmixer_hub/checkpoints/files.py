@@ -19,6 +19,11 @@ from ..hub.records import CONFIG_FILE, MISTAKES_FILE, MODEL_FILES, WEIGHTS_FILE
 from ..model.config import get_label_names
 from ..model.convmixer import ConvMixer, name_activation
 
+POINTER = b"version https://git-lfs."
+# What transformers wrote instead of one file in safetensors format.
+SHARDS_FILE = f"{WEIGHTS_FILE}.index.json"
+PICKLE_FILE = "pytorch_model.bin"
+
 
 def read_model_files(folder: Path) -> dict[Path, bytes]:
     """Read the `MODEL_FILES` of a folder, each once, sorted by name.
@@ -49,15 +54,39 @@ def check_safetensors(path: Path) -> dict[str, str]:
     Raises:
         CheckpointError: With the fault and the remedy.
     """
+    check_is_no_pointer(path)
+    others = [name for name in (SHARDS_FILE, PICKLE_FILE) if path.with_name(name).exists()]
     try:
         with safe_open(path, framework="pt") as file:
             return file.metadata() or {}
     except FileNotFoundError:
         reason, remedy = "no such file", "check the path"
+        if others:
+            reason = f"no such file, but {others[0]} beside it"
+            remedy = "save the model whole, with a larger max_shard_size"
+            if others == [PICKLE_FILE]:
+                remedy = f"convert that: convmixer convert {path.with_name(PICKLE_FILE)} {path}"
     except (SafetensorError, OSError) as error:
         reason = f"not a whole safetensors file ({first_line(error)})"
         remedy = "copy it again; pickles are not opened, `convmixer convert` rewrites them"
     raise CheckpointError(f"{path}: {reason}; {remedy}")
+
+
+def check_is_no_pointer(path: Path) -> None:
+    """Refuse what Git leaves in place of a large file if git-lfs is not there.
+
+    Raises:
+        CheckpointError: With the remedy.
+    """
+    try:
+        with path.open("rb") as file:
+            start = file.read(len(POINTER))
+    except OSError:  # which whoever reads the file says
+        return
+    if start == POINTER:
+        raise CheckpointError(
+            f"{path}: is a Git LFS pointer, not the file itself; run git lfs pull where it is from"
+        )
 
 
 def check_finite(state_dict: Mapping[str, Tensor], source: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 
 from ..files import hash_file
+from ..hub.records import RECORDS
 from ..model.layouts import convert_layout
 from .convert import build_like, read_checkpoint
 
@@ -20,14 +21,16 @@ def describe(name: str) -> dict[str, str]:
         CheckpointError: If it cannot be found or downloaded, or is no whole ConvMixer.
     """
     checkpoint = read_checkpoint(name)
-    file, record = checkpoint.source.file, checkpoint.source.record
-    sha256 = record.sha256 if record else hash_file(file)
+    file = checkpoint.source.file
+    verified = checkpoint.source.record
+    sha256 = verified.sha256 if verified else hash_file(file)
+    recorded = [record.name for record in RECORDS.values() if record.sha256 == sha256]
     like = build_like(convert_layout(checkpoint.tensors), name)
     dtypes = Counter(str(t.dtype).removeprefix("torch.") for t in checkpoint.tensors.values())
     return {
         "file": f"{file} ({checkpoint.part} of it)" if checkpoint.part else str(file),
         "bytes": f"{file.stat().st_size:,}",
-        "sha256": f"{sha256}, {'as' if record else 'not'} on record",
+        "sha256": f"{sha256}, {f'on record for {recorded[0]}' if recorded else 'not on record'}",
         "layout": checkpoint.layout,
         "size": f"{len(like.conv_mixer_layers)} layers × {like.num_features} channels, "
         f"kernel {like.kernel_size}, patch {like.patch_emb.patch_size}, "

@@ -38,6 +38,17 @@ class Source:
         """Where the files of the model are."""
         return self.file.parent
 
+    def check_is_whole(self) -> None:
+        """Refuse a file alone, of which the classes and other settings of its model are not known.
+
+        Raises:
+            CheckpointError: If it is one.
+        """
+        if not self.name:
+            raise CheckpointError(
+                f"{self.file}: is a file alone; name the folder that holds it and its {CONFIG_FILE}"
+            )
+
 
 def resolve(name: str | Path, embedded: bool = False) -> Source:
     """Find what a name stands for: the one way from a name to a file of weights.
@@ -121,7 +132,7 @@ def _find_in_repository(repository: Repository) -> Source:
 
 def _read_config(file: Path) -> dict[str, Any]:
     try:
-        return dict(json.loads(file.read_text()))
+        return dict(json.loads(file.read_text(encoding="utf-8-sig")))
     except (OSError, ValueError, TypeError) as error:
         raise CheckpointError(
             f"{file}: is not a model's configuration ({first_line(error)}); "

@@ -107,7 +107,7 @@ class DepthWiseConv2d(nn.Conv2d):
             d_model,
             d_model,
             kernel_size,
-            padding="same",
+            padding=kernel_size // 2,  # "same"; quantization and TorchScript need the number
             groups=d_model,
             device=device,
             dtype=dtype,

@@ -135,6 +135,24 @@ def detect_layout(state_dict: Mapping[str, Tensor]) -> str | None:
     return best if found[best] else None
 
 
+def find_networks(state_dict: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """Find the ConvMixers among other modules, as in a checkpoint of Lightning, by their prefix.
+
+    A state dict that is one itself, or in which there is none, is given whole, without a prefix.
+    """
+
+    def has_stem(tensors: Mapping[str, Tensor]) -> bool:
+        modules = {_get_module(key) for key in strip_prefixes(tensors)}
+        return any(modules.issuperset(layout.stem) for layout in LAYOUTS.values())
+
+    parts: dict[str, dict[str, Tensor]] = {}
+    if not has_stem(state_dict):
+        for key, tensor in state_dict.items():
+            prefix, _, rest = key.partition(".")
+            parts.setdefault(prefix, {})[rest] = tensor
+    return {p: tensors for p, tensors in parts.items() if has_stem(tensors)} or {"": {**state_dict}}
+
+
 def convert_layout(state_dict: Mapping[str, Tensor], target: str = OURS) -> dict[str, Tensor]:
     """Rename the keys of a state dict, whatever its layout, to those of another layout.
 

@@ -97,7 +97,7 @@ def write_card(
         )
     output = Path(output or folder)
     _make_writable(output)
-    config = json.loads((folder / CONFIG_FILE).read_text())
+    config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8-sig"))
     settings = config.get("training") or {}
     chosen_on_validation = settings.get("keep_best") and not settings.get("held_out")
     if chosen_on_validation and "test" not in dataset.splits:

@@ -68,6 +68,7 @@ def choose_settings(name: str, dataset: ImageDataset, **changes: Any) -> Trainin
         TrainingError: If a setting cannot be.
     """
     source = resolve(name)
+    source.check_is_whole()
     is_folder = source.name.startswith("local-dir:")
     name = str(source.folder.absolute()) if is_folder else source.name
     changes = {setting: value for setting, value in changes.items() if value is not None}
