@@ -1,5 +1,10 @@
 """Trained ConvMixers by name. Importing this package registers the models with timm."""
 
+# ruff: noqa: E402  (versions come first: older ones lack what is imported below)
+from .version import __version__, check_versions
+
+check_versions()
+
 from .errors import (
     CheckpointError,
     ConvMixerHubError,
@@ -12,7 +17,6 @@ from .errors import (
 from .hub.find import find_checkpoint
 from .hub.records import CheckpointRecord, get_record
 from .model.convmixer import ClassificationHead, ConvMixer, ConvMixerLayer, PatchEmbeddings
-from .version import __version__
 from .zoo import convmixer_96_8_ks5_p1, convmixer_256_8_ks9_p1, convmixer_cifar
 
 __all__ = [

@@ -21,6 +21,7 @@ from convmixer_hub.hub.records import CIFAR10, RECORDS, CheckpointRecord
 from convmixer_hub.release import card as card_module
 from convmixer_hub.release.card import propose_record
 from convmixer_hub.release.golden import verify
+from convmixer_hub.release.publish import list_uploads
 from convmixer_hub.training.finetune import FINETUNE_OPTIONS, choose_settings
 from convmixer_hub.training.settings import RECIPE, TrainingSettings
 
@@ -90,7 +91,10 @@ def test_a_card_says_what_the_files_and_the_test_images_say(run, cifar_sample):
     data = ModelCard.load(card).data
     result, _ = data.eval_results
     assert (result.metric_value, result.dataset_type) == (10.0 * correct, "uoft-cs/cifar10")
-    assert (data.license, data.library_name, data.datasets) == ("mit", "timm", ["uoft-cs/cifar10"])
+    assert (data.license, data.library_name, data.datasets) == (None, "timm", ["uoft-cs/cifar10"])
+    assert data.base_model is None
+    assert 'timm.create_model("hf-hub:OWNER/REPO", pretrained=True)' in text
+    assert "pip install .  # in a clone of convmixer-hub" in text
 
     assert read_command(text) == SETTINGS
     for fact in ("Epochs: 3, in 2.00 hours", "Seed: 5", "Machine: 7 abaci", "images: 33.75 %"):
@@ -120,6 +124,25 @@ def test_the_card_of_a_fine_tuned_model_gives_its_command(run, cifar_sample):
     again = {name: given[name] for name in FINETUNE_OPTIONS}
     assert choose_settings(given["name"], dataset, **again) == settings
     assert "training images: 35.00 %, by which the epoch was chosen" in text
+    assert (
+        "- Start: the trained weights of [convmixer-hub/convmixer_cifar.cifar10](https://" in text
+    )
+
+
+def test_the_card_of_a_fine_tuned_model_serves_others(run, cifar_sample):
+    settings = choose_settings("convmixer_cifar", open_dataset(cifar_sample))
+    config = json.loads((run / "config.json").read_text())
+    for model, base in [
+        (settings.model, "convmixer-hub/convmixer_cifar.cifar10"),
+        ("hf-hub:somebody/birds@v2", "somebody/birds"),
+        ("/home/me/secret", None),
+    ]:
+        training = asdict(replace(settings, model=model))
+        (run / "config.json").write_text(json.dumps(config | {"training": training}))
+        data = ModelCard.load(write_card(run, cifar_sample, license="cc-by-4.0")).data
+        assert (data.base_model, data.license) == (base, "cc-by-4.0")
+    [card] = [u for u in list_uploads(str(run), "me/birds") if u.file.name == "README.md"]
+    assert b'timm.create_model("hf-hub:me/birds", pretrained=True)' in card.content
 
 
 def test_validation_images_are_called_so(run, cifar_sample):

@@ -82,6 +82,47 @@ finally:
     assert "predict" in output and output.splitlines()[-1] == "[]"
 
 
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ("convmixer evaluate convmixer_c", f"plain,{NAME}"),
+        ("convmixer predict --model convmixer_c", f"plain,{NAME}"),
+        ("convmixer predict tests/im", "file,tests/im"),
+        ("convmixer bench tr", "file,tr"),
+    ],
+)
+def test_names_are_completed_without_loading_anything_heavy(run_python, words, expected):
+    code = f"""
+import runpy, sys
+names = runpy.run_path({str(CHECKOUT / "convmixer_hub" / "cli" / "main.py")!r})
+try:
+    names["main"](prog_name="convmixer")
+finally:
+    print(sorted({{"torch", "timm", "convmixer_hub"}} & sys.modules.keys()))
+"""
+    output = run_python(
+        code,
+        PYTHONPATH=str(CHECKOUT),
+        _CONVMIXER_COMPLETE="bash_complete",
+        COMP_WORDS=words,
+        COMP_CWORD=str(len(words.split()) - 1),
+    )
+    assert expected in output.splitlines() and output.splitlines()[-1] == "[]"
+
+
+def test_options_are_completed(run_python):
+    words = "convmixer evaluate --lab"
+    code = "from convmixer_hub.cli.main import main; main(prog_name='convmixer')"
+    output = run_python(
+        code,
+        PYTHONPATH=str(CHECKOUT),
+        _CONVMIXER_COMPLETE="bash_complete",
+        COMP_WORDS=words,
+        COMP_CWORD="2",
+    )
+    assert output == "plain,--label-column"
+
+
 def test_the_readme_has_the_table_that_list_prints(convmixer):
     table = convmixer("list", "--markdown").stdout
     assert table.count("\n") == len(list_models()) + 2

@@ -2,8 +2,13 @@
 
 import ast
 import configparser
+import os
+import re
+import shutil
 import subprocess
 import sys
+import tarfile
+import zipfile
 
 import pytest
 
@@ -97,5 +102,51 @@ def test_every_module_is_imported_by_itself(tmp_path):
         [sys.executable, "-c", code, *names],
         cwd=tmp_path,
         env={"PYTHONPATH": str(CHECKOUT), "PATH": ""},
+        check=True,
+    )
+
+
+@pytest.fixture(scope="module")
+def distributions(tmp_path_factory):
+    """Build the source distribution, and from it the wheel; give the folder."""
+    checkout = tmp_path_factory.mktemp("checkout")
+    tracked = subprocess.run(
+        ["git", "ls-files", "-z"], cwd=CHECKOUT, capture_output=True, text=True, check=True
+    )
+    for name in filter(None, tracked.stdout.split("\0")):
+        (checkout / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(CHECKOUT / name, checkout / name)
+    command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", "dist"]
+    subprocess.run(command, cwd=checkout, check=True, capture_output=True)
+    return checkout / "dist"
+
+
+@pytest.mark.slow
+def test_the_wheel_has_every_module_and_the_weights(distributions):
+    [wheel] = distributions.glob("*.whl")
+    names = set(zipfile.ZipFile(wheel).namelist())
+    expected = {f"convmixer_hub/{file.relative_to(PACKAGE)}" for file in MODULES.values()}
+    expected |= {"convmixer_hub/model/cpu.cpp", "convmixer_hub/release/card.md"}
+    for folder in (CHECKOUT / "weights").iterdir():
+        expected.add(f"convmixer_hub/weights/{folder.name}/model.safetensors")
+    assert expected <= names
+    assert wheel.stat().st_size < 20e6
+
+
+@pytest.mark.slow
+def test_the_tests_of_the_source_distribution_run(distributions, tmp_path):
+    [archive] = distributions.glob("*.tar.gz")
+    with tarfile.open(archive) as file:
+        file.extractall(tmp_path, filter="data")
+    [unpacked] = tmp_path.iterdir()
+    for name in ("hubconf.py", "CHANGELOG.md", "docs/data.md", "tests/images/cat.png"):
+        assert (unpacked / name).exists(), name
+    for link in re.findall(r"\]\((?!http)([^)#]+)\)", (unpacked / "README.md").read_text()):
+        assert (unpacked / link).exists(), link
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not slow"]
+    subprocess.run(
+        [*command, "tests/test_predict.py", "tests/test_hubconf.py"],
+        cwd=unpacked,
+        env=os.environ | {"PYTHONPATH": str(unpacked)},
         check=True,
     )

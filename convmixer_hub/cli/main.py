@@ -7,10 +7,13 @@ nothing but click; it is installed under a name of its own, too (see setup.cfg),
 
 from __future__ import annotations
 
+import os
 import sys
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from io import TextIOWrapper
+from pathlib import Path
 from typing import Any
 
 import click
@@ -59,6 +62,37 @@ SECTIONS = {
 COMMANDS = {name: entry for section in SECTIONS.values() for name, entry in section.items()}
 
 
+def _completes_option() -> bool:
+    words = os.environ.get("COMP_WORDS", "").split(" ")
+    return os.environ.get("COMP_CWORD", "").startswith("-") or words[-1].startswith("-")
+
+
+def _complete_names(
+    ctx: click.Context, parameter: click.Parameter, incomplete: str
+) -> list[CompletionItem]:
+    """Propose the trained models, by the folders of their weights, and files."""
+    package = find_spec("convmixer_hub")
+    places = [Path(place) for place in (package and package.submodule_search_locations) or ()]
+    folders = [
+        folder.name
+        for place in places
+        for weights in (place / "weights", place.parent / "weights")  # installed, in a clone
+        if weights.is_dir()
+        for folder in sorted(weights.iterdir())
+        if "." in folder.name
+    ]
+    names = [CompletionItem(name) for name in folders if name.startswith(incomplete)]
+    return [*names, CompletionItem(incomplete, type="file")]
+
+
+# Stands for any command while the shell completes its arguments, as to load one takes seconds.
+_NAMES = click.Command(
+    "names",
+    params=[click.Argument(["names"], nargs=-1, shell_complete=_complete_names)],
+    context_settings={"ignore_unknown_options": True},
+)
+
+
 class _Group(click.Group):
     """Loads commands late, and prints the package's own errors as one line, exit status 1."""
 
@@ -68,6 +102,8 @@ class _Group(click.Group):
     def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
         if name not in COMMANDS:
             return None
+        if ctx.resilient_parsing and not _completes_option():
+            return _NAMES
         module = import_module(f"convmixer_hub.cli.{COMMANDS[name][0]}")
         command: click.Command = getattr(module, f"{name.replace('-', '_')}_command")
         return command

@@ -23,14 +23,15 @@ from .options import DEFAULT_MODEL, OpenData, data_options, print_table
 @click.option(
     "--output", type=click.Path(path_type=Path), help="Folder to write to, the model's by default."
 )
-def card_command(name: str, open_data: OpenData, output: Path | None) -> None:
+@click.option("--license", help="As the Hub names it, such as mit; nothing says it otherwise.")
+def card_command(name: str, open_data: OpenData, output: Path | None, license: str | None) -> None:
     """Write a model card with its figures and reference logits.
 
     NAME is a model or a run folder. All comes from the checkpoint, its metrics.csv, and one test on
     the data set; NOTES.md in the folder is appended. The record to add for a model of the package
     is printed.
     """
-    card = write_card(resolve_folder(name).folder, open_data(), output)
+    card = write_card(resolve_folder(name).folder, open_data(), output, license=license)
     click.echo(card)
     record = propose_record(card)
     if record and name.partition(".")[0] in VARIANTS:
@@ -52,7 +53,7 @@ def publish_command(name: str, repo_id: str, private: bool, tag: str | None, dry
     Weights, configuration, card, figures and metrics go there; the states of a run do not.
     """
     if dry_run:
-        uploads = list_uploads(name)
+        uploads = list_uploads(name, repo_id)
         print_table([[u.file.name, f"{u.size:,} bytes", u.sha256] for u in uploads])
         click.echo(f"{repo_id}: would get these {len(uploads)} files")
     else:

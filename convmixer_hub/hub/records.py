@@ -15,6 +15,9 @@ CONFIG_FILE = "config.json"
 GOLDEN_FILE = "golden.json"
 CARD_FILE = "README.md"
 
+# Stands in a card for the repository that it is going to be in.
+SOME_REPOSITORY = "OWNER/REPO"
+
 # What of a model's folder goes to others; the states of a training run, for one, do not.
 MODEL_FILES = (
     CONFIG_FILE,

@@ -39,7 +39,15 @@ from ..figures import (
     draw_reliability,
 )
 from ..files import hash_file, write_file
-from ..hub.records import CARD_FILE, CONFIG_FILE, DATASETS, RECORDS, WEIGHTS_FILE
+from ..hub.records import (
+    CARD_FILE,
+    CONFIG_FILE,
+    DATASETS,
+    RECORDS,
+    SOME_REPOSITORY,
+    WEIGHTS_FILE,
+)
+from ..hub.repository import PREFIX
 from ..machine import describe_machine
 from ..model.config import get_config, get_label_names
 from ..model.convmixer import ConvMixer
@@ -63,6 +71,7 @@ def write_card(
     output: str | Path | None = None,
     batch_size: int = 64,
     workers: int = 0,
+    license: str | None = None,
     today: date | None = None,
 ) -> Path:
     """Measure a trained model on the test images of a data set; write its card and figures.
@@ -76,6 +85,7 @@ def write_card(
         output: Where the files go, made if missing; the model's own folder if not given.
         batch_size: Images at a time; changes the speed, not the result.
         workers: Processes that read images.
+        license: As the Hub names it, such as `mit`; that of a model on record if not given.
         today: Date of the measurement; the present day if not given.
 
     Returns:
@@ -132,14 +142,18 @@ def write_card(
     result = Evaluation(int(confusion.trace()), int(confusion.sum()))
     plan = _read_plan(settings)
     validation_top1 = metrics.get("held_out_top1", [0.0])
+    base_model = _find_base_model(settings)
+    if license is None and name in RECORDS:
+        license = get_config(model).get("license")
     card = ModelCard.from_template(
-        _make_metadata(name, model, dataset_name, hub_id, split, result, calibration),
+        _make_metadata(name, license, base_model, dataset_name, hub_id, split, result, calibration),
         str(Path(__file__).with_suffix(".md")),
         name=name,
         model=model,
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         input_size="×".join(str(side) for side in get_config(model)["input_size"]),
-        source=name if name in RECORDS else "local-dir:RUN",  # no path of the machine at hand
+        source=name if name in RECORDS else f"{PREFIX}{SOME_REPOSITORY}",
+        base_model=base_model,
         has_predictions=(output / "predictions.png").is_file(),
         predictions_caption=PREDICTIONS_CAPTION,
         settings=settings,
@@ -203,7 +217,8 @@ def propose_record(card: Path) -> str:
 
 def _make_metadata(
     name: str,
-    model: ConvMixer,
+    license: str | None,
+    base_model: str | None,
     dataset: str,
     dataset_id: str | None,
     split: str,
@@ -228,7 +243,8 @@ def _make_metadata(
         for metric, metric_name, value in figures
     ]
     return ModelCardData(
-        license=get_config(model).get("license"),
+        license=license,
+        base_model=base_model,
         library_name="timm",
         pipeline_tag="image-classification",
         tags=["image-classification", "timm", "convmixer"],
@@ -237,6 +253,16 @@ def _make_metadata(
         model_name=name,
         eval_results=results,
     )
+
+
+def _find_base_model(settings: Mapping[str, Any]) -> str | None:
+    """Find the Hub's id of the model that a run started from; a folder has none."""
+    start = str(settings.get("model"))
+    if not settings.get("pretrained"):
+        return None
+    if start in RECORDS:
+        return RECORDS[start].repo_id
+    return start.removeprefix(PREFIX).partition("@")[0] if start.startswith(PREFIX) else None
 
 
 def _read_plan(settings: Mapping[str, Any]) -> TrainingSettings | None:

@@ -16,7 +16,7 @@ from ..checkpoints.files import read_model_files
 from ..checkpoints.resolve import resolve_folder
 from ..errors import ConvMixerHubError, PublishError, UnknownModelError
 from ..files import hash_file
-from ..hub.records import GOLDEN_FILE, WEIGHTS_FILE, get_record
+from ..hub.records import CARD_FILE, GOLDEN_FILE, SOME_REPOSITORY, WEIGHTS_FILE, get_record
 from ..hub.repository import describe_answer, explain_upload, read_token
 from ..zoo import load_trained
 from .golden import parse_golden
@@ -62,12 +62,13 @@ class Publication:
     tag: str | None = None
 
 
-def list_uploads(name: str) -> list[Upload]:
+def list_uploads(name: str, repo_id: str = SOME_REPOSITORY) -> list[Upload]:
     """List what `publish` uploads. The network is not asked.
 
     Args:
         name: A trained model's name, for its folder in the package, or a run folder. Of the files
             in it, those of `hub.records.MODEL_FILES` are published.
+        repo_id: `OWNER/REPO`, which the card is told.
 
     Raises:
         UnknownModelError: If it is neither a trained model's name nor a folder.
@@ -79,6 +80,9 @@ def list_uploads(name: str) -> list[Upload]:
         load_trained(source)
     files = read_model_files(source.folder.resolve())
     uploads = {file.name: Upload(file, data) for file, data in files.items()}
+    if card := uploads.get(CARD_FILE):
+        text = card.content.replace(SOME_REPOSITORY.encode(), repo_id.encode())
+        uploads[CARD_FILE] = Upload(card.file, text)
     if golden := uploads.get(GOLDEN_FILE):
         remedy = f"`convmixer card {name} --data DIR` writes it"
         parse_golden(golden.content, golden.file, uploads[WEIGHTS_FILE].sha256, remedy)
@@ -105,7 +109,7 @@ def publish(name: str, repo_id: str, private: bool = False, tag: str | None = No
     """
     if repo_id.count("/") != 1:
         raise PublishError(f"{repo_id}: is no model repository; give --repo-id as OWNER/REPO")
-    uploads = list_uploads(name)
+    uploads = list_uploads(name, repo_id)
     if tag is None:
         with suppress(UnknownModelError):
             tag = get_record(name).revision
