@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass
 
 import torch
@@ -65,8 +66,8 @@ def prepare_test_images(model: nn.Module, dataset: ImageDataset) -> LabeledImage
 
     Args:
         model: From `timm.create_model`.
-        dataset: Its classes are found among the model's by their names; a model that names none
-            has to have as many.
+        dataset: Its classes are found among the model's by their names, which may be numbers; a
+            model that names none has to have as many otherwise.
 
     Returns:
         Its test images, or else those for validation, as the model's config says.
@@ -78,6 +79,8 @@ def prepare_test_images(model: nn.Module, dataset: ImageDataset) -> LabeledImage
     check_classifies(model)
     images = dataset.get(dataset.test_split)
     known = get_label_names(model)
+    if not known and all(re.fullmatch(r"\d+", name) for name in dataset.classes):
+        known = [str(number) for number in range(model.num_classes)]  # not in the order of strings
     if known:
         unknown = [name for name in dataset.classes if name not in known]
         numbers = {i: known.index(name) for i, name in enumerate(dataset.classes) if not unknown}

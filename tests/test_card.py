@@ -124,9 +124,8 @@ def test_the_card_of_a_fine_tuned_model_gives_its_command(run, cifar_sample):
     again = {name: given[name] for name in FINETUNE_OPTIONS}
     assert choose_settings(given["name"], dataset, **again) == settings
     assert "training images: 35.00 %, by which the epoch was chosen" in text
-    assert (
-        "- Start: the trained weights of [convmixer-hub/convmixer_cifar.cifar10](https://" in text
-    )
+    start = "- Start: the trained weights of [convmixer-hub/convmixer_cifar.cifar10](https://"
+    assert start in text
 
 
 def test_the_card_of_a_fine_tuned_model_serves_others(run, cifar_sample):

@@ -13,6 +13,7 @@ from convmixer_hub.evaluate import (
     evaluate_on,
     fit_temperature,
     measure_calibration,
+    prepare_test_images,
 )
 from convmixer_hub.hub.records import CIFAR10
 from convmixer_hub.model.config import get_config
@@ -66,6 +67,17 @@ def test_data_with_other_classes_is_refused(cifar_sample, num_classes, names, me
     get_config(model)["label_names"] = names
     with pytest.raises(DataError, match=message):
         evaluate_on(model, open_dataset(cifar_sample))
+
+
+def test_folders_of_numbers_are_classes_of_these_numbers(tmp_path):
+    model = timm.create_model("convmixer_96_8_ks5_p1", num_classes=12)
+    get_config(model)["label_names"] = None
+    for name in range(12):
+        (tmp_path / "test" / str(name)).mkdir(parents=True)
+        shutil.copy(IMAGES / "cat.png", tmp_path / "test" / str(name))
+    images = prepare_test_images(model, open_dataset(tmp_path))
+    assert sorted(images.labels) == list(range(12))
+    assert images.labels == [int(name) for name in sorted(map(str, range(12)))]
 
 
 def test_classes_are_found_by_their_names(cifar_sample, tmp_path):

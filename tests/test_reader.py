@@ -92,6 +92,11 @@ FOLDERS = {
         {"train": {"train": 1, "bus": 1}, "validation": {"bus": 1}},
         [],
     ),
+    "files named like splits": (
+        ["photos/cat/train_1.png", "photos/cat/test_2.png", "photos/dog/val 1.png"],
+        {"train": {"cat": 2, "dog": 1}},
+        [],
+    ),
     "folders in class folders": (
         ["train/cat/big/1.png", "train/cat/2.png", "train/dog/1.png"],
         {"train": {"cat": 2, "dog": 1}},
@@ -223,6 +228,7 @@ def test_class_folders(tmp_path, situation):
 
 # Situation: what is there, and the line that refuses it, after the folder's name.
 REFUSED = {
+    "a file": ("file", ": is a file; give the folder that it is in, unpacked if need be"),
     "no folder": (None, ": no such folder; give the folder that holds the data set"),
     "nothing": (["cat/", "dog/"], ": no data set found; expected class folders train/<class>/"),
     "no images": (
@@ -300,7 +306,9 @@ REFUSED = {
 @pytest.mark.parametrize("situation", REFUSED)
 def test_what_is_no_data_set_is_refused_in_one_line(tmp_path, situation):
     paths, message = REFUSED[situation]
-    if paths is not None:
+    if paths == "file":
+        (tmp_path / "data").touch()
+    elif paths is not None:
         write_tree(tmp_path / "data", *paths)
     with pytest.raises(DataError, match=f"^{tmp_path}/data{message}") as refused:
         open_dataset(tmp_path / "data")

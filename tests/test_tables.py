@@ -100,6 +100,15 @@ READ = {
         {"train": PAIR},
         ["left out: 3 × test images without labels, the first is row 0"],
     ),
+    "names of files": (
+        {
+            "data/a.parquet": make_bare(image=["pictures/1.png", "2.png"], label=["cat", "dog"]),
+            "pictures/1.png": CAT,
+            "2.png": DOG,
+        },
+        {"train": PAIR},
+        [],
+    ),
     "columns of CIFAR-100": (
         {"a.parquet": make_table([0, 1], "fine_label", "img", coarse_label=([0, 0], NAMED))},
         {"train": PAIR},
@@ -129,6 +138,15 @@ READ = {
         },
         {"train": PAIR, "validation": {"cat": 1}},
         ["left out: 1 × files that no metadata lists, the first is train/3.png"],
+    ),
+    "metadata.csv of files named like splits": (
+        {
+            "metadata.csv": b"file_name,label\na train.png,cat\ntest tubes.png,dog\n",
+            "a train.png": CAT,
+            "test tubes.png": DOG,
+        },
+        {"train": PAIR},
+        [],
     ),
     "metadata.jsonl with numbers": (
         {

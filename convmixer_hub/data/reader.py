@@ -144,6 +144,8 @@ def open_dataset(
     hub_id = None
     if os.path.isdir(folder):
         splits = _read_folder(folder, label_column, left_out)
+    elif os.path.isfile(source):
+        raise DataError(f"{source}: is a file; give the folder that it is in, unpacked if need be")
     elif os.path.isdir(source):
         raise DataError(f"{folder}: no such folder; --config names a folder in {source}")
     elif re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(source)):

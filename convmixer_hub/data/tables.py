@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import os
 import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -217,12 +218,12 @@ def _read_table(
     labels = table.select_columns([label_column]).with_format("arrow")[:][label_column].to_pylist()
     return RawSplit(
         labels,
-        partial(_read_row, images, column, f"{source}, row {{}} of its {split} images"),
+        partial(_read_row, images, column, source, f"{source}, row {{}} of its {split} images"),
         getattr(kind, "names", None),
     )
 
 
-def _read_row(rows: Any, column: str, name: str, index: int) -> Image.Image:
+def _read_row(rows: Any, column: str, folder: str, name: str, index: int) -> Image.Image:
     cell, name = rows[index][column], name.format(index)
     path = cell and cell["path"]
     if cell and cell["bytes"] is not None:
@@ -230,6 +231,6 @@ def _read_row(rows: Any, column: str, name: str, index: int) -> Image.Image:
     if not path:
         raise DataError(f"{name}: holds no image; remove the row")
     if "::" not in path:
-        return open_image(path)
+        return open_image(os.path.join(folder, path))
     with fsspec.open(path) as file:  # in an archive
         return open_image(file.read(), name)
