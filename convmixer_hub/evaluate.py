@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from timm.data import resolve_input_data_config
@@ -73,14 +74,14 @@ def prepare_test_images(model: nn.Module, dataset: ImageDataset) -> LabeledImage
         Its test images, or else those for validation, as the model's config says.
 
     Raises:
-        CheckpointError: If the model tells no classes apart.
+        CheckpointError: If the model has fewer than two classes.
         DataError: If there are none, or the model does not know one of their classes.
     """
     check_classifies(model)
     images = dataset.get(dataset.test_split)
     known = get_label_names(model)
     if not known and all(re.fullmatch(r"\d+", name) for name in dataset.classes):
-        known = [str(number) for number in range(model.num_classes)]  # not in the order of strings
+        known = [str(number) for number in range(cast("int", model.num_classes))]
     if known:
         unknown = [name for name in dataset.classes if name not in known]
         numbers = {i: known.index(name) for i, name in enumerate(dataset.classes) if not unknown}

@@ -34,7 +34,7 @@ def predict(
         top_k: Number of classes to give for each image, the most likely first.
 
     Raises:
-        CheckpointError: If the model tells no classes apart.
+        CheckpointError: If the model has fewer than two classes.
         DataError: If an image has negative gray values, or the model takes what no image has.
     """
     check_classifies(model)

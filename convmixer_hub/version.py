@@ -18,7 +18,7 @@ def check_versions() -> None:
     """
     for name, needed in NEEDED.items():
         library = import_module(name)
-        if Version(library.__version__) < Version(needed):
+        if Version(library.__version__).release < Version(needed).release:
             raise ImportError(
                 f"convmixer_hub needs {name} {needed} or later, but {library.__file__} is "
                 f"{library.__version__}; run: pip install --upgrade '{name}>={needed}'"

@@ -23,7 +23,7 @@ from timm.models import (
 from torch import nn
 
 from .checkpoints.adapt import adapt_checkpoint
-from .checkpoints.convert import build_like, choose_activation, read_checkpoint
+from .checkpoints.convert import build_like, read_checkpoint
 from .checkpoints.files import check_safetensors
 from .checkpoints.resolve import Source, resolve
 from .errors import (
@@ -310,7 +310,7 @@ def load_trained(name: str | Path | Source, label_names: Sequence[str] | None = 
 
 
 def _load_file(source: Source) -> nn.Module:
-    """Build the model of a file of weights alone."""
+    """Build the model of a file of weights alone, with the arch's own preprocessing."""
     if source.config:
         return load_trained(source.folder)
     digest = hash_file(source.file) if source.file.is_file() else ""
@@ -328,12 +328,17 @@ def _load_file(source: Source) -> nn.Module:
             f"{source.file}: no model of this package has its sizes; build a ConvMixer of these, "
             "which `convmixer info` tells, and load it with load_state_dict"
         )
+    if checkpoint.activation is None:
+        raise CheckpointError(
+            f"{source.file}: nothing in it tells the activation; write a copy that does: convmixer "
+            f"convert {source.file} OUT.safetensors --layout ours --activation gelu (or relu)"
+        )
     model = timm.create_model(
         found[0],
         num_classes=like.num_classes,
         in_chans=like.in_chans,
         global_pool=like.global_pool,
-        act_layer=choose_activation(checkpoint, None),
+        act_layer=checkpoint.activation,
     )
     model.load_state_dict(tensors)
     get_config(model)["label_names"] = None

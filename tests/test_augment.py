@@ -134,7 +134,7 @@ def test_damaged_images_are_counted_and_named_or_skipped(write_parquet):
     images = open_dataset(folder).get("train")
     message = (
         r"^2 of 4 images cannot be read, the first is .*/data, row 1 of its "
-        r"train images: damaged image \(.*\); replace the file; --skip-damaged trains on the oth"
+        r"train images: damaged image \(.*\); replace the file; --skip-damaged leaves them o"
     )
     with pytest.raises(DataError, match=message):
         TrainingImages(images, CONFIG)

@@ -43,6 +43,12 @@ METRICS = """epoch,train_loss,train_top1,seconds,held_out_top1
 """
 
 
+@pytest.fixture(autouse=True)
+def cifar10_of_ten_images(monkeypatch):
+    """Let the sample be all of CIFAR-10's test images."""
+    monkeypatch.setattr(card_module, "DATASETS", [replace(CIFAR10, test_images=10)])
+
+
 @pytest.fixture
 def run(tmp_path):
     """A run folder with an untrained model, its settings, metrics and notes."""
@@ -142,6 +148,13 @@ def test_the_card_of_a_fine_tuned_model_serves_others(run, cifar_sample):
         assert (data.base_model, data.license) == (base, "cc-by-4.0")
     [card] = [u for u in list_uploads(str(run), "me/birds") if u.file.name == "README.md"]
     assert b'timm.create_model("hf-hub:me/birds", pretrained=True)' in card.content
+
+
+def test_other_images_of_these_classes_are_not_called_cifar10(run, cifar_sample, monkeypatch):
+    monkeypatch.undo()
+    card = write_card(run, cifar_sample)
+    assert ModelCard.load(card).data.eval_results[0].dataset_name == "data"
+    assert "CIFAR" not in card.read_text() and propose_record(card) == ""
 
 
 def test_validation_images_are_called_so(run, cifar_sample):

@@ -41,7 +41,8 @@ def test_grey_of_every_depth_keeps_its_shades(mode, highest, format):
 
 
 @pytest.mark.parametrize(
-    ("value", "shade"), [(0.5, 128), (float("nan"), 0), (float("inf"), 0), (200.0, 200)]
+    ("value", "shade"),
+    [(0.5, 128), (float("nan"), 0), (float("inf"), 0), (200.0, 200), (1.02, 255)],
 )
 def test_an_even_grey_float_image_is_not_stretched(value, shade):
     image = Image.fromarray(np.full((2, 2), value, dtype=np.float32))

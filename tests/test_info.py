@@ -214,6 +214,12 @@ def test_a_network_is_found_among_the_modules_of_a_lightning_checkpoint(tmp_path
     info = describe(str(file))
     assert info["file"] == f"{file} (state_dict.network of it)"
     assert info["tensors"] == "104 float32, 17 int64"
+    # As SimCLR has it: its keys begin as those of the authors' convmixer.py do.
+    modules["projector"] = torch.nn.Sequential(
+        torch.nn.Linear(3, 3), torch.nn.ReLU(), torch.nn.Linear(3, 3)
+    )
+    torch.save({"state_dict": modules.state_dict()}, file)
+    assert describe(str(file))["file"] == f"{file} (state_dict.network of it)"
     modules["teacher"] = TimmConvMixer(8, 1, 3, 1)
     torch.save({"state_dict": modules.state_dict()}, file)
     with pytest.raises(CheckpointError, match="last.ckpt: holds several networks, network, teach"):

@@ -59,10 +59,13 @@ def test_a_model_without_a_head_answers_nothing():
         predict(model, [Image.new("RGB", (32, 32))])
 
 
-@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "CMYK", "YCbCr", "HSV", "I", "F"])
+@pytest.mark.parametrize(
+    "mode", ["1", "L", "LA", "La", "P", "RGBA", "CMYK", "YCbCr", "HSV", "I", "F"]
+)
 def test_images_of_every_mode_are_answered(mode):
     image = Image.open(IMAGES / "cat.png")
-    image = image.convert("L").convert(mode) if mode in "IF" else image.convert(mode)
+    start = {"I": "L", "F": "L", "La": "LA"}.get(mode, "RGB")
+    image = image.convert(start).convert(mode)
     [[found]] = predict(load_trained("convmixer_cifar"), [image], top_k=1)
     assert found.label in CIFAR10.classes
     if mode in ("P", "RGBA", "YCbCr"):

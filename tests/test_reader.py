@@ -71,7 +71,7 @@ FOLDERS = {
     "an archive in folders of its own": (
         ["archive/photos/cat/1.png", "archive/photos/dog/1.png", ("archive/LICENSE.txt", b"x")],
         {"train": {"cat": 1, "dog": 1}},
-        ["left out: 1 × files that are no images (.txt), the first is archive/LICENSE.txt"],
+        ["left out: 1 × files that are not images (.txt), the first is archive/LICENSE.txt"],
     ),
     "a split in a folder of the same name": (
         [
@@ -83,8 +83,22 @@ FOLDERS = {
         ["left out: 1 × splits of other names, the first is seg_pred"],
     ),
     "classes named like splits": (
-        ["car/1.png", "toy train/1.png", "test tube/1.png", "train/1.png"],
-        {"train": {"car": 1, "toy train": 1, "test tube": 1, "train": 1}},
+        ["car/1.png", "toy train/1.png", "test tube/1.png", "train/1.png", "dev kit/1.png"],
+        {"train": {"car": 1, "toy train": 1, "test tube": 1, "train": 1, "dev kit": 1}},
+        [],
+    ),
+    "splits below a folder with a word for a split": (
+        [
+            "training_set/train/cat/1.png",
+            "training_set/train/dog/1.png",
+            "training_set/val/cat/1.png",
+        ],
+        {"train": {"cat": 1, "dog": 1}, "validation": {"cat": 1}},
+        [],
+    ),
+    "classes named like what programs leave behind": (
+        ["__background__/1.png", "@home/1.png"],
+        {"train": {"@home": 1, "__background__": 1}},
         [],
     ),
     "a class named train in a split": (
@@ -115,7 +129,7 @@ FOLDERS = {
         ],
         {"train": {"n01": 1, "n02": 1}, "validation": {"n02": 1}},
         [
-            "left out: 3 × files that are no images (.txt), the first is "
+            "left out: 3 × files that are not images (.txt), the first is "
             "tiny/train/n02/n02_boxes.txt",
             "left out: 2 × images in no class folder, the first is val/images/val_1.JPEG",
         ],
@@ -154,8 +168,8 @@ FOLDERS = {
         ],
         {"train": {"cat": 1, "dog": 1}},
         [
-            "left out: 2 × files that are no images (.txt), the first is cat/a.txt",
-            "left out: 1 × files that are no images (.mp4), the first is dog/film.mp4",
+            "left out: 2 × files that are not images (.txt), the first is cat/a.txt",
+            "left out: 1 × files that are not images (.mp4), the first is dog/film.mp4",
         ],
     ),
     "formats of every kind": (
@@ -200,6 +214,7 @@ FOLDERS = {
     ),
     "links in circles, up, and to nothing": (
         [
+            ("dog/loop", "loop"),
             "cat/1.png",
             "dog/1.png",
             ("dog/self", "."),
@@ -209,8 +224,8 @@ FOLDERS = {
         ],
         {"train": {"cat": 1, "dog": 1}},
         [
-            "left out: 3 × links that lead to where they lie, the first is dog/far up",
-            "left out: 1 × broken links, the first is dog/gone.png",
+            "left out: 3 × links to a folder above them, the first is dog/far up",
+            "left out: 2 × broken links, the first is dog/gone.png",
         ],
     ),
 }
@@ -233,11 +248,15 @@ REFUSED = {
     "nothing": (["cat/", "dog/"], ": no data set found; expected class folders train/<class>/"),
     "no images": (
         [("cat/1.txt", b"x")],
-        r": no data set found \(left out: 1 × files that are no images \(.txt\), the first is c",
+        r": no data set found \(left out: 1 × files that are not images \(.txt\), the first is",
     ),
     "no class folders": (
         ["train/1.png", "test/1.png"],
         "/test: holds images but no class folders; put the images of each class into a folder th",
+    ),
+    "unlabeled images beside class folders": (
+        ["cat/1.png", "dog/1.png", "test/1.png"],
+        "/test: is beside class folders, but called like a split; rename it, or put the class fo",
     ),
     "images alone": (["1.png"], r": no data set found \(left out: 1 × images in no class folder, "),
     "two names for one split": (
@@ -437,8 +456,8 @@ class TestLayouts:
     def test_images_labels_and_classes(self, tmp_path, monkeypatch, layout):
         # A small copy of torchvision's files cannot have the checksums of the original ones.
         monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda *_: True)
-        getattr(self, f"write_{layout}")(tmp_path / "data [1]")
-        dataset = open_dataset(tmp_path / "data [1]")
+        getattr(self, f"write_{layout}")(tmp_path / "data [1]{}")
+        dataset = open_dataset(tmp_path / "data [1]{}")
         assert dataset.classes == list(CIFAR10.classes) and dataset.left_out == []
         assert {split: len(images) for split, images in dataset.splits.items()} == {
             "train": 40,

@@ -24,6 +24,7 @@ from convmixer_hub.checkpoints.files import save_model
 from convmixer_hub.data.reader import hold_out, open_dataset
 from convmixer_hub.evaluate import evaluate_on
 from convmixer_hub.hub.records import CIFAR10
+from convmixer_hub.training import network as network_module
 from convmixer_hub.training import run as run_module
 from convmixer_hub.training.folder import lock_run
 from convmixer_hub.training.run import train
@@ -241,13 +242,13 @@ def test_a_run_killed_ten_times_at_random_goes_on_as_if_nothing_had_happened(
 def test_the_moving_average_is_what_a_run_gives(cifar_sample, tmp_path, weights_after, monkeypatch):
     key = "classification.linear.bias"
     seen = []
-    update = run_module.ModelEmaV3.update
+    update = network_module.ModelEmaV3.update
 
     def update_and_note(self, model, step):
         update(self, model, step)
         seen.append((self.get_decay(step), model.get_parameter(key).detach().clone()))
 
-    monkeypatch.setattr(run_module.ModelEmaV3, "update", update_and_note)
+    monkeypatch.setattr(network_module.ModelEmaV3, "update", update_and_note)
     folder = run(replace(SETTINGS, ema_decay=0.9), cifar_sample, tmp_path / "run")
     average = seen[0][1]
     for decay, weight in seen:
@@ -426,6 +427,16 @@ def test_a_run_goes_on_under_a_version_with_more_settings(cifar_sample, tmp_path
     torch.testing.assert_close(after, before, atol=0, rtol=0)
 
 
+def test_a_run_of_a_version_that_held_out_other_images_is_not_gone_on_with(cifar_sample, tmp_path):
+    folder = run(SETTINGS, cifar_sample, tmp_path / "run")
+    state = torch.load(folder / "training_state.pt")
+    del state["held_out_images"]
+    torch.save(state, folder / "training_state.pt")
+    message = "holds a run with held_out_images 'those of an earlier version', not '.*'; give the"
+    with pytest.raises(TrainingError, match=message):
+        run(SETTINGS, cifar_sample, folder)
+
+
 def test_a_run_of_a_version_with_more_settings_is_not_gone_on_with(cifar_sample, tmp_path):
     folder = run(SETTINGS, cifar_sample, tmp_path / "run")
     state = torch.load(folder / "training_state.pt")
@@ -440,7 +451,8 @@ def test_a_run_does_not_go_on_with_other_classes(cifar_sample, tmp_path):
     run(SETTINGS, cifar_sample, tmp_path / "run")
     for name in ("cat", "dog"):
         (tmp_path / "other" / "train" / name).mkdir(parents=True)
-        shutil.copy(IMAGES / f"{name}.png", tmp_path / "other" / "train" / name)
+        for i in range(10):
+            shutil.copy(IMAGES / f"{name}.png", tmp_path / "other" / "train" / name / f"{i}.png")
     with pytest.raises(
         TrainingError, match=r"holds a run with classes \['airplane', .* not \['cat"
     ):
@@ -581,11 +593,13 @@ def test_first_kernels_that_are_drawn_by_depth_are_narrow(cifar_sample, tmp_path
     assert last[:, :, 0, 0].abs().mean() > 1e-2
 
 
+@pytest.mark.parametrize("above", ["", "archive"])
 @pytest.mark.parametrize("place", ["run", "cat/run"])
-def test_a_run_among_class_folders_is_refused(tmp_path, place):
+def test_a_run_among_class_folders_is_refused(tmp_path, place, above):
     for name in ("cat", "dog"):
-        (tmp_path / name).mkdir()
-        shutil.copy(IMAGES / f"{name}.png", tmp_path / name)
+        (tmp_path / above / name).mkdir(parents=True)
+        for i in range(6):
+            shutil.copy(IMAGES / f"{name}.png", tmp_path / above / name / f"{i}.png")
     with pytest.raises(TrainingError, match=f"{place}: lies among the class folders in .*; name"):
         run(SETTINGS, tmp_path, tmp_path / place)
     assert not (tmp_path / place).exists()
@@ -594,7 +608,7 @@ def test_a_run_among_class_folders_is_refused(tmp_path, place):
 def test_statistics_that_processes_do_not_share_are_refused(cifar_sample, tmp_path, monkeypatch):
     model = timm.create_model("convmixer_cifar", num_classes=10, act_layer="relu")
     save_model(model, tmp_path / "relu", {})
-    monkeypatch.setattr(run_module, "get_world_size", lambda: 2)
+    monkeypatch.setattr(network_module, "get_world_size", lambda: 2)
     settings = replace(SETTINGS, model=str(tmp_path / "relu"), pretrained=True)
     with pytest.raises(TrainingError, match="relu: has another activation than GELU, and on CPUs"):
         run(settings, cifar_sample, tmp_path / "run")

@@ -70,6 +70,11 @@ READ = {
         {"train": PAIR},
         ["left out: 1 × tables named after no split, the first is extra.parquet"],
     ),
+    "images beside the tables": (
+        {"train.parquet": TABLE, "samples/1.png": CAT},
+        {"train": PAIR},
+        ["left out: 1 × images beside the data set's own files, the first is samples/1.png"],
+    ),
     "train-validation is neither": (
         {"train.parquet": TABLE, "train-validation.parquet": TABLE},
         {"train": PAIR},
@@ -175,11 +180,19 @@ def test_tables(tmp_path, situation):
 REFUSED = {
     "a part that is missing": (
         {f"train-0000{i}-of-00003.parquet": TABLE for i in (0, 2)},
-        "/train-00001-of-00003.parquet: is missing; download it again",
+        "/train-00001-of-00003: is missing; download it again",
     ),
     "several data sets": (
         {"cifar10/plain_text/train.parquet": TABLE, "mnist/train.parquet": TABLE},
         ": holds several data sets, cifar10/plain_text, mnist; choose one of them with --config",
+    ),
+    "a data set beside another": (
+        {"train.parquet": TABLE, "extra/test.parquet": TABLE},
+        ": holds several data sets, the folder itself, extra; choose one of them with --config, o",
+    ),
+    "a part with a hash that is missing": (
+        {"data/train-00000-of-00002-0123456789abcdef.parquet": TABLE},
+        "/data/train-00001-of-00002: is missing; download it again",
     ),
     "no column of images": (
         {"a.parquet": make_bare(label=[0, 1], text=["a", "b"])},
@@ -277,6 +290,37 @@ def test_an_image_that_is_not_there_is_named(tmp_path):
         images[1]
 
 
+def test_a_relative_path_is_no_hindrance(tmp_path, monkeypatch):
+    files = {
+        "metadata.csv": b"picture_file_name,label\n1.png,cat\n2.png,dog\n",
+        "1.png": CAT,
+        "2.png": DOG,
+    }
+    write_tree(tmp_path / "data", *files.items())
+    monkeypatch.chdir(tmp_path)
+    dataset = open_dataset("data")
+    assert count_images(dataset) == {"train": PAIR} and dataset.left_out == []
+    assert dataset.get("train")[1][0].size == (32, 32)
+
+
+def test_a_split_that_was_saved_alone_keeps_its_name(tmp_path):
+    features = datasets.Features({"image": datasets.Image(), "label": NAMED})
+    table = datasets.Dataset.from_dict({"image": STRUCT, "label": [0, 1]}, features, split="test")
+    table.save_to_disk(tmp_path)
+    dataset = open_dataset(tmp_path)
+    assert count_images(dataset) == {"test": PAIR}
+    with pytest.raises(DataError, match="has images for test, but none for train; name their fold"):
+        dataset.get("train")
+
+
+def test_an_archive_that_is_gone_is_named(tmp_path):
+    table = make_bare(image=["zip://1.png::/nowhere/images.zip"], label=["cat"])
+    write_tree(tmp_path, ("train.parquet", table))
+    images = open_dataset(tmp_path).get("train")
+    with pytest.raises(DataError, match="row 0 of its train images: cannot be read .*; check zip"):
+        images[0]
+
+
 def test_what_was_changed_is_read_anew(tmp_path):
     for labels in ([0, 1], [1, 1, 1]):
         (tmp_path / "train.parquet").write_bytes(make_table(labels))
@@ -356,9 +400,9 @@ def test_a_data_set_of_the_hub_is_measured_by_its_id(hub_data):
     )
     found = hub_data("--data", "someone/nothing")
     assert found == (
-        "Error: someone/nothing: no such folder, and of the Hub cannot be read as a data set "
-        "(Dataset 'someone/nothing' doesn't exist on the Hub or cannot be accessed); check its "
-        "name and its files\n"
+        "Error: someone/nothing: no such folder, and what the Hub has by that name cannot be read "
+        "as a data set (Dataset 'someone/nothing' doesn't exist on the Hub or cannot be accessed); "
+        "check its name and its files\n"
     )
 
 
@@ -371,6 +415,6 @@ def test_what_is_left_out_is_said_once_by_a_command(tmp_path):
         text=True,
     )
     assert result.stderr == (
-        "left out: 1 × files that are no images (.txt), the first is test/cat/1.txt\n"
+        "left out: 1 × files that are not images (.txt), the first is test/cat/1.txt\n"
     )
     assert result.stdout.endswith("% (1 of 2 test images in 2 classes correct)\n")

@@ -49,5 +49,5 @@ def test_too_few_images_to_compare_on_are_named(photos, tmp_path):
     with pytest.raises(DataError, match="photos: has 8 training images of machine; 12 are needed"):
         next(bench_finetune("convmixer_cifar", photos, 12))
     train = open_dataset(tmp_path / "photos" / "train")
-    with pytest.raises(DataError, match="train: has images for train, but none for test; name the"):
+    with pytest.raises(DataError, match="train: has images for train, but none for test; give the"):
         next(bench_finetune("convmixer_cifar", train, 2))

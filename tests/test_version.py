@@ -19,6 +19,14 @@ def test_what_is_checked_is_what_is_installed():
         assert specifiers[name] == f">={version}"
 
 
+def test_a_build_of_the_oldest_version_is_taken(run_python):
+    code = (
+        "import torch; torch.__version__ = '2.6.0a0+df5bbc09d1.nv24.12'; import convmixer_hub; "
+        "print(convmixer_hub.__version__)"
+    )
+    assert run_python(code, PYTHONPATH=str(CHECKOUT))
+
+
 @pytest.mark.parametrize(
     ("name", "old", "needed"),
     [("timm", "1.0.9", "1.0.31"), ("huggingface_hub", "0.36.2", "1.31"), ("torch", "2.5.1", "2.6")],

@@ -26,10 +26,12 @@ def data_options(command: Callable) -> Callable:
         "--data",
         required=True,
         metavar="DIR|OWNER/NAME",
-        help="Folder with class folders, train/<class>/*.png; with parquet files, metadata.csv or "
-        "what else the datasets library reads; or a data set of the Hub.",
+        help="Folder with class folders, train/<class>/*.png, parquet files, metadata.csv, …; or a "
+        "data set of the Hub. See docs/data.md.",
     )
-    @click.option("--config", help="Which data set, if there are several: a folder in DIR.")
+    @click.option(
+        "--config", help="Which data set of several: a folder in DIR, or its name on the Hub."
+    )
     @click.option("--label-column", help="Column with the classes, if it is not called label.")
     @wraps(command)
     def run(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -93,10 +94,10 @@ def train_command(
         dataset = open_data()
         train(plan, dataset, output, skip_damaged)
     if get_rank() == 0:
-        click.echo(
-            f"{output}: finished; measure it with: "
-            f"convmixer evaluate {_as_folder(output)} --data {dataset.source}"
-        )
+        command = ["convmixer", "evaluate", _as_folder(output), "--data", dataset.source]
+        for option, value in dataset.options.items():
+            command += [f"--{option.replace('_', '-')}", value] if value else []
+        click.echo(f"{output}: finished; measure it with: {shlex.join(command)}")
 
 
 @click.command("finetune")

@@ -18,8 +18,7 @@ from ..errors import DataError, first_line
 
 # What Pillow calls images of so many channels.
 MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
-# Before its middle is cut out, an image is scaled; of one that is so many times as long as what the
-# model takes, the ends go first, lest it become larger than memory.
+# Very long images are cropped before scaling, to save memory: to so many times the model's input.
 LONGEST = 16
 
 
@@ -27,8 +26,9 @@ def to_rgb(image: Image.Image) -> Image.Image:
     """Bring an image of any mode to upright 8-bit RGB.
 
     An EXIF rotation is applied and transparency is laid over white. White in an image with deeper
-    gray is the highest value of as many bits as its values need: 8, 10, 12, 14, 16, 24 or 32. Gray
-    floats count as 0 to 1 if none is higher; what is not finite is black.
+    gray is the highest value of as many bits as its values need: 8, 10, 12, 14, 16, 24 or 32. In
+    one of floats it is 1, or their maximum if that is higher and not all are whole numbers; what
+    is not finite is black.
 
     Raises:
         DataError: If a gray value is negative.
@@ -40,9 +40,11 @@ def to_rgb(image: Image.Image) -> Image.Image:
             raise DataError("has negative gray values; save it as 8-bit gray")
         depths = [2.0**bits - 1 for bits in (8, 10, 12, 14, 16, 24, 32)]
         white = next((depth for depth in depths if values.max() <= depth), values.max())
-        if image.mode == "F" and values.max() <= 1:
-            white = 1.0
+        if image.mode == "F" and (values.max() <= 1 or (values % 1).any()):
+            white = max(1.0, values.max())
         image = Image.fromarray((255.0 * values / white).round().astype(np.uint8))
+    if image.mode == "La":
+        image = image.convert("LA")  # the one way from there
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)

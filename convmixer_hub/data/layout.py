@@ -6,7 +6,7 @@ import os
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path, PurePath
 from typing import Any
@@ -23,7 +23,7 @@ SPLITS = {
     "test": ("test", "testing", "eval", "evaluation"),
 }
 METADATA_FILES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
-CLUTTER = ("thumbs.db", "desktop.ini")
+CLUTTER = ("thumbs.db", "desktop.ini", "@eadir", "__macosx", "__pycache__")
 
 
 @dataclass(frozen=True)
@@ -34,12 +34,14 @@ class RawSplit:
         labels: Names or numbers of classes; None or -1 for no label.
         read: Gives the RGB image of an index, or raises a DataError that names it.
         names: Names of the classes by number, if they are known.
-        folder: The folder with the class folders that they lie in, if they do.
+        is_in_files: Whether the images are files of their own.
+        folder: Where another folder would be taken for a class, if they lie in class folders.
     """
 
     labels: list[Any]
     read: Callable[[int], Image.Image]
     names: list[str] | None = None
+    is_in_files: bool = False
     folder: Path | None = None
 
 
@@ -111,7 +113,7 @@ def list_files(root: Path, left_out: LeftOut) -> tuple[list[PurePath], list[Pure
     def walk(folder: Path, above: tuple[str, ...]) -> None:
         real = os.path.realpath(folder)
         if any(f"{place}/".startswith(f"{real.rstrip('/')}/") for place in above):
-            left_out.add("links that lead to where they lie", [folder.relative_to(root)])
+            left_out.add("links to a folder above them", [folder.relative_to(root)])
             return
         try:
             entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
@@ -124,12 +126,13 @@ def list_files(root: Path, left_out: LeftOut) -> tuple[list[PurePath], list[Pure
         if not entries:
             empty.append(folder.relative_to(root))
         for entry in entries:
-            if entry.is_dir():
-                walk(folder / entry.name, (*above, real))
-            elif entry.is_file():
-                files.append((folder / entry.name).relative_to(root))
+            place = folder / entry.name
+            if os.path.isdir(place):  # not entry.is_dir(), which fails on some links
+                walk(place, (*above, real))
+            elif os.path.isfile(place):
+                files.append(place.relative_to(root))
             else:
-                left_out.add("broken links", [(folder / entry.name).relative_to(root)])
+                left_out.add("broken links", [place.relative_to(root)])
 
     walk(root, ())
     return files, empty
@@ -137,13 +140,18 @@ def list_files(root: Path, left_out: LeftOut) -> tuple[list[PurePath], list[Pure
 
 def _is_hidden(name: str) -> bool:
     """Tell the files and folders that systems and programs leave behind."""
-    return name.startswith((".", "@", "__")) or name.lower() in CLUTTER
+    return name.startswith(".") or name.lower() in CLUTTER
+
+
+def is_named_like_image(file: PurePath) -> bool:
+    """Tell whether the suffix of a file is of a format that Pillow can read."""
+    Image.init()
+    return Image.EXTENSION.get(file.suffix.lower()) in Image.OPEN
 
 
 def is_image(file: Path) -> bool:
     """Tell whether Pillow can read a file, by its suffix, or else by how it begins."""
-    Image.init()
-    if Image.EXTENSION.get(file.suffix.lower()) in Image.OPEN:
+    if is_named_like_image(file):
         return True
     try:
         with Image.open(file):
@@ -172,9 +180,10 @@ def find_tables(
         split = next(filter(None, map(find_split, (file.stem, *reversed(file.parts[:-1])))), "")
         tables["/".join(folders)][split].append(file)
     if len(tables) > 1:
+        names = [name or "the folder itself" for name in sorted(tables)]
         raise DataError(
-            f"{root}: holds several data sets, {', '.join(sorted(tables))}; "
-            "choose one of them with --config"
+            f"{root}: holds several data sets, {', '.join(names)}; choose one of them with "
+            "--config, or move the others elsewhere"
         )
     [splits] = tables.values()
     if list(splits) == [""]:  # one table, of which nothing says that it is for anything else
@@ -187,14 +196,47 @@ def find_tables(
 
 def _check_complete(root: Path, parts: Iterable[PurePath]) -> None:
     """Refuse files such as train-00000-of-00003.parquet if one of the three is missing."""
-    known = {part.as_posix() for part in parts}
-    for name in sorted(known):
-        if numbered := re.fullmatch(r"(.*-)(\d+)-of-(\d+)(\..*)", name):
-            start, number, count, end = numbered.groups()
-            for i in range(int(count)):
-                part = f"{start}{i:0{len(number)}}-of-{count}{end}"
-                if part not in known:
-                    raise DataError(f"{root / part}: is missing; download it again")
+    found: dict[tuple[str, str], set[int]] = defaultdict(set)
+    for part in parts:
+        # Older ones have a hash after that.
+        if numbered := re.fullmatch(r"(.*-)(\d+)-of-(\d+)\b.*", part.as_posix()):
+            start, number, count = numbered.groups()
+            found[start, count].add(int(number))
+    for (start, count), numbers in found.items():
+        for number in range(int(count)):
+            if number not in numbers:
+                name = f"{start}{number:0{len(count)}}-of-{count}"
+                raise DataError(f"{root / name}: is missing; download it again")
+
+
+@dataclass(frozen=True)
+class _Tree:
+    """The images and folders below a folder, by their paths from there on."""
+
+    place: Path
+    images: list[PurePath]
+    folders: list[PurePath]
+
+    @property
+    def nested(self) -> set[str]:
+        """The folders in it that have folders with images."""
+        return {image.parts[0] for image in self.images if len(image.parts) > 2}
+
+    @property
+    def wrapper(self) -> str:
+        """The one folder of folders that all images are in; empty if there is none."""
+        tops = {image.parts[0] if len(image.parts) > 2 else "" for image in self.images}
+        return tops.pop() if len(tops) == 1 else ""
+
+    def enter(self, name: str) -> _Tree:
+        """Go into one of its folders, or stay if that has no name."""
+        if not name:
+            return self
+        images, folders = (
+            [p.relative_to(name) for p in paths if p.parts[0] == name and len(p.parts) > 1]
+            for paths in (self.images, self.folders)
+        )
+        return _Tree(self.place / name, images, folders)
 
 
 def find_class_folders(
@@ -222,88 +264,77 @@ def find_class_folders(
         if is_image(root / file):
             images.append(file)
         elif len(file.parts) > 1:
-            left_out.add(f"files that are no images ({file.suffix or 'no suffix'})", [file])
+            left_out.add(f"files that are not images ({file.suffix or 'no suffix'})", [file])
 
-    # What an archive was unpacked into may be a folder of its own.
-    while (wrapper := _find_wrapper(images)) and not find_split(wrapper):
-        root, images, folders = root / wrapper, _below(images, wrapper), {*_below(folders, wrapper)}
-    tops = sorted({image.parts[0] for image in images if len(image.parts) > 1})
-    nested = {image.parts[0] for image in images if len(image.parts) > 2}
-    if any(find_split(top) for top in nested):
-        names = choose_splits(tops, root, left_out)
-    elif tops and all(find_split(top) for top in tops):
+    # What an archive was unpacked into may be a folder of its own, whatever that is called.
+    tree = _Tree(root, images, sorted(folders))
+    while name := tree.wrapper:
+        inner = tree.enter(name)
+        if find_split(name) and not any(map(find_split, inner.nested)):
+            break
+        tree = inner
+    tops = sorted({image.parts[0] for image in tree.images if len(image.parts) > 1})
+    if any(map(find_split, tree.nested)):
+        names = choose_splits(tops, tree.place, left_out)
+        left_out.add("images beside the splits", [i for i in tree.images if len(i.parts) == 1])
+    elif tree.nested:
         raise DataError(
-            f"{root / tops[0]}: holds images but no class folders; put the images of each class "
-            "into a folder that is named after it"
+            f"{tree.place}: holds folders of folders ({', '.join(sorted(tree.nested)[:5])}); "
+            "choose one of them with --config, or name the splits of a data set train, val and test"
         )
-    elif nested:
+    elif tops and all(map(find_split, tops)):
         raise DataError(
-            f"{root}: holds folders of folders ({', '.join(sorted(nested)[:5])}); choose one of "
-            "them with --config, or name the splits of a data set train, val and test"
+            f"{tree.place / tops[0]}: holds images but no class folders; put the images of each "
+            "class into a folder that is named after it"
+        )
+    elif doubtful := [top for top in tops if top.lower() in SPLITS["validation"] + SPLITS["test"]]:
+        raise DataError(
+            f"{tree.place / doubtful[0]}: is beside class folders, but called like a split; rename "
+            "it, or put the class folders into a folder train"
         )
     else:
         names = {"train": ""}
-    if "" not in names.values():
-        left_out.add("images beside the splits", [i for i in images if len(i.parts) == 1])
-    return _sort_by_class(root, images, folders, names, left_out)
+    splits = _sort_by_class(tree, names, left_out)
+    is_guarded = tree.place != root or "" in names.values()
+    return {
+        split: replace(images, folder=root if is_guarded else images.folder)
+        for split, images in splits.items()
+    }
 
 
-def _sort_by_class(
-    root: Path,
-    images: Iterable[PurePath],
-    folders: Iterable[PurePath],
-    names: Mapping[str, str],
-    left_out: LeftOut,
-) -> dict[str, RawSplit]:
+def _sort_by_class(tree: _Tree, names: Mapping[str, str], left_out: LeftOut) -> dict[str, RawSplit]:
     """Take the first folder of each image of a split for its class; `names` are the splits'."""
     splits: dict[str, RawSplit] = {}
     for split in sorted(names, key=list(SPLITS).index):
-        place, name = root / names[split], names[split]
-        inside, inner_folders = _below(images, name), _below(folders, name)
-        while name and _find_wrapper(inside) == name:  # seg_train/seg_train/forest/1.jpg
-            place, inside, inner_folders = (
-                place / name,
-                _below(inside, name),
-                _below(inner_folders, name),
-            )
-        classed = [(image.parts[0], place / image) for image in inside if len(image.parts) > 1]
-        loose = [place / image for image in inside if len(image.parts) == 1]
+        inside = tree.enter(names[split])
+        while names[split] and find_split(inside.wrapper):  # seg_train/seg_train/forest/1.jpg
+            inside = inside.enter(inside.wrapper)
+        place = inside.place
+        classed = [(image.parts[0], place / image) for image in inside.images if image.parts[1:]]
+        loose = [place / image for image in inside.images if not image.parts[1:]]
         known = set(splits["train"].labels) if "train" in splits else set()
         if known and {label for label, _ in classed} == {"images"} - known:
             # As in Tiny ImageNet, where a file tells the classes of validation images.
             classes = _read_annotations(place)
             loose += [file for _, file in classed if file.name not in classes]
             classed = [(classes[file.name], file) for _, file in classed if file.name in classes]
-        left_out.add("images in no class folder", [file.relative_to(root) for file in loose])
-        if split == "train":
-            bare = {folder.parts[0] for folder in inner_folders} - {label for label, _ in classed}
-            if bare and classed:
-                raise DataError(
-                    f"{place / min(bare)}: a class folder without an image that can be read; put "
-                    "some into it, or remove it"
-                )
+        left_out.add("images in no class folder", [file.relative_to(tree.place) for file in loose])
+        bare = {folder.parts[0] for folder in inside.folders} - {label for label, _ in classed}
+        if split == "train" and bare and classed:
+            raise DataError(
+                f"{place / min(bare)}: a class folder without an image that can be read; put some "
+                "into it, or remove it"
+            )
         if classed:
-            files = [file for _, file in classed]
-            read = partial(_read_file, files)
-            splits[split] = RawSplit([label for label, _ in classed], read, folder=place)
+            read = partial(_read_file, [file for _, file in classed])
+            splits[split] = RawSplit(
+                [label for label, _ in classed], read, is_in_files=True, folder=place
+            )
     return splits
 
 
 def _read_file(files: Sequence[Path], index: int) -> Image.Image:
     return open_image(files[index])
-
-
-def _find_wrapper(images: Iterable[PurePath]) -> str:
-    """Find the one folder of folders that all images are in; nothing if there is none."""
-    tops = {image.parts[0] if len(image.parts) > 2 else "" for image in images}
-    return tops.pop() if len(tops) == 1 else ""
-
-
-def _below(paths: Iterable[PurePath], folder: str) -> list[PurePath]:
-    """Give the paths that lie in a folder, from there on; all of them for no folder."""
-    if not folder:
-        return list(paths)
-    return [path.relative_to(folder) for path in paths if path.parts[:1] == (folder,) != path.parts]
 
 
 def _read_annotations(folder: Path) -> dict[str, str]:

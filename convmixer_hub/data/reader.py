@@ -18,7 +18,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import torch
@@ -28,8 +28,16 @@ from torchvision.datasets import CIFAR10, CIFAR100
 from tqdm import tqdm
 
 from ..errors import DataError, first_line
-from .layout import LeftOut, RawSplit, find_class_folders, is_metadata, list_files
-from .tables import load_files, load_from_hub, load_saved
+from .layout import (
+    SPLITS,
+    LeftOut,
+    RawSplit,
+    find_class_folders,
+    is_metadata,
+    is_named_like_image,
+    list_files,
+)
+from .tables import load_from_hub, load_metadata, load_parquet, load_saved
 
 TORCHVISION = {kind.base_folder: kind for kind in (CIFAR10, CIFAR100)}
 
@@ -42,8 +50,7 @@ class LabeledImages(Dataset[tuple[Any, int]]):
         labels: Number of the class of each image.
 
     Attributes:
-        labels: As given.
-        folder: The folder with the class folders that they lie in, if they do.
+        folder: See `RawSplit`.
     """
 
     def __init__(self, raw: RawSplit, labels: Sequence[int]) -> None:
@@ -87,13 +94,16 @@ class ImageDataset:
     Attributes:
         source: The folder, or the id of a repository of the Hub.
         hub_id: The latter, if it is that.
-        classes: Names of the classes by number: those of the training images, if there are any.
+        options: What `open_dataset` was told beside the source, by the names of its parameters.
+        classes: Names of the classes by number: all that the labels name, or else those of the
+            training images, if there are any.
         splits: The images for `train`, `validation` and `test`, or for some of these.
         left_out: What is not used, one line for each kind.
     """
 
     source: str
     hub_id: str | None
+    options: dict[str, str | None]
     classes: list[str]
     splits: dict[str, LabeledImages]
     left_out: list[str]
@@ -115,9 +125,12 @@ class ImageDataset:
             DataError: If there are none.
         """
         if split not in self.splits:
+            remedy = f"name their folder or file {split}"
+            if any(Path(self.source).resolve().name.lower() in names for names in SPLITS.values()):
+                remedy = "give the folder above it, with all splits"
             raise DataError(
                 f"{self.source}: has images for {' and '.join(self.splits)}, but none for {split}; "
-                f"name their folder or file {split}"
+                f"{remedy}"
             )
         return self.splits[split]
 
@@ -159,7 +172,8 @@ def open_dataset(
             f"{folder}: no data set found{skipped}; expected class folders train/<class>/*.png, "
             f"train-*.parquet files, or one of {', '.join(TORCHVISION)}"
         )
-    return _number_classes(str(source), hub_id, splits, left_out)
+    options = {"config": config, "label_column": label_column}
+    return _number_classes(str(source), hub_id, options, splits, left_out)
 
 
 def _read_folder(folder: Path, label_column: str | None, left_out: LeftOut) -> dict[str, RawSplit]:
@@ -167,18 +181,25 @@ def _read_folder(folder: Path, label_column: str | None, left_out: LeftOut) -> d
     if folder.name in TORCHVISION:
         return _read_torchvision(folder)
     found = [folder / name for name in TORCHVISION if os.path.isdir(folder / name)]
-    if len(found) == 1:
-        return _read_torchvision(found[0])
-    if found:
+    if len(found) > 1:
         raise DataError(f"{folder}: holds {' and '.join(TORCHVISION)}; choose one with --config")
-    if any(os.path.exists(folder / name) for name in ("dataset_dict.json", "state.json")):
-        return load_saved(folder, label_column, left_out)
     files, empty = list_files(folder, left_out)
+    tables = [file for file in files if file.suffix == ".parquet" and not is_metadata(file)]
     metadata = [file for file in files if is_metadata(file)]
-    parquet = [f for f in files if f.suffix == ".parquet" and not is_metadata(f)]
-    if parquet or metadata:
-        return load_files(folder, files, parquet or metadata, label_column, left_out)
-    return find_class_folders(folder, files, empty, left_out)
+    if found:
+        splits = _read_torchvision(found[0])
+    elif any(PurePath(name) in files for name in ("dataset_dict.json", "state.json")):
+        splits = load_saved(folder, label_column, left_out)
+    elif tables:
+        splits = load_parquet(folder, tables, label_column, left_out)
+    elif metadata:
+        return load_metadata(folder, metadata, files, label_column, left_out)
+    else:
+        return find_class_folders(folder, files, empty, left_out)
+    if not any(split.is_in_files for split in splits.values()):
+        unused = [file for file in files if is_named_like_image(file)]
+        left_out.add("images beside the data set's own files", unused)
+    return splits
 
 
 def _read_torchvision(folder: Path) -> dict[str, RawSplit]:
@@ -202,7 +223,11 @@ def _read_pixels(pixels: Any, index: int) -> Image.Image:
 
 
 def _number_classes(
-    source: str, hub_id: str | None, raw: Mapping[str, RawSplit], left_out: LeftOut
+    source: str,
+    hub_id: str | None,
+    options: dict[str, str | None],
+    raw: Mapping[str, RawSplit],
+    left_out: LeftOut,
 ) -> ImageDataset:
     """Give each class one number in all splits."""
     # As the Hub keeps the test images of competitions.
@@ -241,16 +266,17 @@ def _number_classes(
             raise DataError(
                 f"{source}: has a class named {name!r}; give it a name that can be printed"
             )
-    return ImageDataset(source, hub_id, classes, splits, left_out.describe())
+    return ImageDataset(source, hub_id, options, classes, splits, left_out.describe())
 
 
 def _number(labels: Sequence[Any], numbers: Mapping[Any, int], place: str) -> list[int]:
     for row, label in enumerate(labels):
         if label not in numbers:
-            known = ", ".join(map(str, numbers))
+            known = ", ".join([str(name) for name in numbers][:10])
+            more = ", …" if len(numbers) > 10 else ""
             raise DataError(
-                f"{place} images have the label {label!r} in row {row}, which is none of {known}; "
-                "correct or remove it"
+                f"{place} images have the label {label!r} in row {row}, which is none of "
+                f"{known}{more}; correct or remove it"
             )
     return [numbers[label] for label in labels]
 
@@ -275,7 +301,7 @@ def hold_out(dataset: ImageDataset, size: int, seed: int) -> tuple[list[int], li
         if count == 1:
             raise DataError(
                 f"{dataset.source}: the class {name} has one image alone, which cannot be both "
-                "trained on and held out; add some, or hold out none"
+                "trained on and held out; add some, or remove it"
             )
     least, most = int(present.sum()), len(labels) - int(present.sum())
     if not least <= size <= most:
@@ -290,8 +316,9 @@ def hold_out(dataset: ImageDataset, size: int, seed: int) -> tuple[list[int], li
         missing[chosen >= counts - 1] = -math.inf
         chosen[missing.argmax()] += 1
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
+    shuffled = labels[order]
     held_out = torch.cat(
-        [order[labels[order] == number][:count] for number, count in enumerate(chosen.tolist())]
+        [order[shuffled == number][:count] for number, count in enumerate(chosen.tolist())]
     )
     kept = torch.ones(len(labels), dtype=torch.bool)
     kept[held_out] = False
@@ -330,9 +357,10 @@ def read_images(
             tensors.append(tensor)
             labels.append(label)
     if damaged and not (skip_damaged and tensors):
+        remedy = "" if skip_damaged else "; --skip-damaged leaves them out"
         raise DataError(
-            f"{len(damaged)} of {len(images)} images cannot be read, the first "
-            f"is {damaged[0]}; --skip-damaged trains on the others"
+            f"{len(damaged)} of {len(images)} images cannot be read, the first is "
+            f"{damaged[0]}{remedy}"
         )
     return torch.stack(tensors), torch.tensor(labels), damaged
 

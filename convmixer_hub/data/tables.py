@@ -24,19 +24,14 @@ IMAGE_COLUMNS = ("image", "img")
 LABEL_COLUMNS = ("label", "labels", "fine_label")  # the last one in CIFAR-100
 
 
-def load_files(
-    folder: Path,
-    files: Sequence[PurePath],
-    tables: Sequence[PurePath],
-    label_column: str | None,
-    left_out: LeftOut,
+def load_parquet(
+    folder: Path, tables: Sequence[PurePath], label_column: str | None, left_out: LeftOut
 ) -> dict[str, RawSplit]:
-    """Read parquet files, or images with metadata files.
+    """Read parquet files.
 
     Args:
         folder: The folder.
-        files: All its files.
-        tables: Those that are parquet files, or else metadata files.
+        tables: The files in it.
         label_column: See `reader.open_dataset`.
         left_out: Gets what is not used.
 
@@ -44,30 +39,60 @@ def load_files(
         DataError: If they cannot be read, or it is not clear what they hold.
     """
     datasets = _import_datasets(folder)
-    places = {
-        split: [folder / file for file in parts]
-        for split, parts in find_tables(folder, tables, left_out).items()
-    }
-    kind = "imagefolder" if is_metadata(tables[0]) else "parquet"
-    if kind == "parquet":
-        _check_same_classes(datasets, [file for files in places.values() for file in files])
-    patterns = {
-        split: [glob.escape(str(file)) for file in files] for split, files in places.items()
-    }
-    with _naming(f"{folder}:"):
-        loaded = datasets.load_dataset(kind, data_files=patterns)
-    if kind == "imagefolder":
-        _check_metadata(folder, loaded, files, left_out)
+    places = find_tables(folder, tables, left_out)
+    _check_same_classes(datasets, [folder / file for files in places.values() for file in files])
+    loaded = _load_files(datasets, "parquet", folder, places)
     return _read_tables(datasets, loaded, str(folder), label_column, left_out)
 
 
+def load_metadata(
+    folder: Path,
+    tables: Sequence[PurePath],
+    files: Iterable[PurePath],
+    label_column: str | None,
+    left_out: LeftOut,
+) -> dict[str, RawSplit]:
+    """Read images with metadata files.
+
+    Args:
+        folder: The folder.
+        tables: The metadata files in it.
+        files: All files in it.
+        label_column: See `reader.open_dataset`.
+        left_out: Gets what is not used.
+
+    Raises:
+        DataError: As `load_parquet` does, and if a file lists images of several splits.
+    """
+    datasets = _import_datasets(folder)
+    places = find_tables(folder, tables, left_out)
+    loaded = _load_files(datasets, "imagefolder", folder, places)
+    splits = _read_tables(datasets, loaded, str(folder), label_column, left_out)
+    listed: set[PurePath] = set()
+    for split, table in loaded.items():
+        column = _find_image_column(datasets, table.features, folder)
+        cells = table.select_columns([column]).with_format("arrow")[:][column].to_pylist()
+        found = [Path(cell["path"]) for cell in cells if cell and cell["path"]]
+        paths = [file.relative_to(os.path.abspath(folder)) for file in found]
+        tops = {find_split(path.parts[0]) for path in paths if len(path.parts) > 1} - {""}
+        if tops - {split}:
+            raise DataError(
+                f"{folder}: its metadata lists images of {' and '.join(sorted(tops))} together; "
+                "put a metadata file into the folder of each"
+            )
+        listed.update(paths)
+    unlisted = [file for file in files if file not in listed and not is_metadata(file)]
+    left_out.add("files that no metadata lists", unlisted)
+    return splits
+
+
 def load_saved(folder: Path, label_column: str | None, left_out: LeftOut) -> dict[str, RawSplit]:
-    """Read a folder that `save_to_disk` wrote; arguments and errors as in `load_files`."""
+    """Read a folder that `save_to_disk` wrote; arguments and errors as in `load_parquet`."""
     datasets = _import_datasets(folder)
     with _naming(f"{folder}:"):
         loaded = datasets.load_from_disk(str(folder))
     if not isinstance(loaded, Mapping):
-        loaded = {"train": loaded}
+        loaded = {str(loaded.split or "train"): loaded}
     return _read_tables(datasets, loaded, str(folder), label_column, left_out)
 
 
@@ -83,14 +108,20 @@ def load_from_hub(
         left_out: Gets what is not used.
 
     Raises:
-        DataError: As `load_files` does, and if there is no such repository.
+        DataError: As `load_parquet` does, and if there is no such repository.
     """
-    datasets = _import_datasets(repo_id)
-    with _naming(f"{repo_id}: no such folder, and of the Hub"):
+    try:
+        datasets = _import_datasets(repo_id)
+    except DataError:
+        raise DataError(
+            f"{repo_id}: no such folder; for a data set of the Hub, pip install datasets"
+        ) from None
+    where = f"{repo_id}: no such folder, and what the Hub has by that name"
+    with _naming(where):
         names = datasets.get_dataset_config_names(repo_id)
     if config not in names and (config or len(names) > 1):
         raise DataError(f"{repo_id}: holds {', '.join(names)}; choose one of them with --config")
-    with _naming(f"{repo_id}: no such folder, and of the Hub"):
+    with _naming(where):
         loaded = datasets.load_dataset(repo_id, config)
     return _read_tables(datasets, loaded, repo_id, label_column, left_out)
 
@@ -142,23 +173,17 @@ def _check_same_classes(datasets: ModuleType, files: Sequence[Path]) -> None:
             )
 
 
-def _check_metadata(
-    folder: Path, tables: Mapping[str, Any], files: Iterable[PurePath], left_out: LeftOut
-) -> None:
-    """Refuse metadata that lists the images of several splits; note images that none lists."""
-    listed: set[PurePath] = set()
-    for split, table in tables.items():
-        rows = table.with_format("arrow")[:]["image"].to_pylist()
-        paths = [Path(row["path"]).relative_to(folder) for row in rows if row and row["path"]]
-        tops = {find_split(path.parts[0]) for path in paths if len(path.parts) > 1} - {""}
-        if tops - {split}:
-            raise DataError(
-                f"{folder}: its metadata lists images of {' and '.join(sorted(tops))} together; "
-                "put a metadata file into the folder of each"
-            )
-        listed.update(paths)
-    unlisted = [file for file in files if file not in listed and not is_metadata(file)]
-    left_out.add("files that no metadata lists", unlisted)
+def _load_files(
+    datasets: ModuleType, kind: str, folder: Path, places: Mapping[str, Sequence[PurePath]]
+) -> Mapping[str, Any]:
+    """Load the files of each split, by their names rather than what these mean as patterns."""
+    patterns = {
+        split: [glob.escape(os.path.abspath(folder / file)) for file in files]
+        for split, files in places.items()
+    }
+    with _naming(f"{folder}:"):
+        loaded: Mapping[str, Any] = datasets.load_dataset(kind, data_files=patterns)
+    return loaded
 
 
 def _read_tables(
@@ -181,14 +206,7 @@ def _read_table(
     features = table.features
     if not len(table):
         raise DataError(f"{source}: has no rows for {split}; download it again")
-    columns = [name for name in IMAGE_COLUMNS if name in features]
-    columns = columns or [n for n, kind in features.items() if isinstance(kind, datasets.Image)]
-    if len(columns) != 1:
-        raise DataError(
-            f"{source}: has the columns {', '.join(features)}; needed is one of images, named "
-            f"{' or '.join(IMAGE_COLUMNS)}"
-        )
-    [column] = columns
+    column = _find_image_column(datasets, features, source)
     try:
         images = table.select_columns([column])
         images = images.cast_column(column, datasets.Image(decode=False))
@@ -218,19 +236,35 @@ def _read_table(
     labels = table.select_columns([label_column]).with_format("arrow")[:][label_column].to_pylist()
     return RawSplit(
         labels,
-        partial(_read_row, images, column, source, f"{source}, row {{}} of its {split} images"),
+        partial(_read_row, images, column, source, split),
         getattr(kind, "names", None),
+        is_in_files=(images[0][column] or {}).get("bytes") is None,
     )
 
 
-def _read_row(rows: Any, column: str, folder: str, name: str, index: int) -> Image.Image:
-    cell, name = rows[index][column], name.format(index)
+def _find_image_column(datasets: ModuleType, features: Mapping[str, Any], source: object) -> str:
+    columns = [name for name in IMAGE_COLUMNS if name in features]
+    columns = columns or [n for n, kind in features.items() if isinstance(kind, datasets.Image)]
+    if len(columns) != 1:
+        raise DataError(
+            f"{source}: has the columns {', '.join(features)}; needed is one of images, named "
+            f"{' or '.join(IMAGE_COLUMNS)}"
+        )
+    return columns[0]
+
+
+def _read_row(rows: Any, column: str, source: str, split: str, index: int) -> Image.Image:
+    cell, name = rows[index][column], f"{source}, row {index} of its {split} images"
     path = cell and cell["path"]
     if cell and cell["bytes"] is not None:
         return open_image(cell["bytes"], name)
     if not path:
         raise DataError(f"{name}: holds no image; remove the row")
     if "::" not in path:
-        return open_image(os.path.join(folder, path))
-    with fsspec.open(path) as file:  # in an archive
-        return open_image(file.read(), name)
+        return open_image(os.path.join(source, path))
+    try:
+        with fsspec.open(path) as file:  # in an archive
+            content = file.read()
+    except Exception as error:  # of zipfile, of fsspec
+        raise DataError(f"{name}: cannot be read ({first_line(error)}); check {path}") from None
+    return open_image(content, name)

@@ -45,11 +45,13 @@ class DatasetRecord:
         name: As people call it.
         hub_id: Its repository on the Hugging Face Hub.
         classes: Names of its classes, by label.
+        test_images: Number of its test images.
     """
 
     name: str
     hub_id: str
     classes: tuple[str, ...]
+    test_images: int = 10_000
 
 
 CIFAR10 = DatasetRecord(

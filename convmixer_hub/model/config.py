@@ -24,7 +24,7 @@ def get_label_names(model: nn.Module) -> list[str] | None:
 
 
 def check_classifies(model: nn.Module) -> None:
-    """Refuse a model that tells no classes apart.
+    """Refuse a model with fewer than two classes.
 
     Raises:
         CheckpointError: If it has no head, or one output alone.

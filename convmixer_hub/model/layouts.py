@@ -141,16 +141,19 @@ def find_networks(state_dict: Mapping[str, Tensor]) -> dict[str, dict[str, Tenso
     A state dict that is one itself, or in which there is none, is given whole, without a prefix.
     """
 
-    def has_stem(tensors: Mapping[str, Tensor]) -> bool:
+    def is_one(tensors: Mapping[str, Tensor]) -> bool:
         modules = {_get_module(key) for key in strip_prefixes(tensors)}
-        return any(modules.issuperset(layout.stem) for layout in LAYOUTS.values())
+        return any(
+            modules.issuperset(layout.stem) and layout.count_layers(modules)
+            for layout in LAYOUTS.values()
+        )
 
     parts: dict[str, dict[str, Tensor]] = {}
-    if not has_stem(state_dict):
+    if not is_one(state_dict):
         for key, tensor in state_dict.items():
             prefix, _, rest = key.partition(".")
             parts.setdefault(prefix, {})[rest] = tensor
-    return {p: tensors for p, tensors in parts.items() if has_stem(tensors)} or {"": {**state_dict}}
+    return {p: tensors for p, tensors in parts.items() if is_one(tensors)} or {"": {**state_dict}}
 
 
 def convert_layout(state_dict: Mapping[str, Tensor], target: str = OURS) -> dict[str, Tensor]:

@@ -11,6 +11,7 @@ import os
 import re
 import shlex
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, fields
 from datetime import date
 from pathlib import Path
@@ -21,7 +22,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from torch.utils.data import DataLoader
 
 from ..data.reader import ImageDataset
-from ..errors import CheckpointError, DataError, TrainingError, first_line
+from ..errors import CheckpointError, DataError, TrainingError, UnknownModelError, first_line
 from ..evaluate import (
     CALIBRATION_BINS,
     Calibration,
@@ -46,6 +47,7 @@ from ..hub.records import (
     RECORDS,
     SOME_REPOSITORY,
     WEIGHTS_FILE,
+    get_record,
 )
 from ..hub.repository import PREFIX
 from ..machine import describe_machine
@@ -135,7 +137,9 @@ def write_card(
     figures["confusion.png"] = draw_confusion(confusion, classes)
     figures["reliability.png"] = draw_reliability(calibration)
 
-    known = next((d for d in DATASETS if d.classes == tuple(classes)), None)
+    # Other data sets have classes of these names, too.
+    kind = (tuple(dataset.classes), len(labels))
+    known = next((d for d in DATASETS if (d.classes, d.test_images) == kind), None)
     dataset_name = known.name if known else dataset.name
     hub_id = known.hub_id if known else dataset.hub_id
     split = dataset.test_split
@@ -260,8 +264,8 @@ def _find_base_model(settings: Mapping[str, Any]) -> str | None:
     start = str(settings.get("model"))
     if not settings.get("pretrained"):
         return None
-    if start in RECORDS:
-        return RECORDS[start].repo_id
+    with suppress(UnknownModelError):
+        return get_record(start).repo_id
     return start.removeprefix(PREFIX).partition("@")[0] if start.startswith(PREFIX) else None
 
 

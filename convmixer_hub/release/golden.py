@@ -27,7 +27,7 @@ from ..zoo import load_trained
 # By how much logits may differ, as a share of the largest: several times what rounding does.
 TOLERANCES = {"float32": 2e-5, "bfloat16": 5e-2}
 
-_INPUT = "4 images, normalised; number n of them all, from 0: (n^3 mod 65521 mod 251 - 125) / 64"
+_INPUT = "4 images, normalized; number n of them all, from 0: (n^3 mod 65521 mod 251 - 125) / 64"
 
 
 @dataclass(frozen=True)

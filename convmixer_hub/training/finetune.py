@@ -27,7 +27,8 @@ from ..machine import get_rank, get_world_size
 from ..model.config import get_label_names
 from ..predict import Prediction
 from ..zoo import load_trained
-from .run import choose_validation, train
+from .images import choose_images
+from .run import train
 from .settings import TrainingSettings
 
 # The settings that one may choose for oneself.
@@ -72,10 +73,11 @@ def choose_settings(name: str, dataset: ImageDataset, **changes: Any) -> Trainin
     is_folder = source.name.startswith("local-dir:")
     name = str(source.folder.absolute()) if is_folder else source.name
     changes = {setting: value for setting, value in changes.items() if value is not None}
-    count = len(dataset.get("train"))
-    fifth = 0 if "validation" in dataset.splits else max(len(dataset.classes), round(count / 5))
+    labels = dataset.get("train").labels
+    count = len(labels)
+    fifth = 0 if "validation" in dataset.splits else max(len(set(labels)), round(count / 5))
     held_out = changes.setdefault("held_out", fifth)
-    kept = changes.get("train_images") or max(1, count - held_out)
+    kept = max(1, count - held_out)
     few = kept < FEW_IMAGES
     unit = 2 * get_world_size()  # each process takes a share, and mixup and cutmix pairs
     batch_size = changes.setdefault("batch_size", max(unit, min(50, kept // 4) // unit * unit))
@@ -125,7 +127,7 @@ def finetune(
     model = load_trained(folder)
     config = resolve_input_data_config(model)
     images, labels, _ = read_images(
-        choose_validation(settings, dataset),
+        choose_images(settings, dataset).validation,
         eval_transform(config),
         skip_damaged,
         progress,

@@ -40,6 +40,7 @@ class RunState:
         settings: Those of the run.
         classes: Names of its classes.
         images: Number of its training images, with those held out.
+        held_out_images: What tells which of them are held out; empty if none are.
         epoch: Whole epochs done.
         step: Steps done in the epoch after these.
         sums: Of that epoch so far: `loss`, `correct`, `seconds`.
@@ -58,6 +59,7 @@ class RunState:
     settings: dict[str, Any]
     classes: list[str]
     images: int
+    held_out_images: str = ""
     epoch: int = 0
     step: int = 0
     sums: dict[str, float] = field(default_factory=dict)
@@ -74,7 +76,12 @@ class RunState:
     @property
     def identity(self) -> dict[str, Any]:
         """What has to be the same for the run to be resumed."""
-        return {**self.settings, "classes": self.classes, "images": self.images}
+        return {
+            **self.settings,
+            "classes": self.classes,
+            "images": self.images,
+            "held_out_images": self.held_out_images,
+        }
 
 
 def lock_run(folder: Path) -> IO[str]:
@@ -136,6 +143,8 @@ def _read_state(file: Path) -> RunState:
         # A setting that is missing is younger than the run; its default changes nothing.
         plain = asdict(TrainingSettings(content["settings"]["model"]))
         content["settings"] = plain | content["settings"]
+        if content["settings"]["held_out"]:  # earlier versions held out others
+            content.setdefault("held_out_images", "those of an earlier version")
         known = {field.name for field in fields(RunState)}
         return RunState(**{name: content[name] for name in content.keys() & known})
     except Exception as error:  # torch.load has no error of its own

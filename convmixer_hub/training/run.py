@@ -4,30 +4,25 @@ from __future__ import annotations
 
 import copy
 import math
-import sys
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+import zlib
+from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
+from typing import Any
 
-import timm
 import torch
 from timm.data import Mixup, resolve_input_data_config
 from timm.data.random_erasing import RandomErasing
-from timm.optim import create_optimizer_v2, muon
-from timm.utils import ModelEmaV3, random_seed
+from timm.utils import random_seed
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader, TensorDataset
 from tqdm import tqdm
 
-from ..data.augment import TrainingImages, derive_seed
-from ..data.images import eval_transform
-from ..data.reader import ImageDataset, LabeledImages, hold_out, read_images
+from ..data.augment import derive_seed
+from ..data.reader import ImageDataset
 from ..errors import DataError, TrainingError, UnknownModelError
 from ..evaluate import collect_logits, evaluate, fit_temperature
 from ..hub.records import CONFIG_FILE, WEIGHTS_FILE, suggest
@@ -39,12 +34,12 @@ from ..machine import (
     join_processes,
     sum_over_processes,
 )
-from ..model.convmixer import ConvMixer
-from ..model.cpu import choose_dtype, keep_freed_memory, speed_up_on_cpu
-from ..model.init import draw_kernels_by_depth
-from ..zoo import default_cfgs, load_trained
+from ..model.cpu import choose_dtype
+from ..zoo import default_cfgs
 from .folder import RunState, lock_run, open_run, save_results, save_state
-from .settings import OPTIMIZERS, TrainingSettings
+from .images import RunImages, choose_images, load_images
+from .network import build_network, muon_computing_in
+from .settings import TrainingSettings
 
 SECONDS_BETWEEN_SAVES = 60.0
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -98,12 +93,12 @@ def train(
             f"batch_size is {settings.batch_size}: give a multiple of {unit} for "
             f"{get_world_size()} processes"
         )
-    images = dataset.get("train")
     if len(dataset.classes) < 2:
         raise DataError(
             f"{dataset.source}: has one class alone, {dataset.classes[0]}; there is nothing to "
             "tell apart"
         )
+    images, chosen = dataset.get("train"), choose_images(settings, dataset)
     if images.folder and images.folder.resolve() in folder.resolve().parents:
         raise TrainingError(
             f"{folder}: lies among the class folders in {images.folder}; name another --output"
@@ -111,13 +106,15 @@ def train(
 
     def begin() -> RunState:
         open_files.enter_context(lock_run(folder))
-        return open_run(folder, RunState(asdict(settings), dataset.classes, len(images)))
+        new = RunState(asdict(settings), dataset.classes, len(images), chosen.held_out)
+        return open_run(folder, new)
 
     with ExitStack() as open_files, join_processes() as device:
+        _check_same_everywhere(dataset, device)
         state = ask_first_process(begin)
         progress = progress and get_rank() == 0
-        run = _Run(settings, folder, state, dataset, device, skip_damaged, progress)
-        open_files.enter_context(_muon_computing_in(run.dtype))
+        run = _Run(settings, folder, state, dataset, chosen, device, skip_damaged, progress)
+        open_files.enter_context(muon_computing_in(run.dtype))
         while state.epoch < settings.epochs:
             run.train_epoch()
         # Wait until the first has written it all.
@@ -125,43 +122,14 @@ def train(
     return folder
 
 
-def choose_validation(settings: TrainingSettings, dataset: ImageDataset) -> LabeledImages:
-    """Choose the images by which a run with these settings measures itself after each epoch.
-
-    Args:
-        settings: Those of the run.
-        dataset: Its data set.
-
-    Returns:
-        The images without a transform; none of them if the run does not measure itself.
-
-    Raises:
-        DataError: If so many images cannot be held out.
-        TrainingError: If the best epoch is to be kept and there is nothing to choose it by.
-    """
-    if settings.held_out or not settings.keep_best:
-        held_out = hold_out(dataset, settings.held_out, settings.seed)[1]
-        return dataset.get("train").take(held_out)
-    if "validation" not in dataset.splits:
-        raise TrainingError(
-            f"{dataset.source}: has no validation images to choose the best epoch by; give "
-            "--held-out"
+def _check_same_everywhere(dataset: ImageDataset, device: torch.device) -> None:
+    """Refuse to train in processes that see different images, which would wait for one another."""
+    seen = zlib.crc32(repr((dataset.classes, dataset.get("train").labels)).encode())
+    total = sum_over_processes(torch.tensor(float(seen), dtype=torch.float64, device=device))
+    if total.item() != float(seen) * get_world_size():
+        raise DataError(
+            f"{dataset.source}: is not the same for all processes; give each the same images"
         )
-    return dataset.get("validation")
-
-
-@contextmanager
-def _muon_computing_in(dtype: torch.dtype) -> Iterator[None]:
-    """Let timm's Muon, which has no option for this, compute in another type than bfloat16.
-
-    Where that is slow, it would take longer than the rest of the step.
-    """
-    in_bf16 = muon.zeropower_via_newtonschulz
-    muon.zeropower_via_newtonschulz = partial(in_bf16, dtype=dtype)
-    try:
-        yield
-    finally:
-        muon.zeropower_via_newtonschulz = in_bf16
 
 
 class _Run:
@@ -173,6 +141,7 @@ class _Run:
         folder: Path,
         state: RunState,
         dataset: ImageDataset,
+        images: RunImages,
         device: torch.device,
         skip_damaged: bool,
         progress: bool,
@@ -183,12 +152,20 @@ class _Run:
         self.device = device
         self.progress = progress
         random_seed(settings.seed)
-        self._build_model(dataset.classes)
+        start: str | Path = settings.model
+        is_model = all((folder / name).exists() for name in (CONFIG_FILE, WEIGHTS_FILE))
+        if settings.pretrained and state.model is not None and is_model:
+            start = folder  # what a run began with may be gone when it is resumed
+        self.network = build_network(settings, start, dataset.classes, device)
+        data_config = resolve_input_data_config(self.network.model)
         if state.epoch < settings.epochs:  # a finished run is only written out again
-            here = f"{describe_machine(self.device)}, {self._choose_precision()}"
+            self._check_crops(data_config["input_size"])
+            here = f"{describe_machine(device)}, {self._choose_precision(data_config)}"
             before = state.machine or here
             state.machine = before if before.endswith(here) else f"{before}, then {here}"
-            self._read_images(dataset, skip_damaged)
+            self.images, self.validation = load_images(
+                settings, images, data_config, device, skip_damaged, progress
+            )
         self.mix = Mixup(
             mixup_alpha=settings.mixup,
             cutmix_alpha=settings.cutmix,
@@ -196,135 +173,38 @@ class _Run:
             num_classes=len(dataset.classes),
         )
         self.erase = RandomErasing(settings.random_erasing, mode="pixel", device=device)
-        if state.model is not None and state.optimizer is not None:
-            self.model.load_state_dict(state.model)
-            self.optimizer.load_state_dict(state.optimizer)
-            if self.average is not None and state.average is not None:
-                self.average.module.load_state_dict(state.average)
+        if state.model is not None:
+            self.network.load_state(state)
             if state.step == 0:
                 self._save_all()
-
-    def _build_model(self, classes: list[str]) -> None:
-        settings = self.settings
-        if settings.pretrained:
-            # What a run began with may be gone when it is resumed.
-            begun = self.state.model is not None and all(
-                (self.folder / name).exists() for name in (CONFIG_FILE, WEIGHTS_FILE)
-            )
-            model = load_trained(self.folder if begun else settings.model, classes)
-        else:
-            model = timm.create_model(settings.model, num_classes=len(classes))
-        assert isinstance(model, ConvMixer)  # as every arch of this package is
-        if settings.covariance_init:
-            draw_kernels_by_depth(model)
-        self.patch_size = model.patch_emb.patch_size
-        model.to(self.device)
-        if self.device.type == "cpu":
-            keep_freed_memory()
-            speed_up_on_cpu(model)
-            plain = any(type(module) is nn.BatchNorm2d for module in model.modules())
-            if get_world_size() > 1 and plain and not settings.freeze_batch_norm:
-                raise TrainingError(
-                    f"{settings.model}: has another activation than GELU, and on CPUs processes "
-                    "share the statistics of BatchNorm after GELU alone; give one process, or GPUs"
-                )
-        elif get_world_size() > 1:
-            model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
-        self.model = model
-        self.average = (
-            ModelEmaV3(model, settings.ema_decay, use_warmup=True) if settings.ema_decay else None
-        )
-        self.network: nn.Module = model
-        if get_world_size() > 1:
-            self.network = DistributedDataParallel(
-                model,
-                broadcast_buffers=False,
-                gradient_as_bucket_view=True,  # gradients of 1x1 weights have strides of their own
-            )
-        self.optimizer = create_optimizer_v2(
-            model,
-            opt=settings.optimizer,
-            lr=settings.learning_rate,
-            weight_decay=settings.weight_decay,
-            layer_decay=settings.layer_decay if settings.layer_decay < 1 else None,
-            **OPTIMIZERS[settings.optimizer],
-        )
 
     @property
     def dtype(self) -> torch.dtype:
         """The type that most of a step computes in."""
         return DTYPES[self.state.precision or "fp32"]
 
-    def _choose_precision(self) -> str:
+    def _check_crops(self, input_size: tuple[int, int, int]) -> None:
+        settings, side = self.settings, min(input_size[1:])
+        patch_size = self.network.model.patch_emb.patch_size
+        needed = not settings.shows_whole_images(0)
+        if needed and not patch_size <= settings.small_crop_size <= side:
+            raise TrainingError(
+                f"small_crop_size is {settings.small_crop_size}: {settings.model} takes images of "
+                f"{side} pixels in patches of {patch_size}; give a number between them"
+            )
+
+    def _choose_precision(self, data_config: Mapping[str, Any]) -> str:
         """Name this run's type, which stays the same wherever the run is resumed."""
         state = self.state
         if not state.precision and self.settings.precision != "auto":
             state.precision = self.settings.precision
         if not state.precision:
-            image_size = min(resolve_input_data_config(self.model)["input_size"][1:])
-            dtype, reason = choose_dtype(self.model, self.device, image_size)
+            side = min(data_config["input_size"][1:])
+            dtype, reason = choose_dtype(self.network.model, self.device, side)
             state.precision = "bf16" if dtype is torch.bfloat16 else "fp32"
             if self.progress:
                 tqdm.write(f"computes in {reason}")
         return state.precision
-
-    def _read_images(self, dataset: ImageDataset, skip_damaged: bool) -> None:
-        settings = self.settings
-        data_config = resolve_input_data_config(self.model)
-        side = min(data_config["input_size"][1:])
-        needed = not settings.shows_whole_images(0)
-        if needed and not self.patch_size <= settings.small_crop_size <= side:
-            raise TrainingError(
-                f"small_crop_size is {settings.small_crop_size}: {settings.model} takes images of "
-                f"{side} pixels in patches of {self.patch_size}; give a number between them"
-            )
-        kept, _ = hold_out(dataset, settings.held_out, settings.seed)
-        if settings.train_images > len(kept):
-            raise TrainingError(
-                f"train_images is {settings.train_images}: {len(kept)} are there that are not held "
-                "out; give at most that"
-            )
-        if settings.train_images:
-            order = torch.randperm(
-                len(kept), generator=torch.Generator().manual_seed(settings.seed)
-            )
-            kept = [kept[i] for i in sorted(order[: settings.train_images].tolist())]
-        self.images = TrainingImages(
-            dataset.get("train").take(kept),
-            data_config,
-            settings.seed,
-            settings.rand_augment,
-            settings.flip,
-            skip_damaged,
-            self.device,
-            self.progress,
-        )
-        damaged = self.images.damaged
-        validation = choose_validation(settings, dataset)
-        self.validation: DataLoader | None = None
-        if 0 < len(validation) < get_world_size():
-            raise TrainingError(
-                f"there are {len(validation)} validation images for {get_world_size()} processes; "
-                "give a larger --held-out, or fewer processes"
-            )
-        if len(validation):
-            tensors, labels, skipped = read_images(
-                validation, eval_transform(data_config), skip_damaged, self.progress
-            )
-            share = slice(get_rank(), None, get_world_size())
-            self.validation = DataLoader(
-                TensorDataset(tensors[share], labels[share]), batch_size=256
-            )
-            damaged = damaged + skipped
-        if self.progress:
-            for line in damaged:
-                tqdm.write(f"skipped: {line}", file=sys.stderr)
-        if len(self.images) < settings.batch_size:
-            remedy = "a smaller --batch-size" if len(self.images) > 1 else "more of them"
-            raise DataError(
-                f"{len(self.images)} training images are less than one batch of "
-                f"{settings.batch_size}; give {remedy}"
-            )
 
     def train_epoch(self) -> None:
         """Go on to the end of the epoch, and save what it gave."""
@@ -337,9 +217,9 @@ class _Run:
             crop_size = (settings.small_crop_size,) * 2
         steps = len(self.images) // settings.batch_size
         start, saved = time.monotonic() - sums["seconds"], time.monotonic()
-        self.network.train()
+        self.network.module.train()
         if settings.freeze_batch_norm:
-            for module in self.model.modules():
+            for module in self.network.model.modules():
                 if isinstance(module, _BatchNorm):
                     module.eval()
         with tqdm(
@@ -378,11 +258,12 @@ class _Run:
             "seconds": round(sums["seconds"], 1),
         }
         if self.validation is not None:
-            result = evaluate(self._result, self.validation, self.device, self.progress)
+            result = evaluate(self.network.result, self.validation, self.device, self.progress)
             metrics["held_out_top1"] = round(result.top1, 2)
             if settings.keep_best and result.top1 >= state.best_top1:
                 state.best_top1 = result.top1
-                state.best = {n: value.clone() for n, value in self._result.state_dict().items()}
+                weights = self.network.result.state_dict()
+                state.best = {name: value.clone() for name, value in weights.items()}
         state.metrics.append(metrics)
         if self.validation is not None and epoch + 1 == settings.epochs:
             logits, labels = collect_logits(self._make_result(), self.validation, self.progress)
@@ -424,14 +305,14 @@ class _Run:
         # Forward and backward.
         in_bf16 = self.dtype is torch.bfloat16
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=in_bf16):
-            logits = self.network(images).float()
+            logits = self.network.module(images).float()
         loss = F.cross_entropy(logits, targets, label_smoothing=smoothing)
         correct = (logits.argmax(dim=1) == labels).sum()
-        for group in self.optimizer.param_groups:
+        for group in self.network.optimizer.param_groups:
             group["lr"] = settings.learning_rate * learning_rate_factor * group.get("lr_scale", 1.0)
-        self.optimizer.zero_grad()
+        self.network.optimizer.zero_grad()
         loss.backward()
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), settings.clip_grad)
+        norm = nn.utils.clip_grad_norm_(self.network.model.parameters(), settings.clip_grad)
 
         # Numbers of the whole batch, checked before they reach the weights. They are read at once
         # and only here: a GPU has nothing to do while it is waited for.
@@ -442,10 +323,10 @@ class _Run:
         self._check_finite("norm of the gradient", norm_value, epoch, step)
 
         # Update of the weights, and of their average.
-        self.optimizer.step()
-        if self.average is not None:
+        self.network.optimizer.step()
+        if self.network.average is not None:
             steps = len(self.images) // settings.batch_size
-            self.average.update(self.model, epoch * steps + step + 1)
+            self.network.average.update(self.network.model, epoch * steps + step + 1)
         return loss_sum, int(correct_sum)
 
     def _check_finite(self, name: str, value: float, epoch: int, step: int) -> None:
@@ -455,16 +336,11 @@ class _Run:
                 "keeps what was saved before; start a new run with a smaller --lr"
             )
 
-    @property
-    def _result(self) -> nn.Module:
-        """The model to measure, as it is after the last step."""
-        return self.model if self.average is None else self.average.module
-
     def _update_state(self, epoch: int, step: int, sums: dict[str, float]) -> None:
         state = self.state
         state.epoch, state.step, state.sums = epoch, step, sums
-        state.model, state.optimizer = self.model.state_dict(), self.optimizer.state_dict()
-        state.average = None if self.average is None else self.average.module.state_dict()
+        for name, value in self.network.get_state().items():
+            setattr(state, name, value)
 
     def _save_all(self) -> None:
         """Write the whole folder, between two epochs."""
@@ -474,7 +350,7 @@ class _Run:
 
     def _make_result(self) -> nn.Module:
         """Copy what the run gives: the last or the best weights, calibrated at its end."""
-        model = copy.deepcopy(self._result)
+        model = copy.deepcopy(self.network.result)
         if self.state.best is not None:
             model.load_state_dict(self.state.best)
         for parameter in model.get_submodule("classification.linear").parameters():

@@ -176,7 +176,8 @@ class TrainingSettings:
     )
     seed: int = _setting(
         0,
-        "Seed of the initial weights, the order of images and their augmentation.",
+        "Seed of the initial weights, of the choice and order of images, and of their "
+        "augmentation.",
         "0 to 2147483647",
         lambda value: 0 <= value < 2**31,
     )

@@ -1,0 +1,125 @@
+"""Which images a run is trained on, by which it measures itself, and both in memory."""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch.utils.data import DataLoader, TensorDataset
+from tqdm import tqdm
+
+from ..data.augment import TrainingImages
+from ..data.images import eval_transform
+from ..data.reader import ImageDataset, LabeledImages, hold_out, read_images
+from ..errors import DataError, TrainingError
+from ..machine import get_rank, get_world_size
+from .settings import TrainingSettings
+
+
+class RunImages(NamedTuple):
+    """The images of a run.
+
+    Attributes:
+        training: Those that it is trained on.
+        validation: Those by which it measures itself after each epoch; there may be none.
+        held_out: What tells which training images are held out; empty if none are.
+    """
+
+    training: LabeledImages
+    validation: LabeledImages
+    held_out: str
+
+
+def choose_images(settings: TrainingSettings, dataset: ImageDataset) -> RunImages:
+    """Choose the images of a run with these settings.
+
+    Raises:
+        DataError: If there are no training images, or so many cannot be held out.
+        TrainingError: If more are to be used than are not held out, or the best epoch is to be
+            kept and there is nothing to choose it by.
+    """
+    images = dataset.get("train")
+    kept, held_out = hold_out(dataset, settings.held_out, settings.seed)
+    if settings.train_images > len(kept):
+        raise TrainingError(
+            f"train_images is {settings.train_images}: {len(kept)} are there that are not held "
+            "out; give at most that"
+        )
+    if settings.train_images:
+        generator = torch.Generator().manual_seed(settings.seed)
+        order = torch.randperm(len(kept), generator=generator)[: settings.train_images]
+        kept = [kept[i] for i in sorted(order.tolist())]
+    validation = images.take(held_out)
+    if settings.keep_best and not held_out:
+        if "validation" not in dataset.splits:
+            raise TrainingError(
+                f"{dataset.source}: has no validation images to choose the best epoch by; give "
+                "--held-out"
+            )
+        validation = dataset.get("validation")
+    digest = hashlib.sha256(repr(held_out).encode()).hexdigest()[:16] if held_out else ""
+    return RunImages(images.take(kept), validation, digest)
+
+
+def load_images(
+    settings: TrainingSettings,
+    images: RunImages,
+    data_config: Mapping[str, Any],
+    device: torch.device,
+    skip_damaged: bool,
+    progress: bool,
+) -> tuple[TrainingImages, DataLoader | None]:
+    """Read the images of a run into memory.
+
+    Args:
+        settings: Those of the run.
+        images: From `choose_images`.
+        data_config: From `timm.data.resolve_input_data_config(model)`.
+        device: Where training images are kept and augmented.
+        skip_damaged: Leave out images that cannot be read, naming them on stderr.
+        progress: Show progress bars, if there is a terminal.
+
+    Returns:
+        The training images, and this process's share of those for validation, if there are any.
+
+    Raises:
+        DataError: If they cannot be read, or are less than one batch.
+        TrainingError: If there are fewer for validation than processes.
+    """
+    training = TrainingImages(
+        images.training,
+        data_config,
+        settings.seed,
+        settings.rand_augment,
+        settings.flip,
+        skip_damaged,
+        device,
+        progress,
+    )
+    damaged = training.damaged
+    validation: DataLoader | None = None
+    if len(images.validation):
+        tensors, labels, skipped = read_images(
+            images.validation, eval_transform(data_config), skip_damaged, progress
+        )
+        damaged = damaged + skipped
+        if len(tensors) < get_world_size():
+            raise TrainingError(
+                f"there are {len(tensors)} validation images for {get_world_size()} processes; "
+                "give a larger --held-out, or fewer processes"
+            )
+        share = slice(get_rank(), None, get_world_size())
+        validation = DataLoader(TensorDataset(tensors[share], labels[share]), batch_size=256)
+    if progress:
+        for line in damaged:
+            tqdm.write(f"skipped: {line}", file=sys.stderr)
+    if len(training) < settings.batch_size:
+        remedy = "a smaller --batch-size" if len(training) > 1 else "more of them"
+        raise DataError(
+            f"{len(training)} training images are less than one batch of "
+            f"{settings.batch_size}; give {remedy}"
+        )
+    return training, validation

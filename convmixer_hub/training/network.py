@@ -1,0 +1,135 @@
+"""What a run trains: the model, prepared for its device, its moving average, and the optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from timm.optim import create_optimizer_v2, muon
+from timm.utils import ModelEmaV3
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from ..errors import TrainingError
+from ..machine import get_world_size
+from ..model.convmixer import ConvMixer
+from ..model.cpu import keep_freed_memory, speed_up_on_cpu
+from ..model.init import draw_kernels_by_depth
+from ..zoo import load_trained
+from .folder import RunState
+from .settings import OPTIMIZERS, TrainingSettings
+
+
+@dataclass(frozen=True)
+class Network:
+    """A model in training.
+
+    Attributes:
+        model: The model.
+        module: What is called in training: the model, or what shares it among processes.
+        average: Its exponential moving average, if there is one.
+        optimizer: The optimizer of its parameters.
+    """
+
+    model: ConvMixer
+    module: nn.Module
+    average: ModelEmaV3 | None
+    optimizer: torch.optim.Optimizer
+
+    @property
+    def result(self) -> nn.Module:
+        """The model to measure and give away, as it is after the last step."""
+        return self.model if self.average is None else self.average.module
+
+    def get_state(self) -> dict[str, Any]:
+        """Give the state dicts, by their names in `RunState`."""
+        average = None if self.average is None else self.average.module.state_dict()
+        return {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "average": average,
+        }
+
+    def load_state(self, state: RunState) -> None:
+        """Go on from the state dicts of a run."""
+        assert state.model is not None and state.optimizer is not None
+        self.model.load_state_dict(state.model)
+        self.optimizer.load_state_dict(state.optimizer)
+        if self.average is not None and state.average is not None:
+            self.average.module.load_state_dict(state.average)
+
+
+def build_network(
+    settings: TrainingSettings, start: str | Path, classes: list[str], device: torch.device
+) -> Network:
+    """Build what a run trains.
+
+    On a CPU, the C library keeps memory that tensors gave back, from here on in this process.
+
+    Args:
+        settings: Those of the run.
+        start: The trained model to start from, if the settings say so; else the arch.
+        classes: Names of the classes.
+        device: Where it is trained.
+
+    Raises:
+        CheckpointError: If trained weights to start from cannot be found or downloaded, are
+            damaged or do not fit.
+        TrainingError: If processes cannot train this model together.
+    """
+    if settings.pretrained:
+        model = load_trained(start, classes)
+    else:
+        model = timm.create_model(str(start), num_classes=len(classes))
+    assert isinstance(model, ConvMixer)  # as every arch of this package is
+    if settings.covariance_init:
+        draw_kernels_by_depth(model)
+    model.to(device)
+    if device.type == "cpu":
+        keep_freed_memory()
+        speed_up_on_cpu(model)
+        plain = any(type(module) is nn.BatchNorm2d for module in model.modules())
+        if get_world_size() > 1 and plain and not settings.freeze_batch_norm:
+            raise TrainingError(
+                f"{settings.model}: has another activation than GELU, and on CPUs processes "
+                "share the statistics of BatchNorm after GELU alone; give one process, or GPUs"
+            )
+    elif get_world_size() > 1:
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    average = ModelEmaV3(model, settings.ema_decay, use_warmup=True) if settings.ema_decay else None
+    module: nn.Module = model
+    if get_world_size() > 1:
+        module = DistributedDataParallel(
+            model,
+            broadcast_buffers=False,
+            gradient_as_bucket_view=True,  # gradients of 1x1 weights have strides of their own
+        )
+    optimizer = create_optimizer_v2(
+        model,
+        opt=settings.optimizer,
+        lr=settings.learning_rate,
+        weight_decay=settings.weight_decay,
+        layer_decay=settings.layer_decay if settings.layer_decay < 1 else None,
+        **OPTIMIZERS[settings.optimizer],
+    )
+    return Network(model, module, average, optimizer)
+
+
+@contextmanager
+def muon_computing_in(dtype: torch.dtype) -> Iterator[None]:
+    """Let timm's Muon, which has no option for this, compute in another type than bfloat16.
+
+    Where that is slow, it would take longer than the rest of the step.
+    """
+    in_bf16 = muon.zeropower_via_newtonschulz
+    muon.zeropower_via_newtonschulz = partial(in_bf16, dtype=dtype)
+    try:
+        yield
+    finally:
+        muon.zeropower_via_newtonschulz = in_bf16
