@@ -336,7 +336,7 @@ def test_two_processes_compute_what_one_does(cifar_sample, tmp_path, weights_aft
     options = [f"--data={cifar_sample}", f"--output={tmp_path / 'two'}", "--epochs=2"]
     options += ["--final-share=0.5", "--small-crop-size=16", "--batch-size=10", "--held-out=10"]
     options += ["--whole-share=1", "--rand-augment=", "--random-erasing=0"]
-    options += ["--no-late-augmentation", "--no-covariance-init"]
+    options += ["--no-late-augmentation", "--no-covariance-init", "--precision=fp32"]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]
     torchrun += ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", "-m", "convmixer_hub"]
     environment = {**os.environ, "PYTHONPATH": str(CHECKOUT), "OMP_NUM_THREADS": "1"}
