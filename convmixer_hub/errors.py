@@ -21,7 +21,7 @@ class CheckpointError(ConvMixerHubError, RuntimeError):
 
 
 class DataError(ConvMixerHubError, ValueError):
-    """A data set or an image cannot be read as one."""
+    """A dataset or an image cannot be read as one."""
 
 
 class TrainingError(ConvMixerHubError, RuntimeError):

@@ -63,7 +63,7 @@ def evaluate(
 
 
 def prepare_test_images(model: nn.Module, dataset: ImageDataset) -> LabeledImages:
-    """Prepare the test images of a data set, and the numbers of their classes, for a model.
+    """Prepare the test images of a dataset, and the numbers of their classes, for a model.
 
     Args:
         model: From `timm.create_model`.
@@ -101,7 +101,7 @@ def prepare_test_images(model: nn.Module, dataset: ImageDataset) -> LabeledImage
 def evaluate_on(
     model: nn.Module, dataset: ImageDataset, batch_size: int = 64, workers: int = 0
 ) -> Evaluation:
-    """Measure a model on the test images of a data set, prepared as the model's config says.
+    """Measure a model on the test images of a dataset, prepared as the model's config says.
 
     Under torchrun the processes share the images, and each gets the result for all of them.
 

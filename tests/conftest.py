@@ -103,7 +103,7 @@ def encode(image: Image.Image, format: str = "PNG", **options) -> bytes:
 
 @pytest.fixture
 def cifar_sample(write_parquet) -> Path:
-    """A data set of the ten shipped images: four times over for training, once for testing."""
+    """A dataset of the ten shipped images: four times over for training, once for testing."""
     images = [(IMAGES / f"{name}.png").read_bytes() for name in CIFAR10.classes]
     write_parquet("train", images * 4, list(range(10)) * 4)
     return write_parquet("test", images, list(range(10)))

@@ -14,7 +14,7 @@ It knows what huggingface_hub asks for
   for large files also `POST` of `/{owner}/{name}.git/info/lfs/objects/batch` and `PUT` of each
   (the client has to have HF_HUB_DISABLE_XET);
 - to look at a repository: `GET` of `/api/models/{owner}/{name}[/revision/{revision}]`;
-- to read a data set, the repository `datasets/{owner}/{name}`: the same, `GET` of
+- to read a dataset, the repository `datasets/{owner}/{name}`: the same, `GET` of
   `/api/datasets/{owner}/{name}/tree/{revision}` and `POST` of `.../paths-info/{revision}`.
 
 It needs nothing but the standard library.
@@ -241,7 +241,7 @@ class HubServer(ThreadingHTTPServer):
     def _list(
         self, request: Request, answer: Answer, repository: str, how: str, revision: str, path: str
     ) -> None:
-        """Describe files and folders of a data set: those in a folder, or those that are asked."""
+        """Describe files and folders of a dataset: those in a folder, or those that are asked."""
         files = self._find_files(repository, revision) if repository in self.repositories else None
         if files is None:
             error(404, X_Error_Code="RepoNotFound")(answer)

@@ -41,7 +41,7 @@ def test_list_shows_every_model_in_aligned_columns(convmixer):
     result = convmixer("list")
     assert result.exit_code == 0
     header, *rows = (re.split(r" {2,}", line) for line in result.output.splitlines())
-    assert header == ["name", "parameters", "input", "data set", "top-1", "ECE", "size", "source"]
+    assert header == ["name", "parameters", "input", "dataset", "top-1", "ECE", "size", "source"]
     record = get_record(NAME)
     figures = [f"{record.top1:.2f} %", f"{record.ece:.2f} %", "2.6 MB"]
     assert [NAME, "643,338", "3×32×32", "CIFAR-10", *figures, "embedded"] in rows

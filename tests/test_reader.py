@@ -1,4 +1,4 @@
-"""Data sets as people have them: what each gives, or the line that says what is wrong with it."""
+"""Datasets as people have them: what each gives, or the line that says what is wrong with it."""
 
 import os
 import pickle
@@ -244,11 +244,11 @@ def test_class_folders(tmp_path, situation):
 # Situation: what is there, and the line that refuses it, after the folder's name.
 REFUSED = {
     "a file": ("file", ": is a file; give the folder that it is in, unpacked if need be"),
-    "no folder": (None, ": no such folder; give the folder that holds the data set"),
-    "nothing": (["cat/", "dog/"], ": no data set found; expected class folders train/<class>/"),
+    "no folder": (None, ": no such folder; give the folder that holds the dataset"),
+    "nothing": (["cat/", "dog/"], ": no dataset found; expected class folders train/<class>/"),
     "no images": (
         [("cat/1.txt", b"x")],
-        r": no data set found \(left out: 1 × files that are not images \(.txt\), the first is",
+        r": no dataset found \(left out: 1 × files that are not images \(.txt\), the first is",
     ),
     "no class folders": (
         ["train/1.png", "test/1.png"],
@@ -258,12 +258,12 @@ REFUSED = {
         ["cat/1.png", "dog/1.png", "test/1.png"],
         "/test: is beside class folders, but called like a split; rename it, or put the class fo",
     ),
-    "images alone": (["1.png"], r": no data set found \(left out: 1 × images in no class folder, "),
+    "images alone": (["1.png"], r": no dataset found \(left out: 1 × images in no class folder, "),
     "two names for one split": (
         ["train/a/1.png", "train/b/1.png", "val/a/1.png", "valid/a/1.png"],
         ": has val and valid, both for validation; keep one of them",
     ),
-    "several data sets": (
+    "several datasets": (
         ["flowers/rose/1.png", "flowers/lily/1.png", "pets/cat/1.png", "pets/dog/1.png"],
         r": holds folders of folders \(flowers, pets\); choose one of them with --config, or name",
     ),
@@ -299,17 +299,17 @@ REFUSED = {
         [("train-0.parquet", b"PAR1 and nothing more")],
         "/train-0.parquet: cannot be read as parquet .*; download it again",
     ),
-    "a saved data set that is damaged": (
+    "a saved dataset that is damaged": (
         [("dataset_dict.json", b"{")],
-        ": cannot be read as a data set .*; check its name and its files",
+        ": cannot be read as a dataset .*; check its name and its files",
     ),
     "metadata without names of files": (
         [("metadata.csv", b"image,label\n1.png,cat\n"), "1.png"],
-        ": cannot be read as a data set .*file_name.*; check its name and its files",
+        ": cannot be read as a dataset .*file_name.*; check its name and its files",
     ),
     "metadata of two kinds": (
         [("metadata.csv", b"file_name,label\n1.png,a\n"), ("metadata.jsonl", b"{}"), "1.png"],
-        ": cannot be read as a data set .*different extensions.*; check its name and its files",
+        ": cannot be read as a dataset .*different extensions.*; check its name and its files",
     ),
     "metadata of several splits": (
         [

@@ -73,7 +73,7 @@ READ = {
     "images beside the tables": (
         {"train.parquet": TABLE, "samples/1.png": CAT},
         {"train": PAIR},
-        ["left out: 1 × images beside the data set's own files, the first is samples/1.png"],
+        ["left out: 1 × images beside the dataset's own files, the first is samples/1.png"],
     ),
     "train-validation is neither": (
         {"train.parquet": TABLE, "train-validation.parquet": TABLE},
@@ -182,13 +182,13 @@ REFUSED = {
         {f"train-0000{i}-of-00003.parquet": TABLE for i in (0, 2)},
         "/train-00001-of-00003: is missing; download it again",
     ),
-    "several data sets": (
+    "several datasets": (
         {"cifar10/plain_text/train.parquet": TABLE, "mnist/train.parquet": TABLE},
-        ": holds several data sets, cifar10/plain_text, mnist; choose one of them with --config",
+        ": holds several datasets, cifar10/plain_text, mnist; choose one of them with --config",
     ),
-    "a data set beside another": (
+    "a dataset beside another": (
         {"train.parquet": TABLE, "extra/test.parquet": TABLE},
-        ": holds several data sets, the folder itself, extra; choose one of them with --config, o",
+        ": holds several datasets, the folder itself, extra; choose one of them with --config, o",
     ),
     "a part with a hash that is missing": (
         {"data/train-00000-of-00002-0123456789abcdef.parquet": TABLE},
@@ -220,11 +220,11 @@ REFUSED = {
     ),
     "no rows": (
         {"train.parquet": make_table([])},
-        ": cannot be read as a data set .*; check",
+        ": cannot be read as a dataset .*; check",
     ),
     "no labels": (
         {"train.parquet": make_table([-1, -1])},
-        ": its images have no labels; give a data set that has them",
+        ": its images have no labels; give a dataset that has them",
     ),
     "a row without a label": (
         {"train.parquet": make_table([0, None])},
@@ -253,7 +253,7 @@ REFUSED = {
             "train.parquet": make_bare(image=STRUCT, label=[0, 1]),
             "test.parquet": make_bare(image=STRUCT),
         },
-        ": cannot be read as a data set .*; check its name and its files",
+        ": cannot be read as a dataset .*; check its name and its files",
     ),
 }
 
@@ -355,7 +355,7 @@ def test_a_split_of_more_than_2_gib_is_read(tmp_path, monkeypatch):
 
 @pytest.fixture
 def hub_data(tmp_path):
-    """Evaluate on data sets of a Hub, each time in a process of its own."""
+    """Evaluate on datasets of a Hub, each time in a process of its own."""
     with HubServer() as server:
         one = {f"data/{split}-00000-of-00001.parquet": TABLE for split in ("train", "test")}
         several = {"a/train.parquet": TABLE, "b/train.parquet": TABLE}
@@ -401,7 +401,7 @@ def test_a_data_set_of_the_hub_is_measured_by_its_id(hub_data):
     found = hub_data("--data", "someone/nothing")
     assert found == (
         "Error: someone/nothing: no such folder, and what the Hub has by that name cannot be read "
-        "as a data set (Dataset 'someone/nothing' doesn't exist on the Hub or cannot be accessed); "
+        "as a dataset (Dataset 'someone/nothing' doesn't exist on the Hub or cannot be accessed); "
         "check its name and its files\n"
     )
 

@@ -50,7 +50,7 @@ def bench_finetune(
 
     Raises:
         UnknownModelError: If no trained model has this name.
-        DataError: If the data set has no such splits, or too few images.
+        DataError: If the dataset has no such splits, or too few images.
         TrainingError: Under torchrun.
     """
     if get_world_size() > 1:

@@ -22,11 +22,11 @@ from click.shell_completion import CompletionItem
 # By section: the module of a command, and what it does. Its function is called `<name>_command`.
 SECTIONS = {
     "Use": {
-        "list": ("use", "List the models: data set, top-1, calibration error (ECE) and size"),
+        "list": ("use", "List the models: dataset, top-1, calibration error (ECE) and size"),
         "predict": ("use", "Name the most likely classes of images"),
         "evaluate": (
             "use",
-            "Measure the top-1 accuracy of a model on the test images of a data set",
+            "Measure the top-1 accuracy of a model on the test images of a dataset",
         ),
         "info": ("use", "Describe a checkpoint"),
         "verify": ("use", "Check that a model computes on this machine what it should"),

@@ -155,7 +155,7 @@ def _print_outcomes(model: str, outcomes: Sequence[Outcome], common: Mapping[str
 def bench_finetune_command(name: str, open_data: OpenData, images_a_class: int, seeds: int) -> None:
     """Fine-tune NAME on a few images of each class, and train one like it from scratch on them.
 
-    For as many steps on the same images; top-1 is on the test images of the data set.
+    For as many steps on the same images; top-1 is on the test images of the dataset.
     """
     results = list(bench_finetune(name, open_data(), images_a_class, seeds))
     columns = [[r.finetuned for r in results], [r.from_scratch for r in results]]

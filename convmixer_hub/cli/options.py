@@ -20,17 +20,17 @@ OpenData = Callable[[], ImageDataset]
 
 
 def data_options(command: Callable) -> Callable:
-    """Give a command the options that name a data set, and as `open_data` what opens it."""
+    """Give a command the options that name a dataset, and as `open_data` what opens it."""
 
     @click.option(
         "--data",
         required=True,
         metavar="DIR|OWNER/NAME",
         help="Folder with class folders, train/<class>/*.png, parquet files, metadata.csv, …; or a "
-        "data set of the Hub. See docs/data.md.",
+        "dataset of the Hub. See docs/data.md.",
     )
     @click.option(
-        "--config", help="Which data set of several: a folder in DIR, or its name on the Hub."
+        "--config", help="Which dataset of several: a folder in DIR, or its name on the Hub."
     )
     @click.option("--label-column", help="Column with the classes, if it is not called label.")
     @wraps(command)

@@ -28,7 +28,7 @@ def card_command(name: str, open_data: OpenData, output: Path | None, license: s
     """Write a model card with its figures and reference logits.
 
     NAME is a model or a run folder. All comes from the checkpoint, its metrics.csv, and one test on
-    the data set; NOTES.md in the folder is appended. The record to add for a model of the package
+    the dataset; NOTES.md in the folder is appended. The record to add for a model of the package
     is printed.
     """
     card = write_card(resolve_folder(name).folder, open_data(), output, license=license)

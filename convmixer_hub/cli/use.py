@@ -38,9 +38,9 @@ from .options import (
 @click.command("list")
 @click.option("--markdown", is_flag=True, help="Print the table of the README.")
 def list_command(markdown: bool) -> None:
-    """List the models: data set, top-1, calibration error (ECE) and size."""
+    """List the models: dataset, top-1, calibration error (ECE) and size."""
     source = "card" if markdown else "source"
-    rows = [["name", "parameters", "input", "data set", "top-1", "ECE", "size", source]]
+    rows = [["name", "parameters", "input", "dataset", "top-1", "ECE", "size", source]]
     for model in list_models():
         record = model.record
         input_size = "×".join(str(side) for side in model.input_size)
@@ -114,7 +114,7 @@ def predict_command(
 @click.option("--batch-size", default=64, show_default=True, type=POSITIVE)
 @click.option("--workers", default=1, show_default=True, type=NOT_NEGATIVE)
 def evaluate_command(name: str, open_data: OpenData, batch_size: int, workers: int) -> None:
-    """Measure the top-1 accuracy of a model on the test images of a data set.
+    """Measure the top-1 accuracy of a model on the test images of a dataset.
 
     NAME is a trained model, a folder, or a repository of the Hub.
     """

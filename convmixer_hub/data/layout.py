@@ -46,7 +46,7 @@ class RawSplit:
 
 
 class LeftOut:
-    """What of a data set is not used: how much of which kind, and the first by name."""
+    """What of a dataset is not used: how much of which kind, and the first by name."""
 
     def __init__(self) -> None:
         self._names: dict[str, list[str]] = defaultdict(list)
@@ -72,7 +72,7 @@ def find_split(name: str) -> str:
 
 
 def choose_splits(names: Iterable[str], place: object, left_out: LeftOut) -> dict[str, str]:
-    """Find the name that each split has among the names of folders, or of a data set's splits.
+    """Find the name that each split has among the names of folders, or of a dataset's splits.
 
     A name that is the word for a split comes before one that has it among others.
 
@@ -168,21 +168,21 @@ def is_metadata(file: PurePath) -> bool:
 def find_tables(
     root: Path, files: Iterable[PurePath], left_out: LeftOut
 ) -> dict[str, list[PurePath]]:
-    """Sort the tables of one data set by split, which a file's name tells, or that of its folder.
+    """Sort the tables of one dataset by split, which a file's name tells, or that of its folder.
 
     Raises:
-        DataError: If there are several data sets, or a part of a split is missing.
+        DataError: If there are several datasets, or a part of a split is missing.
     """
     tables: dict[str, dict[str, list[PurePath]]] = defaultdict(lambda: defaultdict(list))
     for file in files:
-        # A folder that is called after its split, or `data`, does not make another data set.
+        # A folder that is called after its split, or `data`, does not make another dataset.
         folders = [part for part in file.parts[:-1] if part != "data" and not find_split(part)]
         split = next(filter(None, map(find_split, (file.stem, *reversed(file.parts[:-1])))), "")
         tables["/".join(folders)][split].append(file)
     if len(tables) > 1:
         names = [name or "the folder itself" for name in sorted(tables)]
         raise DataError(
-            f"{root}: holds several data sets, {', '.join(names)}; choose one of them with "
+            f"{root}: holds several datasets, {', '.join(names)}; choose one of them with "
             "--config, or move the others elsewhere"
         )
     [splits] = tables.values()
@@ -280,7 +280,7 @@ def find_class_folders(
     elif tree.nested:
         raise DataError(
             f"{tree.place}: holds folders of folders ({', '.join(sorted(tree.nested)[:5])}); "
-            "choose one of them with --config, or name the splits of a data set train, val and test"
+            "choose one of them with --config, or name the splits of a dataset train, val and test"
         )
     elif tops and all(map(find_split, tops)):
         raise DataError(

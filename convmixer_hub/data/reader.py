@@ -1,4 +1,4 @@
-"""A data set of labeled images, opened once: its splits, its classes, and what was left out.
+"""A dataset of labeled images, opened once: its splits, its classes, and what was left out.
 
 Known are
 
@@ -89,7 +89,7 @@ class LabeledImages(Dataset[tuple[Any, int]]):
 
 @dataclass(frozen=True)
 class ImageDataset:
-    """A data set that was opened.
+    """A dataset that was opened.
 
     Attributes:
         source: The folder, or the id of a repository of the Hub.
@@ -138,18 +138,18 @@ class ImageDataset:
 def open_dataset(
     source: str | Path, config: str | None = None, label_column: str | None = None
 ) -> ImageDataset:
-    """Open a data set of labeled images; its layout is found out.
+    """Open a dataset of labeled images; its layout is found out.
 
     Args:
         source: A folder with one of the layouts at the top of this module, or the id of a
             repository of the Hugging Face Hub, `OWNER/NAME`.
-        config: Which data set of several: a folder in that folder, or a configuration of the
+        config: Which dataset of several: a folder in that folder, or a configuration of the
             repository.
         label_column: Column of a table that holds the classes; by default one named `label`,
             `labels` or `fine_label`, or else the only one that names classes.
 
     Raises:
-        DataError: If there is no data set, or it is not clear what its images, labels or splits
+        DataError: If there is no dataset, or it is not clear what its images, labels or splits
             are, or the datasets library, which reads it, is not installed.
     """
     folder = Path(source, config or "")
@@ -165,11 +165,11 @@ def open_dataset(
         hub_id = str(source)
         splits = load_from_hub(hub_id, config, label_column, left_out)
     else:
-        raise DataError(f"{source}: no such folder; give the folder that holds the data set")
+        raise DataError(f"{source}: no such folder; give the folder that holds the dataset")
     if not splits:
         skipped = "".join(f" ({line})" for line in left_out.describe())
         raise DataError(
-            f"{folder}: no data set found{skipped}; expected class folders train/<class>/*.png, "
+            f"{folder}: no dataset found{skipped}; expected class folders train/<class>/*.png, "
             f"train-*.parquet files, or one of {', '.join(TORCHVISION)}"
         )
     options = {"config": config, "label_column": label_column}
@@ -198,7 +198,7 @@ def _read_folder(folder: Path, label_column: str | None, left_out: LeftOut) -> d
         return find_class_folders(folder, files, empty, left_out)
     if not any(split.is_in_files for split in splits.values()):
         unused = [file for file in files if is_named_like_image(file)]
-        left_out.add("images beside the data set's own files", unused)
+        left_out.add("images beside the dataset's own files", unused)
     return splits
 
 
@@ -237,7 +237,7 @@ def _number_classes(
             rows = range(len(raw.pop(split).labels))
             left_out.add(f"{split} images without labels", (f"row {row}" for row in rows))
     if not raw:
-        raise DataError(f"{source}: its images have no labels; give a data set that has them")
+        raise DataError(f"{source}: its images have no labels; give a dataset that has them")
 
     first = "train" if "train" in raw else next(iter(raw))
     for split, images in raw.items():
@@ -285,7 +285,7 @@ def hold_out(dataset: ImageDataset, size: int, seed: int) -> tuple[list[int], li
     """Split the indices of the training images into kept and held-out ones, each class alike.
 
     Args:
-        dataset: The data set.
+        dataset: The dataset.
         size: Number of images to hold out; 0 for none.
         seed: The same seed gives the same split everywhere.
 
@@ -331,7 +331,7 @@ def read_images(
     skip_damaged: bool = False,
     progress: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor, list[str]]:
-    """Read some of the images of a data set into memory.
+    """Read some of the images of a dataset into memory.
 
     Args:
         images: The images.

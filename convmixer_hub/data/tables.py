@@ -99,7 +99,7 @@ def load_saved(folder: Path, label_column: str | None, left_out: LeftOut) -> dic
 def load_from_hub(
     repo_id: str, config: str | None, label_column: str | None, left_out: LeftOut
 ) -> dict[str, RawSplit]:
-    """Read a data set of the Hub.
+    """Read a dataset of the Hub.
 
     Args:
         repo_id: `OWNER/NAME`.
@@ -114,7 +114,7 @@ def load_from_hub(
         datasets = _import_datasets(repo_id)
     except DataError:
         raise DataError(
-            f"{repo_id}: no such folder; for a data set of the Hub, pip install datasets"
+            f"{repo_id}: no such folder; for a dataset of the Hub, pip install datasets"
         ) from None
     where = f"{repo_id}: no such folder, and what the Hub has by that name"
     with _naming(where):
@@ -147,7 +147,7 @@ def _naming(place: str) -> Iterator[None]:
     except Exception as error:
         cause = first_line(error.__cause__ or error)
         raise DataError(
-            f"{place} cannot be read as a data set ({cause}); check its name and its files"
+            f"{place} cannot be read as a dataset ({cause}); check its name and its files"
         ) from None
 
 
@@ -169,7 +169,7 @@ def _check_same_classes(datasets: ModuleType, files: Sequence[Path]) -> None:
         if meaning != meanings[0]:
             raise DataError(
                 f"{file}: its labels mean {meaning}, those of {files[0]} {meanings[0]}; read them "
-                "as two data sets"
+                "as two datasets"
             )
 
 

@@ -39,7 +39,7 @@ OWN_COPY = "reinstall the package and unset CONVMIXER_HUB_SOURCE to use its own 
 
 @dataclass(frozen=True)
 class DatasetRecord:
-    """A data set that models here are trained on.
+    """A dataset that models here are trained on.
 
     Attributes:
         name: As people call it.

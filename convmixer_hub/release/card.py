@@ -76,7 +76,7 @@ def write_card(
     license: str | None = None,
     today: date | None = None,
 ) -> Path:
-    """Measure a trained model on the test images of a data set; write its card and figures.
+    """Measure a trained model on the test images of a dataset; write its card and figures.
 
     Its logits for `verify` are written too, see `golden.write_golden`.
 
@@ -137,7 +137,7 @@ def write_card(
     figures["confusion.png"] = draw_confusion(confusion, classes)
     figures["reliability.png"] = draw_reliability(calibration)
 
-    # Other data sets have classes of these names, too.
+    # Other datasets have classes of these names, too.
     kind = (tuple(dataset.classes), len(labels))
     known = next((d for d in DATASETS if (d.classes, d.test_images) == kind), None)
     dataset_name = known.name if known else dataset.name
@@ -195,7 +195,7 @@ def propose_record(card: Path) -> str:
         card: What `write_card` gave, beside the weights.
 
     Returns:
-        A call in Python; empty if the data set is none of `hub.records.DATASETS`.
+        A call in Python; empty if the dataset is none of `hub.records.DATASETS`.
     """
     weights = card.with_name(WEIGHTS_FILE)
     data = ModelCard.load(card).data
