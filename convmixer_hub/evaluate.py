@@ -19,6 +19,7 @@ from .data.reader import ImageDataset, LabeledImages, read_batches
 from .errors import DataError
 from .machine import get_rank, get_world_size, join_processes, sum_over_processes
 from .model.config import check_classifies, get_label_names
+from .model.inference import prepare_if_possible
 
 CALIBRATION_BINS = 15
 MISTAKES_TO_FIT = 10  # fewer do not determine a temperature
@@ -119,7 +120,8 @@ def evaluate_on(
     share = images.take(range(get_rank(), len(images), get_world_size()))
     loader = DataLoader(share, batch_size, num_workers=workers)
     with join_processes() as device:
-        return evaluate(model.to(device), loader, device, get_rank() == 0)
+        network = prepare_if_possible(model.to(device).eval())
+        return evaluate(network, loader, device, get_rank() == 0)
 
 
 @torch.inference_mode()

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 
 import torch
 from PIL import Image
@@ -12,6 +13,9 @@ from torch import nn
 
 from .data.images import eval_transform, to_rgb
 from .model.config import check_classifies, get_label_names
+from .model.inference import prepare_if_possible
+
+BATCH_SIZE = 64
 
 
 @dataclass(frozen=True)
@@ -22,14 +26,13 @@ class Prediction:
     probability: float
 
 
-@torch.inference_mode()
 def predict(
-    model: nn.Module, images: Sequence[Image.Image], top_k: int = 3
+    model: nn.Module, images: Iterable[Image.Image], top_k: int = 3
 ) -> list[list[Prediction]]:
     """Classify images of any size; a model that does not name its classes gives their numbers.
 
     Args:
-        model: From `timm.create_model`; left in evaluation mode.
+        model: From `timm.create_model`, or `prepare_for_inference`; left in evaluation mode.
         images: Images of any mode, see `data.images.to_rgb`.
         top_k: Number of classes to give for each image, the most likely first.
 
@@ -37,20 +40,25 @@ def predict(
         CheckpointError: If the model has fewer than two classes.
         DataError: If an image has negative gray values, or the model takes what no image has.
     """
+    return list(predict_each(model, images, top_k))
+
+
+def predict_each(
+    model: nn.Module, images: Iterable[Image.Image], top_k: int = 3, batch_size: int = BATCH_SIZE
+) -> Iterator[list[Prediction]]:
+    """Classify images as `predict` does, one batch after another; no more are kept in memory."""
     check_classifies(model)
     transform = eval_transform(resolve_input_data_config(model))
     parameter = next(model.parameters())
     names = get_label_names(model)
-    model.eval()
-    predictions = []
-    for image in images:
-        batch = transform(to_rgb(image)).unsqueeze(0).to(parameter.device, parameter.dtype)
-        probabilities = model(batch).float().softmax(dim=1)[0]
-        values, indices = probabilities.topk(min(top_k, len(probabilities)))
-        predictions.append(
-            [
+    network = prepare_if_possible(model.eval())
+    tensors = (transform(to_rgb(image)) for image in images)
+    while batch := list(islice(tensors, batch_size)):
+        with torch.inference_mode():
+            logits = network(torch.stack(batch).to(parameter.device, parameter.dtype))
+            probabilities = logits.float().softmax(dim=1)
+        for values, indices in zip(*probabilities.topk(min(top_k, probabilities.shape[1]))):
+            yield [
                 Prediction(names[i] if names else str(i), probability)
                 for i, probability in zip(indices.tolist(), values.tolist())
             ]
-        )
-    return predictions

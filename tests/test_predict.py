@@ -24,7 +24,8 @@ def test_probabilities_are_the_softmax_of_the_logits():
     transform = eval_transform(timm.data.resolve_input_data_config(model))
     with torch.no_grad():
         expected = model(transform(image)[None]).softmax(1)[0]
-    assert [p.probability for p in found] == sorted(expected.tolist(), reverse=True)
+    found_values = [p.probability for p in found]
+    assert found_values == pytest.approx(sorted(expected.tolist(), reverse=True), abs=1e-6)
     assert found[0].label == CIFAR10.classes[expected.argmax()]
     assert {p.label for p in found} == set(CIFAR10.classes)
 

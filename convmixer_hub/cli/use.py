@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import runpy
 import sys
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
 import click
 import torch
+from PIL import Image
 
 from ..checkpoints.info import describe
 from ..data.images import open_image
@@ -21,7 +23,7 @@ from ..hub.doctor import examine
 from ..hub.find import find_checkpoint, locate
 from ..hub.records import CARD_FILE, get_record
 from ..machine import describe_machine, get_rank
-from ..predict import predict
+from ..predict import Prediction, predict_each
 from ..release.golden import TOLERANCES, verify
 from ..zoo import list_models, load_trained
 from .options import (
@@ -79,22 +81,28 @@ def predict_command(
     if figure is not None and figure.suffix.lower() != ".png":
         raise click.UsageError(f"--figure {figure}: is written as PNG; give it a name in .png")
     model = load_trained(name)
-    answered, predictions, thumbnails = [], [], []
-    for path in images:
-        try:
-            picture = open_image(path)
-        except DataError as error:
-            click.echo(f"Error: {printable(error)}", err=True)
-            continue
-        [classes] = predict(model, [picture], top_k)
-        answered.append(path)
-        predictions.append(classes)
-        if figure is not None:
-            picture.thumbnail((256, 256))
-            thumbnails.append(picture)
+    answered: list[Path] = []
+    thumbnails: list[Image.Image] = []
+    predictions: list[list[Prediction]] = []
+
+    def open_images() -> Iterator[Image.Image]:
+        for path in images:
+            try:
+                picture = open_image(path)
+            except DataError as error:
+                click.echo(f"Error: {printable(error)}", err=True)
+                continue
+            answered.append(path)
+            if figure is not None:
+                thumbnails.append(picture.copy())
+                thumbnails[-1].thumbnail((256, 256))
+            yield picture
+
+    for classes in predict_each(model, open_images(), top_k):
         if not as_json:
             words = ", ".join(f"{c.label} {100 * c.probability:.1f} %" for c in classes)
-            click.echo(printable(f"{path}: {words}"))
+            click.echo(printable(f"{answered[len(predictions)]}: {words}"))
+        predictions.append(classes)
     if as_json:
         result = [
             {"image": str(path), "predictions": [asdict(c) for c in classes]}

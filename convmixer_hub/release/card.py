@@ -54,6 +54,7 @@ from ..machine import describe_machine
 from ..model.config import get_config, get_label_names
 from ..model.convmixer import ConvMixer
 from ..model.depthwise import DepthWiseConv2d
+from ..model.inference import prepare_if_possible
 from ..training.finetune import FINETUNE_OPTIONS
 from ..training.folder import METRICS_FILE, read_metrics
 from ..training.settings import RECIPE, TrainingSettings
@@ -129,7 +130,7 @@ def write_card(
     if metrics:
         figures["curve.png"] = draw_curve(metrics)
     loader = DataLoader(prepare_test_images(model, dataset), batch_size, num_workers=workers)
-    logits, labels = collect_logits(model, loader)
+    logits, labels = collect_logits(prepare_if_possible(model.eval()), loader)
     probabilities = logits.softmax(dim=1)
     confusion = count_confusions(probabilities, labels)
     calibration = measure_calibration(probabilities, labels)

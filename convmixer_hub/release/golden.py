@@ -22,6 +22,7 @@ from ..files import hash_file, write_file
 from ..hub.find import find_embedded
 from ..hub.records import GOLDEN_FILE, WEIGHTS_FILE
 from ..model.config import get_config
+from ..model.inference import prepare_if_possible
 from ..zoo import load_trained
 
 # By how much logits may differ, as a share of the largest: several times what rounding does.
@@ -62,7 +63,7 @@ def make_golden_input(input_size: tuple[int, int, int]) -> Tensor:
 @torch.inference_mode()
 def _compute_logits(model: nn.Module, dtype: torch.dtype) -> Tensor:
     images = make_golden_input(get_config(model)["input_size"])
-    logits: Tensor = model.eval().to(dtype)(images.to(dtype))
+    logits: Tensor = model(images.to(dtype))
     return logits.double()
 
 
@@ -81,7 +82,7 @@ def write_golden(folder: str | Path, output: str | Path | None = None) -> Path:
         DataError: If the file cannot be written.
     """
     folder = Path(folder)
-    logits = _compute_logits(load_trained(folder), torch.float64)
+    logits = _compute_logits(load_trained(folder).eval().double(), torch.float64)
     golden = {
         "sha256": hash_file(folder / WEIGHTS_FILE),
         "input": _INPUT,
@@ -117,10 +118,13 @@ def verify(name: str, dtype: str = "float32") -> Verification:
     except OSError as error:
         raise CheckpointError(f"{file}: cannot be read ({first_line(error)}); {remedy}") from None
     golden = parse_golden(content, file, hash_file(source.file), remedy)
-    logits = _compute_logits(model, getattr(torch, dtype))
+    kind = getattr(torch, dtype)
+    model.eval().to(kind)
+    # As it is, and as `predict` and `evaluate` use it.
+    logits, also = (_compute_logits(m, kind) for m in (model, prepare_if_possible(model)))
     if logits.shape != golden.shape:
         raise CheckpointError(f"{file}: holds logits of another model; {remedy}")
-    difference = (logits - golden).abs().max() / golden.abs().max()
+    difference = (torch.stack([logits, also]) - golden).abs().max() / golden.abs().max()
     return Verification(difference.item(), TOLERANCES[dtype])
 
 

@@ -1,0 +1,175 @@
+import copy
+import io
+import warnings
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+from convmixer_hub import ModelSizeError, prepare_for_inference
+from convmixer_hub.data.images import open_image
+from convmixer_hub.model import inference
+from convmixer_hub.model.cpu import speed_up_on_cpu
+from convmixer_hub.predict import predict
+from convmixer_hub.zoo import VARIANTS, load_trained
+
+from .conftest import IMAGES
+from .test_convmixer import randomise_norms
+
+ARCH = "convmixer_96_8_ks5_p1"
+
+
+@pytest.fixture
+def make_model():
+    """Make a model whose BatchNorms show whether they are used, and where."""
+
+    def make(arch=ARCH, **options):
+        model = timm.create_model(arch, **options)
+        randomise_norms(model)
+        return model.eval()
+
+    return make
+
+
+def assert_same(model, prepared, x):
+    with torch.no_grad():
+        expected, found = model(x), prepared(x)
+    assert found.shape == expected.shape
+    scale = expected.abs().max()
+    torch.testing.assert_close(found / scale, expected / scale, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("arch", VARIANTS)
+@pytest.mark.parametrize("count", [1, 3, 20])
+def test_logits_are_those_of_the_model(make_model, arch, count):
+    model = make_model(arch)
+    prepared = prepare_for_inference(model)
+    assert prepared._can_fuse
+    assert_same(model, prepared, torch.randn(count, 3, 32, 32))
+
+
+def test_a_trained_model_gives_its_logits(batch):
+    model = load_trained("convmixer_cifar").eval()
+    assert_same(model, prepare_for_inference(model), batch)
+
+
+@pytest.mark.parametrize("size", [(2, 2), (7, 50), (33, 31), (64, 64)])
+def test_images_of_any_size(make_model, size):
+    model = make_model("convmixer_cifar")
+    prepared = prepare_for_inference(model)
+    for count in (4, 1):
+        assert_same(model, prepared, torch.randn(count, 3, *size))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"act_layer": "relu"},
+        {"act_layer": nn.SiLU},
+        {"act_layer": lambda: nn.GELU("tanh")},
+        {"global_pool": "catavgmax"},
+        {"global_pool": "", "num_classes": 0},
+        {"num_classes": 0},
+        {"in_chans": 1},
+        {"drop_path_rate": 0.5, "drop_rate": 0.5},
+    ],
+    ids=str,
+)
+def test_other_models(make_model, options):
+    model = make_model(**options)
+    x = torch.randn(5, options.get("in_chans", 3), 32, 32)
+    assert_same(model, prepare_for_inference(model), x)
+
+
+def test_without_onednn_and_elsewhere_ordinary_operations_do(make_model, batch, monkeypatch):
+    model = make_model()
+    prepared = prepare_for_inference(model)
+    monkeypatch.setattr(inference._Convolution, "compute_fused", None)
+    assert not prepare_for_inference(model)._can_fuse
+    assert_same(model, prepare_for_inference(model), batch)
+    assert_same(model.double(), prepare_for_inference(model), batch.double())
+    half = copy.deepcopy(model).bfloat16()
+    found = prepare_for_inference(half)(batch.bfloat16())
+    assert found.dtype is torch.bfloat16
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.isfinite(prepared(batch)).all()
+    x = batch.clone().requires_grad_()
+    prepared(x).sum().backward()
+    assert x.grad is not None and x.grad.abs().sum() > 0
+
+
+def test_features_are_those_of_the_model(make_model, batch):
+    model = make_model()
+    with torch.no_grad():
+        found, expected = (
+            prepare_for_inference(model).forward_features(batch),
+            model.forward_features(batch),
+        )
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_the_model_stays_as_it_is_and_the_other_as_it_was(make_model, batch):
+    model = make_model()
+    before = copy.deepcopy(model)
+    prepared = prepare_for_inference(model)
+    expected = prepared(batch)
+    torch.testing.assert_close(model.state_dict(), before.state_dict(), atol=0, rtol=0)
+    nn.init.zeros_(model.patch_emb.conv.weight)
+    assert torch.equal(prepared(batch), expected)
+    assert model.train().training
+
+
+def test_it_is_copied_saved_traced_and_exported(make_model, batch):
+    prepared = prepare_for_inference(make_model())
+    expected = prepared(batch)
+    assert torch.equal(copy.deepcopy(prepared)(batch), expected)
+    buffer = io.BytesIO()
+    torch.save(prepared, buffer)
+    buffer.seek(0)
+    assert torch.equal(torch.load(buffer, weights_only=False)(batch), expected)
+    with torch.no_grad():
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the check of sizes is for these images alone
+            traced = torch.jit.trace(prepared, batch)
+        torch.testing.assert_close(traced(batch), expected, atol=1e-4, rtol=1e-4)
+        program = torch.export.export(prepared, (batch,))
+        torch.testing.assert_close(program.module()(batch), expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.slow
+def test_it_can_be_compiled(make_model, batch):
+    prepared = prepare_for_inference(make_model())
+    with torch.no_grad():
+        compiled = torch.compile(prepared)
+        torch.testing.assert_close(compiled(batch), prepared(batch), atol=1e-4, rtol=1e-4)
+
+
+def test_predict_takes_it():
+    model = load_trained("convmixer_cifar")
+    images = [open_image(IMAGES / f"{name}.png") for name in ("cat", "ship")]
+    found = predict(prepare_for_inference(model), images)
+    for one, other in zip(found, predict(model, images)):
+        assert [p.label for p in one] == [p.label for p in other]
+
+
+def test_what_cannot_be_is_refused(make_model, batch):
+    model = make_model()
+    prepared = prepare_for_inference(model)
+    with pytest.raises(ModelSizeError, match="prepared for inference cannot be trained: train the"):
+        prepared.train()
+    assert not prepared.eval().training
+    with pytest.raises(AssertionError, match="the image is smaller than one patch: resize it, or "):
+        prepare_for_inference(make_model("convmixer_cifar"))(torch.randn(1, 3, 1, 9))
+    for other in (
+        timm.create_model("test_resnet"),
+        timm.create_model(ARCH, features_only=True),
+        prepared,
+    ):
+        with pytest.raises(
+            ModelSizeError, match=f"a {type(other).__name__} cannot be prepared for"
+        ):
+            prepare_for_inference(other)
+    speed_up_on_cpu(model)
+    with pytest.raises(ModelSizeError, match="the model is prepared for training: load the one"):
+        prepare_for_inference(model)
