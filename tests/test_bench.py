@@ -5,8 +5,8 @@ import timm
 import torch
 
 from convmixer_hub import TrainingError
-from convmixer_hub.bench.inference import bench_load
-from convmixer_hub.bench.training import _make_sequential, _make_timms, bench_train
+from convmixer_hub.bench.inference import bench_inference, bench_load
+from convmixer_hub.bench.training import _make_sequential, bench_train, make_timms
 from convmixer_hub.model.cpu import speed_up_on_cpu
 
 ARCH = "convmixer_96_8_ks5_p1"
@@ -18,7 +18,7 @@ def copy_by_order(source, target):
     target.load_state_dict(dict(zip(target.state_dict(), tensors, strict=True)))
 
 
-@pytest.mark.parametrize("make", [_make_timms, _make_sequential])
+@pytest.mark.parametrize("make", [make_timms, _make_sequential])
 def test_all_variants_compute_the_same(make):
     ours = timm.create_model(ARCH)
     other = make(ours)
@@ -52,3 +52,13 @@ def test_a_variant_that_fails_is_named():
 def test_building_with_and_without_weights_is_timed():
     without, with_weights = bench_load("convmixer_cifar", rounds=2)
     assert without > 0 and with_weights > 0
+
+
+@pytest.mark.slow
+def test_answers_are_timed_in_turns_and_are_the_same():
+    variants = ["timm", "timm-channels-last", "prepared"]
+    speeds = bench_inference(ARCH, variants, batch_size=2, rounds=1, progress=False)
+    assert [speed.variant for speed in speeds] == variants
+    assert all(speed.images_per_second > 0 and speed.difference < 1e-5 for speed in speeds)
+    with pytest.raises(TrainingError, match="resnet18: is no ConvMixer of this package; name one"):
+        bench_inference("resnet18")

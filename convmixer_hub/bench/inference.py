@@ -1,13 +1,119 @@
-"""How fast a trained model is there."""
+"""How fast a trained model is there, and how fast it answers."""
 
 from __future__ import annotations
 
 import statistics
 import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 
 import timm
+import torch
+from torch import nn
 
+from ..errors import TrainingError
 from ..hub.records import get_record
+from ..model.config import get_config
+from ..model.convmixer import ConvMixer
+from ..model.inference import prepare_for_inference
+from .training import make_timms
+from .turns import time_in_turns
+
+IMAGES_A_TURN = 64  # at least
+
+
+@dataclass(frozen=True)
+class AnswerSpeed:
+    """How fast one variant answers.
+
+    Attributes:
+        variant: Its name.
+        images_per_second: Median over the rounds.
+        difference: Largest difference of its logits from the first variant's, as a share of the
+            largest logit.
+    """
+
+    variant: str
+    images_per_second: float
+    difference: float
+
+
+def _compile(model: nn.Module) -> nn.Module:
+    model = model.to(memory_format=torch.channels_last)
+    model.compile()
+    return model
+
+
+# From our model and timm's with the same weights to what is timed.
+VARIANTS: dict[str, Callable[[ConvMixer, nn.Module], nn.Module]] = {
+    "timm": lambda ours, timms: timms,
+    "timm-channels-last": lambda ours, timms: timms.to(memory_format=torch.channels_last),
+    "timm-compiled": lambda ours, timms: _compile(timms),
+    "ours": lambda ours, timms: ours,
+    "prepared": lambda ours, timms: prepare_for_inference(ours),
+}
+
+
+def bench_inference(
+    name: str,
+    variants: Sequence[str] = tuple(VARIANTS),
+    batch_size: int = 64,
+    rounds: int = 7,
+    progress: bool = True,
+) -> list[AnswerSpeed]:
+    """Time the answers of a model, and of timm's with the same weights, in fp32 on the CPU.
+
+    Args:
+        name: A trained model's name, or an arch, whose weights are then random.
+        variants: Keys of `VARIANTS`. `timm` is as a user gets it; `prepared` is what
+            `prepare_for_inference` gives.
+        batch_size: Images a call.
+        rounds: Turns of each variant that count, after two that do not.
+        progress: Show a progress bar, if there is a terminal.
+
+    Raises:
+        TrainingError: If it is no ConvMixer of this package, or a variant fails.
+    """
+    if not timm.is_model(name.partition(".")[0]) or not isinstance(_load(name), ConvMixer):
+        raise TrainingError(f"{name}: is no ConvMixer of this package; name one of its models")
+    makers = {variant: partial(_make_turn, name, variant, batch_size) for variant in variants}
+    timings = time_in_turns(makers, rounds, progress=progress)
+    images = max(IMAGES_A_TURN, batch_size) // batch_size * batch_size
+    return [
+        AnswerSpeed(variant, images / timing.seconds, float(timing.remark))
+        for variant, timing in timings.items()
+    ]
+
+
+def _load(name: str) -> nn.Module:
+    torch.manual_seed(0)
+    return timm.create_model(name, pretrained="." in name).eval()
+
+
+def _make_turn(name: str, variant: str, batch_size: int) -> tuple[Callable[[], float], str]:
+    ours = _load(name)
+    assert isinstance(ours, ConvMixer)
+    timms = make_timms(ours).eval()
+    # The same tensors in the same order.
+    timms.load_state_dict(dict(zip(timms.state_dict(), ours.state_dict().values(), strict=True)))
+    images = torch.randn(batch_size, *get_config(ours)["input_size"])
+    with torch.inference_mode():
+        expected = timms(images)
+    network = VARIANTS[variant](ours, timms)
+    if variant.startswith("timm-"):
+        images = images.contiguous(memory_format=torch.channels_last)
+    with torch.inference_mode():
+        difference = (network(images) - expected).abs().max() / expected.abs().max()
+
+    @torch.inference_mode()
+    def turn() -> float:
+        start = time.perf_counter()
+        for _ in range(max(IMAGES_A_TURN, batch_size) // batch_size):
+            network(images)
+        return time.perf_counter() - start
+
+    return turn, str(difference.item())
 
 
 def bench_load(name: str, rounds: int = 30) -> tuple[float, float]:

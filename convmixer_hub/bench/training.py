@@ -1,34 +1,24 @@
-"""How fast a model trains, beside others of the same size.
-
-Each variant of a step lives in a process of its own, so that neither its memory nor its settings
-touch the others, and the variants take their steps in turns, so that a busy machine slows them all
-alike.
-"""
+"""How fast a model trains, beside others of the same size."""
 
 from __future__ import annotations
 
-import multiprocessing
-import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from multiprocessing.connection import Connection
-from typing import Any
+from functools import partial
 
 import timm
 import torch
 from timm.models.convmixer import ConvMixer as TimmConvMixer
 from torch import nn
 from torch.nn import functional as F
-from tqdm import tqdm
 
-from ..errors import TrainingError, first_line
+from ..errors import TrainingError
 from ..machine import find_device
 from ..model.config import get_config
 from ..model.convmixer import ConvMixer
 from ..model.cpu import choose_dtype, keep_freed_memory, speed_up_on_cpu
-
-SECONDS_TO_END = 10.0
+from .turns import time_in_turns
 
 
 @dataclass(frozen=True)
@@ -56,7 +46,7 @@ def _make_ours(model: ConvMixer) -> nn.Module:
     return model
 
 
-def _make_timms(model: ConvMixer) -> nn.Module:
+def make_timms(model: ConvMixer) -> nn.Module:
     """Make timm's ConvMixer of the same size."""
     return TimmConvMixer(
         dim=model.num_features,
@@ -112,10 +102,10 @@ class _Variant:
 
 
 VARIANTS: dict[str, _Variant] = {
-    "timm": _Variant(_make_timms),
-    "timm-compiled": _Variant(_make_timms, channels_last=True, compiled=True),
-    "timm-bf16": _Variant(_make_timms, channels_last=True, bf16=True),
-    "timm-bf16-compiled": _Variant(_make_timms, channels_last=True, bf16=True, compiled=True),
+    "timm": _Variant(make_timms),
+    "timm-compiled": _Variant(make_timms, channels_last=True, compiled=True),
+    "timm-bf16": _Variant(make_timms, channels_last=True, bf16=True),
+    "timm-bf16-compiled": _Variant(make_timms, channels_last=True, bf16=True, compiled=True),
     "sequential": _Variant(_make_sequential),
     "ours": _Variant(_make_ours, bf16=None),
 }
@@ -147,73 +137,12 @@ def bench_train(
     """
     if not timm.is_model(arch) or not isinstance(timm.create_model(arch), ConvMixer):
         raise TrainingError(f"{arch}: is no ConvMixer of this package; name one of its archs")
-    context = multiprocessing.get_context("spawn")
-    workers = []
-    for name in variants:
-        connection, other_end = context.Pipe()
-        process = context.Process(
-            target=_serve_steps, args=(other_end, arch, name, batch_size), daemon=True
-        )
-        process.start()
-        other_end.close()
-        workers.append((name, connection, process))
-    seconds: dict[str, list[float]] = {name: [] for name in variants}
-    try:
-        with tqdm(
-            total=len(variants) * (rounds + 2), leave=False, disable=None if progress else True
-        ) as bar:
-            for _ in range(rounds + 2):
-                for name, connection, _ in workers:
-                    bar.set_description(name)
-                    seconds[name].append(_ask(name, connection, "step"))
-                    bar.update()
-        return [
-            Speed(
-                name,
-                batch_size / statistics.median(seconds[name][2:]),
-                _ask(name, connection, "dtype"),
-                _ask(name, connection, "memory"),
-            )
-            for name, connection, _ in workers
-        ]
-    finally:
-        for _, connection, _ in workers:
-            connection.close()  # upon which the process ends, and what it started
-        for _, _, process in workers:
-            process.join(SECONDS_TO_END)
-            process.kill()
-
-
-class _Failure(str):
-    """Why a variant cannot be timed."""
-
-
-def _ask(name: str, connection: Connection, question: str) -> Any:
-    try:
-        connection.send(question)
-        answer = connection.recv()
-    except (EOFError, OSError):
-        answer = _Failure("its process died, perhaps for want of memory")
-    if isinstance(answer, _Failure):
-        raise TrainingError(
-            f"{name}: cannot be timed ({answer}); leave it out, or give a smaller --batch-size"
-        )
-    return answer
-
-
-def _serve_steps(connection: Connection, arch: str, name: str, batch_size: int) -> None:
-    """Be the process of one variant: take a step when asked to, and tell how long it took."""
-    try:
-        question = connection.recv()  # wait for the first turn, as getting ready takes all cores
-        step, dtype = _make_step(arch, VARIANTS[name], batch_size)
-        answers = {"step": step, "dtype": lambda: dtype, "memory": _peak_memory}
-        while True:
-            connection.send(answers[question]())
-            question = connection.recv()
-    except EOFError:
-        pass
-    except Exception as error:
-        connection.send(_Failure(f"{type(error).__name__}: {first_line(error)}"))
+    makers = {name: partial(_make_step, arch, VARIANTS[name], batch_size) for name in variants}
+    timings = time_in_turns(makers, rounds, progress=progress)
+    return [
+        Speed(name, batch_size / timing.seconds, timing.remark, timing.peak_memory)
+        for name, timing in timings.items()
+    ]
 
 
 def _make_step(arch: str, variant: _Variant, batch_size: int) -> tuple[Callable[[], float], str]:
@@ -250,11 +179,3 @@ def _make_step(arch: str, variant: _Variant, batch_size: int) -> tuple[Callable[
         return time.perf_counter() - start
 
     return step, reason
-
-
-def _peak_memory() -> float:
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**20
-    import resource  # not on Windows
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10

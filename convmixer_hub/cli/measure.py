@@ -12,7 +12,8 @@ import timm
 import torch
 
 from ..bench.ablation import CHANGES, Outcome, compare_changes
-from ..bench.inference import bench_load
+from ..bench.inference import VARIANTS as ANSWERS
+from ..bench.inference import bench_inference, bench_load
 from ..bench.training import VARIANTS, bench_train
 from ..bench.transfer import bench_finetune
 from ..hub.find import locate
@@ -73,6 +74,53 @@ def bench_train_command(
     for speed in speeds:
         if speed.variant == "ours":
             click.echo(f"ours computes in {speed.dtype}")
+
+
+@bench_command.command("inference")
+@click.argument("name", default=DEFAULT_MODEL)
+@click.option(
+    "--batch-size",
+    "batch_sizes",
+    default=(64, 1),
+    show_default=True,
+    multiple=True,
+    type=POSITIVE,
+    help="Images a call; may be repeated.",
+)
+@click.option("--rounds", default=7, show_default=True, type=POSITIVE, help="Turns that count.")
+@click.option(
+    "--variant",
+    "variants",
+    multiple=True,
+    type=click.Choice(list(ANSWERS)),
+    help="Only this one; may be repeated.",
+)
+def bench_inference_command(
+    name: str, batch_sizes: tuple[int, ...], rounds: int, variants: tuple[str, ...]
+) -> None:
+    """Time the answers of NAME and of timm's ConvMixer with the same weights, in turns.
+
+    In fp32 on the CPU. timm: as a user gets it; timm-channels-last and timm-compiled: with that
+    memory format, the latter with torch.compile, too; ours: this package's model; prepared: what
+    prepare_for_inference makes of it. The difference is that of the logits, as a share of the
+    largest one.
+    """
+    rows = [["batch", "variant", "images/s", f"× {(variants or tuple(ANSWERS))[0]}", "difference"]]
+    for batch_size in batch_sizes:
+        speeds = bench_inference(name, variants or tuple(ANSWERS), batch_size, rounds)
+        for speed in speeds:
+            ratio = speed.images_per_second / speeds[0].images_per_second
+            rows.append(
+                [
+                    str(batch_size),
+                    speed.variant,
+                    f"{speed.images_per_second:.0f}",
+                    f"{ratio:.2f}",
+                    f"{speed.difference:.0e}",
+                ]
+            )
+    click.echo(f"{name}, median of {rounds} turns, {_describe_setting()}")
+    print_table(rows)
 
 
 @bench_command.command("load")

@@ -140,6 +140,14 @@ RECORDS: dict[str, CheckpointRecord] = {
             top1=94.67,
             ece=8.47,
         ),
+        CheckpointRecord(
+            name="convmixer_96_8_ks5_p1.cifar10",
+            sha256="522c6e7e9fcfac40f1ad00698bbb968d43e9d9ad5a0f87570a9ea600170f0d05",
+            size=421488,
+            dataset=CIFAR10,
+            top1=92.28,
+            ece=0.95,
+        ),
     ]
 }
 
