@@ -16,6 +16,7 @@ from .model.config import check_classifies, get_label_names
 from .model.inference import prepare_if_possible
 
 BATCH_SIZE = 64
+WORTH_PREPARING = 8  # images: for fewer, preparing a model takes longer than it saves
 
 
 @dataclass(frozen=True)
@@ -51,9 +52,11 @@ def predict_each(
     transform = eval_transform(resolve_input_data_config(model))
     parameter = next(model.parameters())
     names = get_label_names(model)
-    network = prepare_if_possible(model.eval())
+    network = model.eval()
     tensors = (transform(to_rgb(image)) for image in images)
     while batch := list(islice(tensors, batch_size)):
+        if network is model and len(batch) >= WORTH_PREPARING:
+            network = prepare_if_possible(model)
         with torch.inference_mode():
             logits = network(torch.stack(batch).to(parameter.device, parameter.dtype))
             probabilities = logits.float().softmax(dim=1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,17 @@ def _describe_setting() -> str:
     return f"{describe_machine(find_device())}, torch {torch.__version__}, timm {timm.__version__}"
 
 
+def _variant_option(names: Iterable[str]) -> Callable[[Callable], Callable]:
+    """Make the option that chooses among variants."""
+    return click.option(
+        "--variant",
+        "variants",
+        multiple=True,
+        type=click.Choice(list(names)),
+        help="Only this one; may be repeated.",
+    )
+
+
 @click.group("bench")
 def bench_command() -> None:
     """Measure what is claimed: speed, memory, and what choices in training are worth."""
@@ -37,13 +48,7 @@ def bench_command() -> None:
 @click.argument("model", default=DEFAULT_MODEL)
 @click.option("--batch-size", default=128, show_default=True, type=click.IntRange(min=2))
 @click.option("--rounds", default=5, show_default=True, type=POSITIVE, help="Steps that count.")
-@click.option(
-    "--variant",
-    "variants",
-    multiple=True,
-    type=click.Choice(list(VARIANTS)),
-    help="Only this one; may be repeated.",
-)
+@_variant_option(VARIANTS)
 def bench_train_command(
     model: str, batch_size: int, rounds: int, variants: tuple[str, ...]
 ) -> None:
@@ -88,13 +93,7 @@ def bench_train_command(
     help="Images a call; may be repeated.",
 )
 @click.option("--rounds", default=7, show_default=True, type=POSITIVE, help="Turns that count.")
-@click.option(
-    "--variant",
-    "variants",
-    multiple=True,
-    type=click.Choice(list(ANSWERS)),
-    help="Only this one; may be repeated.",
-)
+@_variant_option(ANSWERS)
 def bench_inference_command(
     name: str, batch_sizes: tuple[int, ...], rounds: int, variants: tuple[str, ...]
 ) -> None:

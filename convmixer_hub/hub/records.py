@@ -51,13 +51,14 @@ class DatasetRecord:
     name: str
     hub_id: str
     classes: tuple[str, ...]
-    test_images: int = 10_000
+    test_images: int
 
 
 CIFAR10 = DatasetRecord(
     "CIFAR-10",
     "uoft-cs/cifar10",
     ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"),
+    test_images=10_000,
 )
 CIFAR100 = DatasetRecord(
     "CIFAR-100",
@@ -75,6 +76,7 @@ CIFAR100 = DatasetRecord(
         trout tulip turtle wardrobe whale willow_tree wolf woman worm
         """.split()
     ),
+    test_images=10_000,
 )
 DATASETS = (CIFAR10, CIFAR100)
 
