@@ -37,6 +37,11 @@ def describe_machine(device: torch.device) -> str:
     return f"{os.cpu_count()} CPU cores ({kind})"
 
 
+def count_free_cores() -> int:
+    """Count the CPU cores that each process here may use beside the one it runs on, at least 1."""
+    return max(1, (os.cpu_count() or 1) // get_world_size() - 1)
+
+
 def get_rank() -> int:
     """Give the number of this process, from 0; the first one alone prints and writes files."""
     return int(os.environ["RANK"]) if _started_by_torchrun() else 0

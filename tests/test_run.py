@@ -1,6 +1,7 @@
 import csv
 import errno
 import json
+import math
 import multiprocessing
 import os
 import random
@@ -27,11 +28,12 @@ from convmixer_hub.hub.records import CIFAR10
 from convmixer_hub.training import network as network_module
 from convmixer_hub.training import run as run_module
 from convmixer_hub.training.folder import lock_run
+from convmixer_hub.training.images import choose_images, load_images, serve_batches
 from convmixer_hub.training.run import train
 from convmixer_hub.training.settings import TrainingSettings
 from convmixer_hub.zoo import load_trained
 
-from .conftest import CHECKOUT, IMAGES
+from .conftest import CHECKOUT, CONFIG, IMAGES
 
 TRAINED = "convmixer_cifar.cifar10"
 SETTINGS = TrainingSettings(
@@ -179,6 +181,32 @@ def test_a_run_stopped_at_every_save_goes_on_as_if_nothing_had_happened(
     parts = run(settings, cifar_sample, tmp_path / "parts")
     torch.testing.assert_close(weights_after(parts), weights_after(whole), atol=0, rtol=0)
     assert read_metrics(parts) == read_metrics(whole)
+
+
+def test_a_run_goes_on_here_that_began_on_a_gpu(
+    cifar_sample, tmp_path, weights_after, monkeypatch, stop_after
+):
+    whole = run(SETTINGS, cifar_sample, tmp_path / "whole")
+    monkeypatch.setattr(run_module, "SECONDS_BETWEEN_SAVES", math.inf)
+    stop_after(1)
+    with pytest.raises(KeyboardInterrupt):
+        run(SETTINGS, cifar_sample, tmp_path / "parts")
+    state = torch.load(tmp_path / "parts" / "training_state.pt", weights_only=True)
+    assert state["epoch"] == 1
+    for group in state["optimizer"]["param_groups"]:  # as they are there
+        group |= {"capturable": True, "lr": torch.tensor(group["lr"])}
+    torch.save(state, tmp_path / "parts" / "training_state.pt")
+    parts = run(SETTINGS, cifar_sample, tmp_path / "parts")
+    torch.testing.assert_close(weights_after(parts), weights_after(whole), atol=0, rtol=0)
+
+
+def test_batches_from_other_processes_are_the_same(cifar_sample):
+    settings = replace(SETTINGS, rand_augment="rand-m9-n2", random_erasing=0.5)
+    chosen = choose_images(settings, open_dataset(cifar_sample))
+    images, _ = load_images(settings, chosen, CONFIG, skip_damaged=False, progress=False)
+    here, there = (list(serve_batches(settings, images, 0, 1, workers)) for workers in (0, 2))
+    assert len(here) == 5
+    torch.testing.assert_close(there, here, atol=0, rtol=0)
 
 
 def test_a_run_keeps_the_precision_it_began_with(

@@ -71,7 +71,6 @@ class TrainingImages:
         rand_augment: timm's description of a RandAugment, such as `rand-m9-n2-mstd0.5-inc1`.
         flip: One of `FLIPS`.
         skip_damaged: Leave out images that cannot be read.
-        device: Where the images are kept and augmented.
         progress: Show a progress bar, if there is a terminal.
 
     Attributes:
@@ -90,7 +89,6 @@ class TrainingImages:
         rand_augment: str = "",
         flip: str = "alternating",
         skip_damaged: bool = False,
-        device: torch.device | str = "cpu",
         progress: bool = True,
     ) -> None:
         channels, *sides = data_config["input_size"]
@@ -103,9 +101,9 @@ class TrainingImages:
         tensors, self.labels, self.damaged = read_images(
             images, eval_transform(data_config, normalize=False), skip_damaged, progress
         )
-        self.images = tensors.to(device)  # uint8 [count, channels, side, side]
-        self.mean = torch.tensor(data_config["mean"], device=device).view(-1, 1, 1)
-        self.std = torch.tensor(data_config["std"], device=device).view(-1, 1, 1)
+        self.images = tensors  # uint8 [count, channels, side, side]
+        self.mean = torch.tensor(data_config["mean"]).view(-1, 1, 1)
+        self.std = torch.tensor(data_config["std"]).view(-1, 1, 1)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -152,12 +150,12 @@ class TrainingImages:
 
         # Bytes of this process's share: [batch_size, channels, image_size, image_size].
         batch = batch[share]
-        images = self.images[batch.to(self.images.device)]
+        images = self.images[batch]
         if augment and self.rand_augment is not None:
-            pictures = [transforms.functional.to_pil_image(image) for image in images.cpu()]
+            pictures = [transforms.functional.to_pil_image(image) for image in images]
             images = torch.stack(
                 [transforms.functional.pil_to_tensor(self.rand_augment(p)) for p in pictures]
-            ).to(self.images.device)
+            )
         # Floats: [batch_size, channels, *crop_size].
         images = _cut(images, borders, crop_size, corners[:, share], mirrored[share])
         return (images / 255.0 - self.mean) / self.std, self.labels[batch]
@@ -194,4 +192,4 @@ def _cut(
         rows[:, None, :, None],
         columns[:, None, None, :],
     )
-    return images[tuple(place.to(images.device) for place in places)]
+    return images[places]

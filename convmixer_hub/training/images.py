@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
-from torch.utils.data import DataLoader, TensorDataset
+from timm.data.random_erasing import RandomErasing
+from timm.utils import random_seed
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, TensorDataset
 from tqdm import tqdm
 
-from ..data.augment import TrainingImages
+from ..data.augment import TrainingImages, derive_seed
 from ..data.images import eval_transform
 from ..data.reader import ImageDataset, LabeledImages, hold_out, read_images
 from ..errors import DataError, TrainingError
@@ -68,7 +71,6 @@ def load_images(
     settings: TrainingSettings,
     images: RunImages,
     data_config: Mapping[str, Any],
-    device: torch.device,
     skip_damaged: bool,
     progress: bool,
 ) -> tuple[TrainingImages, DataLoader | None]:
@@ -78,7 +80,6 @@ def load_images(
         settings: Those of the run.
         images: From `choose_images`.
         data_config: From `timm.data.resolve_input_data_config(model)`.
-        device: Where training images are kept and augmented.
         skip_damaged: Leave out images that cannot be read, naming them on stderr.
         progress: Show progress bars, if there is a terminal.
 
@@ -96,7 +97,6 @@ def load_images(
         settings.rand_augment,
         settings.flip,
         skip_damaged,
-        device,
         progress,
     )
     damaged = training.damaged
@@ -123,3 +123,55 @@ def load_images(
             f"{settings.batch_size}; give {remedy}"
         )
     return training, validation
+
+
+class _Batches(Dataset[tuple[Tensor, Tensor]]):
+    """The augmented batches of a run, by epoch and step; this process's share of each."""
+
+    def __init__(self, settings: TrainingSettings, images: TrainingImages) -> None:
+        self.settings = settings
+        self.images = images
+        self.erase = RandomErasing(settings.random_erasing, mode="pixel", device="cpu")
+        share = settings.batch_size // get_world_size()
+        self.share = slice(get_rank() * share, (get_rank() + 1) * share)
+
+    def __getitem__(self, place: tuple[int, int]) -> tuple[Tensor, Tensor]:
+        settings, (epoch, step) = self.settings, place
+        # The seed of each step is its own, so that a run that is resumed at any step computes what
+        # it would have computed.
+        random_seed(derive_seed(settings.seed, epoch, step) % 2**31, get_rank())
+        crop_size = settings.choose_crop_size(epoch, self.images.image_size)
+        augments = settings.augments(epoch)
+        images, labels = self.images.read_batch(
+            epoch, step, settings.batch_size, crop_size, augments, self.share
+        )
+        return self.erase(images) if augments else images, labels
+
+
+def serve_batches(
+    settings: TrainingSettings, images: TrainingImages, epoch: int, step: int, workers: int = 0
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Serve the batches of a run, from a step of an epoch to the last of the last.
+
+    Args:
+        settings: Those of the run.
+        images: Its training images.
+        epoch: The first epoch, from 0.
+        step: The first step in it, from 0.
+        workers: Processes that augment images while this one trains; 0 to do it in turns. The
+            batches are the same.
+
+    Returns:
+        Images `[share of the batch, channels, *crop_size]` and their labels, on the CPU.
+    """
+    steps = len(images) // settings.batch_size
+    first, last = epoch * steps + step, settings.epochs * steps
+    loader = DataLoader(
+        _Batches(settings, images),
+        batch_size=None,
+        sampler=[divmod(number, steps) for number in range(first, last)],
+        num_workers=workers,
+        prefetch_factor=4 if workers else None,
+        pin_memory=torch.cuda.is_available(),
+    )
+    return iter(loader)

@@ -20,6 +20,7 @@ from ..errors import TrainingError
 from ..machine import get_world_size
 from ..model.convmixer import ConvMixer
 from ..model.cpu import keep_freed_memory, speed_up_on_cpu
+from ..model.gpu import FastOnGPU, can_speed_up
 from ..model.init import draw_kernels_by_depth
 from ..zoo import load_trained
 from .folder import RunState
@@ -60,7 +61,10 @@ class Network:
         """Go on from the state dicts of a run."""
         assert state.model is not None and state.optimizer is not None
         self.model.load_state_dict(state.model)
-        self.optimizer.load_state_dict(state.optimizer)
+        # The run may have been on another kind of device before.
+        capturable = {"capturable": self.optimizer.param_groups[0]["capturable"]}
+        groups = [group | capturable for group in state.optimizer["param_groups"]]
+        self.optimizer.load_state_dict(state.optimizer | {"param_groups": groups})
         if self.average is not None and state.average is not None:
             self.average.module.load_state_dict(state.average)
 
@@ -91,6 +95,7 @@ def build_network(
     if settings.covariance_init:
         draw_kernels_by_depth(model)
     model.to(device)
+    module: nn.Module = model
     if device.type == "cpu":
         keep_freed_memory()
         speed_up_on_cpu(model)
@@ -102,8 +107,9 @@ def build_network(
             )
     elif get_world_size() > 1:
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    elif can_speed_up(model) and not settings.freeze_batch_norm:
+        module = FastOnGPU(model)
     average = ModelEmaV3(model, settings.ema_decay, use_warmup=True) if settings.ema_decay else None
-    module: nn.Module = model
     if get_world_size() > 1:
         module = DistributedDataParallel(
             model,
@@ -116,6 +122,8 @@ def build_network(
         lr=settings.learning_rate,
         weight_decay=settings.weight_decay,
         layer_decay=settings.layer_decay if settings.layer_decay < 1 else None,
+        # So that a step can be recorded, see `TrainingStep`.
+        capturable=device.type == "cuda" and get_world_size() == 1,
         **OPTIMIZERS[settings.optimizer],
     )
     return Network(model, module, average, optimizer)

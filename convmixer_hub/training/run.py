@@ -14,10 +14,8 @@ from typing import Any
 
 import torch
 from timm.data import Mixup, resolve_input_data_config
-from timm.data.random_erasing import RandomErasing
 from timm.utils import random_seed
-from torch import nn
-from torch.nn import functional as F
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from tqdm import tqdm
 
@@ -28,6 +26,7 @@ from ..evaluate import collect_logits, evaluate, fit_temperature
 from ..hub.records import CONFIG_FILE, WEIGHTS_FILE, suggest
 from ..machine import (
     ask_first_process,
+    count_free_cores,
     describe_machine,
     get_rank,
     get_world_size,
@@ -37,9 +36,10 @@ from ..machine import (
 from ..model.cpu import choose_dtype
 from ..zoo import default_cfgs
 from .folder import RunState, lock_run, open_run, save_results, save_state
-from .images import RunImages, choose_images, load_images
+from .images import RunImages, choose_images, load_images, serve_batches
 from .network import build_network, muon_computing_in
 from .settings import TrainingSettings
+from .step import TrainingStep
 
 SECONDS_BETWEEN_SAVES = 60.0
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -164,15 +164,18 @@ class _Run:
             before = state.machine or here
             state.machine = before if before.endswith(here) else f"{before}, then {here}"
             self.images, self.validation = load_images(
-                settings, images, data_config, device, skip_damaged, progress
+                settings, images, data_config, skip_damaged, progress
             )
+            workers = count_free_cores() if device.type == "cuda" else 0
+            self.batches = serve_batches(settings, self.images, state.epoch, state.step, workers)
+            self.take_step = TrainingStep(self.network, settings, self.dtype, device)
         self.mix = Mixup(
             mixup_alpha=settings.mixup,
             cutmix_alpha=settings.cutmix,
             label_smoothing=settings.label_smoothing,
             num_classes=len(dataset.classes),
         )
-        self.erase = RandomErasing(settings.random_erasing, mode="pixel", device=device)
+        self.saved = time.monotonic()
         if state.model is not None:
             self.network.load_state(state)
             if state.step == 0:
@@ -212,11 +215,8 @@ class _Run:
         epoch, first_step = state.epoch, state.step
         # Sums over the epoch so far; they begin anew with it.
         sums = state.sums if first_step else {"loss": 0.0, "correct": 0.0, "seconds": 0.0}
-        crop_size = self.images.image_size  # height, width
-        if not settings.shows_whole_images(epoch):
-            crop_size = (settings.small_crop_size,) * 2
         steps = len(self.images) // settings.batch_size
-        start, saved = time.monotonic() - sums["seconds"], time.monotonic()
+        start = time.monotonic() - sums["seconds"]
         self.network.module.train()
         if settings.freeze_batch_norm:
             for module in self.network.model.modules():
@@ -230,26 +230,32 @@ class _Run:
             leave=False,
             disable=None if self.progress else True,
         ) as bar:
+            numbers: Tensor | None = None
             for step in range(first_step, steps):
                 factor = settings.learning_rate_factor(epoch + (step + 0.5) / steps)
-                loss, correct = self._train_step(epoch, step, crop_size, factor)
-                sums["loss"] += loss
-                sums["correct"] += correct
+                # A step's numbers are read when the next has begun: a GPU is never waited for.
+                previous, numbers = numbers, self._train_step(epoch, step, factor)
+                if previous is not None:
+                    self._add(previous, sums, epoch, step - 1)
+                if self._save_is_due or step + 1 == steps:
+                    self._add(numbers, sums, epoch, step)
+                    numbers = None
                 sums["seconds"] = time.monotonic() - start
-                count = (step + 1) * settings.batch_size
+                count = (step + (numbers is None)) * settings.batch_size or 1
                 bar.set_postfix_str(
                     f"loss {sums['loss'] / count:.3f}, "
                     f"accuracy {100 * sums['correct'] / count:.1f} %, "
                     f"{count / sums['seconds']:.0f} images/s"
                 )
                 bar.update()
-                if time.monotonic() - saved > SECONDS_BETWEEN_SAVES:
+                if numbers is None and self._save_is_due:
                     self._update_state(epoch, step + 1, sums)
                     if get_rank() == 0:
                         save_state(self.folder, state)
-                    saved = time.monotonic()
+                    self.saved = time.monotonic()
 
         count = steps * settings.batch_size
+        crop_size = settings.choose_crop_size(epoch, self.images.image_size)
         metrics = {
             "epoch": epoch + 1,
             "crop_size": "×".join(map(str, crop_size)) if len(set(crop_size)) > 1 else crop_size[0],
@@ -271,70 +277,38 @@ class _Run:
             device = self.device
             state.temperature = fit_temperature(logits.to(device), labels.to(device))
         self._update_state(epoch + 1, 0, {})
-        self._save_all()
+        # Saving takes a tenth of a second, as an epoch may on a GPU.
+        on_cpu = self.device.type == "cpu"
+        if on_cpu or self._save_is_due or epoch + 1 == settings.epochs:
+            self._save_all()
         if self.progress:
             tqdm.write("  ".join(f"{name} {value}" for name, value in metrics.items()))
 
-    def _train_step(
-        self, epoch: int, step: int, crop_size: tuple[int, ...], learning_rate_factor: float
-    ) -> tuple[float, int]:
-        """Take one step; return the sum of the losses and the number of correct images."""
+    def _train_step(self, epoch: int, step: int, learning_rate_factor: float) -> Tensor:
+        """Take one step; return what `TrainingStep` does."""
         settings = self.settings
-
-        # Images: [share of the batch, channels, *crop_size]. The seed of each step is its
-        # own, so that a run that is resumed at any step computes what it would have computed.
-        random_seed(derive_seed(settings.seed, epoch, step) % 2**31, get_rank())
-        augments = settings.augments(epoch)
-        share = settings.batch_size // get_world_size()
-        images, labels = self.images.read_batch(
-            epoch,
-            step,
-            settings.batch_size,
-            crop_size,
-            augments,
-            slice(get_rank() * share, (get_rank() + 1) * share),
-        )
-        images, labels = images.to(self.device), labels.to(self.device)
-        if augments:
-            images = self.erase(images)
-        targets, smoothing = labels, settings.label_smoothing
-        if augments and settings.mixes:
+        images, labels = (x.to(self.device, non_blocking=True) for x in next(self.batches))
+        targets = labels
+        if settings.mixes and settings.augments(epoch):
+            random_seed(derive_seed(settings.seed, epoch, step, 1) % 2**31, get_rank())
             images, targets = self.mix(images, labels)  # which smooths the labels, too
-            smoothing = 0.0
-
-        # Forward and backward.
-        in_bf16 = self.dtype is torch.bfloat16
-        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=in_bf16):
-            logits = self.network.module(images).float()
-        loss = F.cross_entropy(logits, targets, label_smoothing=smoothing)
-        correct = (logits.argmax(dim=1) == labels).sum()
-        for group in self.network.optimizer.param_groups:
-            group["lr"] = settings.learning_rate * learning_rate_factor * group.get("lr_scale", 1.0)
-        self.network.optimizer.zero_grad()
-        loss.backward()
-        norm = nn.utils.clip_grad_norm_(self.network.model.parameters(), settings.clip_grad)
-
-        # Numbers of the whole batch, checked before they reach the weights. They are read at once
-        # and only here: a GPU has nothing to do while it is waited for.
-        sums = torch.stack([loss.detach().double() * share, correct.double()])
-        numbers = torch.cat([sum_over_processes(sums), norm.double().view(1)])
-        loss_sum, correct_sum, norm_value = numbers.tolist()
-        self._check_finite("loss", loss_sum, epoch, step)
-        self._check_finite("norm of the gradient", norm_value, epoch, step)
-
-        # Update of the weights, and of their average.
-        self.network.optimizer.step()
+        numbers = self.take_step(images, labels, targets, learning_rate_factor)
         if self.network.average is not None:
             steps = len(self.images) // settings.batch_size
             self.network.average.update(self.network.model, epoch * steps + step + 1)
-        return loss_sum, int(correct_sum)
+        return numbers
 
-    def _check_finite(self, name: str, value: float, epoch: int, step: int) -> None:
-        if not math.isfinite(value):
-            raise TrainingError(
-                f"the {name} is {value} in epoch {epoch + 1}, step {step + 1}; {self.folder} "
-                "keeps what was saved before; start a new run with a smaller --lr"
-            )
+    def _add(self, numbers: Tensor, sums: dict[str, float], epoch: int, step: int) -> None:
+        """Add what a step gave to the sums of the epoch."""
+        loss, correct, norm = numbers.tolist()
+        for name, value in {"loss": loss, "norm of the gradient": norm}.items():
+            if not math.isfinite(value):
+                raise TrainingError(
+                    f"the {name} is {value} in epoch {epoch + 1}, step {step + 1}; {self.folder} "
+                    "keeps what was saved before; start a new run with a smaller --lr"
+                )
+        sums["loss"] += loss
+        sums["correct"] += int(correct)
 
     def _update_state(self, epoch: int, step: int, sums: dict[str, float]) -> None:
         state = self.state
@@ -342,11 +316,16 @@ class _Run:
         for name, value in self.network.get_state().items():
             setattr(state, name, value)
 
+    @property
+    def _save_is_due(self) -> bool:
+        return time.monotonic() - self.saved > SECONDS_BETWEEN_SAVES
+
     def _save_all(self) -> None:
         """Write the whole folder, between two epochs."""
         if get_rank() == 0:
             save_state(self.folder, self.state)
             save_results(self.folder, self._make_result(), self.state)
+        self.saved = time.monotonic()
 
     def _make_result(self) -> nn.Module:
         """Copy what the run gives: the last or the best weights, calibrated at its end."""

@@ -1,0 +1,311 @@
+"""Faster training on a GPU, for a model that is trained there: the same results, in less time.
+
+A GPU multiplies matrices ten times as fast as it does anything else, but has no such unit for
+depthwise convolutions. On small images these are products of matrices, too: for each channel,
+`[images, places]` times `[places, places]`, a matrix that holds each weight of the kernel once for
+every pair of places that it connects (a Toeplitz matrix). What is left, GELU, BatchNorm and the
+residual connection, costs what reading and writing memory costs, so it is done in as few passes as
+there can be.
+
+Activations are `[channels, images, places]`, so that a 1x1 convolution is one product of matrices,
+and the statistics of a channel are sums over a row.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable
+from functools import cache, wraps
+from typing import Any
+
+import torch
+from timm.layers import DropPath
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from ..errors import first_line
+from .convmixer import ConvMixer, ConvMixerLayer, name_activation
+
+# Beyond that, most of a Toeplitz matrix is zeros, and it takes more memory than the images.
+MOST_PLACES = 1024
+# Tensor cores take rows whose length is a multiple of this.
+ALIGNMENT = 8
+
+_logger = logging.getLogger(__package__)
+
+
+def _compiled_on_gpu(function: Callable) -> Callable:
+    """Let torch.compile fuse a function of tensors on a GPU; elsewhere it stays as it is."""
+    on_gpu = torch.compile(function, dynamic=False)
+
+    @wraps(function)
+    def call(x: Tensor, *others: Any) -> Any:
+        nonlocal on_gpu
+        if not x.is_cuda:
+            return function(x, *others)
+        try:
+            return on_gpu(x, *others)
+        except RuntimeError as error:  # torch.compile has no public error of its own
+            if on_gpu is function:
+                raise
+            on_gpu = function
+            _logger.warning(
+                "training takes twice as long here as it need: %s cannot be compiled (%s); "
+                "torch.compile wants a C compiler such as gcc",
+                function.__name__.strip("_"),
+                first_line(error),
+            )
+            return function(x, *others)
+
+    return call
+
+
+def _cumulate(z: Tensor) -> tuple[Tensor, Tensor]:
+    """Give the standard normal distribution up to z, which is GELU(z) / z, and exp(-z²/2)."""
+    density = torch.exp(-0.5 * z * z)
+    if z.dtype != torch.float32:
+        return 0.5 + 0.5 * torch.erf(z * 0.5**0.5), density
+    # A GPU's erf takes longer than reading what it is computed of. This one is exact to 1.5e-7
+    # (Abramowitz & Stegun, 7.1.26), and makes use of the density.
+    t = 1.0 / (1.0 + 0.3275911 * 0.5**0.5 * z.abs())
+    terms = t * (-0.284496736 + t * (1.421413741 + t * (-1.453152027 + t * 1.061405429)))
+    tail = 0.5 * t * (0.254829592 + terms) * density
+    return torch.where(z < 0, tail, 1.0 - tail), density
+
+
+def _gelu(z: Tensor, bias: Tensor) -> Tensor:
+    z = z.to(bias.dtype) + bias[:, None]
+    return z * _cumulate(z)[0]
+
+
+@_compiled_on_gpu
+def _sum(z: Tensor, bias: Tensor, center: Tensor) -> tuple[Tensor, Tensor]:
+    """Sum GELU(z + bias) - center, and its squares, over each row of `[channels, values]`."""
+    h = _gelu(z, bias) - center[:, None]
+    return h.sum(1), (h * h).sum(1)
+
+
+@_compiled_on_gpu
+def _normalize(
+    z: Tensor,
+    residual: Tensor | None,
+    bias: Tensor,
+    sums: tuple[Tensor, Tensor],
+    center: Tensor,
+    weight: Tensor,
+    shift: Tensor,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """BatchNorm of GELU(z + bias), plus the residual; also give mean and variance."""
+    from_center = sums[0] / z.shape[1]
+    variance = sums[1] / z.shape[1] - from_center * from_center
+    mean = center + from_center
+    h = _gelu(z, bias) - mean[:, None]
+    y = h * (weight * (variance + eps).rsqrt())[:, None] + shift[:, None]
+    if residual is not None:
+        y = y + residual
+    return y.to(z.dtype), mean, variance
+
+
+@_compiled_on_gpu
+def _sum_gradient(grad: Tensor, z: Tensor, bias: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
+    """Sum the gradient, and its product with GELU(z + bias) - mean, over each row."""
+    h = _gelu(z, bias) - mean[:, None]
+    grad = grad.to(bias.dtype)
+    return grad.sum(1), (grad * h).sum(1)
+
+
+@_compiled_on_gpu
+def _input_gradient(
+    grad: Tensor,
+    z: Tensor,
+    bias: Tensor,
+    sums: tuple[Tensor, Tensor],
+    mean: Tensor,
+    variance: Tensor,
+    weight: Tensor,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Give the gradients of z, of the bias, and of the weight of BatchNorm."""
+    rstd = (variance + eps).rsqrt()
+    biased = z.to(bias.dtype) + bias[:, None]
+    share, density = _cumulate(biased)
+    slope = share + biased * density * (2.0 * math.pi) ** -0.5
+    h = biased * share - mean[:, None]
+    from_mean = sums[0] / z.shape[1]
+    from_variance = sums[1] * rstd * rstd / z.shape[1]
+    grad_h = grad.to(bias.dtype) - from_mean[:, None] - h * from_variance[:, None]
+    grad_z = grad_h * (weight * rstd)[:, None] * slope
+    return grad_z.to(z.dtype), grad_z.sum(1), sums[1] * rstd
+
+
+def _multiply(x: Tensor, matrix: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Mix places, by a matrix for each channel, or channels; also give the residual of the former.
+
+    Args:
+        x: `[channels, images, places]`.
+        matrix: `[channels, places, places]`, or `[channels out, channels]`.
+
+    Returns:
+        Both as rows, `[channels, values]`.
+    """
+    rows = x.flatten(1)
+    return ((x @ matrix).flatten(1), rows) if matrix.ndim == 3 else (matrix @ rows, None)
+
+
+class _MixFunction(torch.autograd.Function):
+    """A product with one matrix or one for each channel, GELU, BatchNorm, and a residual."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        matrix: Tensor,
+        bias: Tensor,
+        weight: Tensor,
+        shift: Tensor,
+        center: Tensor,
+        eps: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        rows, residual = _multiply(x, matrix)
+        # A center near the mean keeps the variance from being a small difference of large numbers.
+        sums = _sum(rows, bias, center)
+        y, mean, variance = _normalize(rows, residual, bias, sums, center, weight, shift, eps)
+        ctx.save_for_backward(x, matrix, rows, bias, weight, mean, variance)
+        ctx.eps = eps
+        ctx.mark_non_differentiable(mean, variance)
+        return y.view(-1, *x.shape[1:]), mean, variance
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+        x, matrix, rows, bias, weight, mean, variance = ctx.saved_tensors
+        grad = grad.contiguous()
+        sums = _sum_gradient(grad.flatten(1), rows, bias, mean)
+        grad_z, grad_bias, grad_weight = _input_gradient(
+            grad.flatten(1), rows, bias, sums, mean, variance, weight, ctx.eps
+        )
+        grad_x = None
+        if matrix.ndim == 3:
+            grad_z = grad_z.view_as(grad)
+            if ctx.needs_input_grad[0]:
+                # With that of the residual, in place: nothing else needs the gradient.
+                grad_x = grad.baddbmm_(grad_z, matrix.mT)
+            grad_matrix = x.mT @ grad_z
+        else:
+            if ctx.needs_input_grad[0]:
+                grad_x = (matrix.mT @ grad_z).view_as(x)
+            grad_matrix = grad_z @ x.flatten(1).mT
+        return grad_x, grad_matrix, grad_bias, grad_weight, sums[0], None, None
+
+
+def _mix(x: Tensor, matrix: Tensor, bias: Tensor, norm: nn.BatchNorm2d) -> Tensor:
+    """Mix places or channels of `[channels, images, places]`, as `ConvMixerLayer` does."""
+    mean, variance = norm.running_mean, norm.running_var
+    assert mean is not None and variance is not None and norm.momentum is not None
+    if not norm.training:
+        rows, residual = _multiply(x, matrix)
+        sums = (torch.zeros_like(mean), variance * rows.shape[1])  # what gives these statistics
+        y = _normalize(rows, residual, bias, sums, mean, norm.weight, norm.bias, norm.eps)[0]
+        return y.view(-1, *x.shape[1:])
+    y, batch_mean, batch_variance = _MixFunction.apply(
+        x, matrix, bias, norm.weight, norm.bias, mean, norm.eps
+    )
+    count = y[0].numel()
+    with torch.no_grad():
+        assert norm.num_batches_tracked is not None
+        norm.num_batches_tracked += 1
+        mean.lerp_(batch_mean, norm.momentum)
+        variance.lerp_(batch_variance * (count / (count - 1)), norm.momentum)
+    return y
+
+
+def _pad(x: Tensor, dim: int) -> Tensor:
+    """Add zeros at the end of a dimension, up to a multiple of `ALIGNMENT`."""
+    missing = -x.shape[dim] % ALIGNMENT
+    return F.pad(x, (0, missing) if dim == 1 else (0, 0, 0, missing))
+
+
+@cache
+def _find_pairs(
+    kernel_size: int, rows: int, columns: int, device: torch.device, dtype: torch.dtype
+) -> Tensor:
+    """Tell which weight connects which places: `[weights, places * places]`, of ones and zeros."""
+    y, x = torch.arange(rows, device=device), torch.arange(columns, device=device)
+    y, x = y.repeat_interleave(columns), x.repeat(rows)
+    # [places in, places out]: the row and the column of the weight between them.
+    dy = y[:, None] - y[None, :] + kernel_size // 2
+    dx = x[:, None] - x[None, :] + kernel_size // 2
+    connected = (dy >= 0) & (dy < kernel_size) & (dx >= 0) & (dx < kernel_size)
+    weight = torch.where(connected, dy * kernel_size + dx, -1).flatten()
+    weights = torch.arange(kernel_size**2, device=device)
+    return _pad((weight == weights[:, None]).to(dtype), dim=0)
+
+
+def _make_toeplitz(kernels: Tensor, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+    """Turn depthwise kernels `[channels, 1, k, k]` into `[channels, places in, places out]`."""
+    pairs = _find_pairs(kernels.shape[-1], rows, columns, kernels.device, dtype)
+    matrices = _pad(kernels.flatten(1), dim=1).to(dtype) @ pairs
+    return matrices.view(-1, rows * columns, rows * columns)
+
+
+class FastOnGPU(nn.Module):
+    """A ConvMixer computed as above: same parameters, buffers, results and gradients.
+
+    As with the model itself, `torch.autocast` has all but statistics and parameters in bfloat16.
+
+    Args:
+        model: It must be one that `can_speed_up` takes.
+    """
+
+    def __init__(self, model: ConvMixer) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Map images `[batch, in_chans, height, width]` to logits `[batch, num_classes]`."""
+        model, kind = self.model, images.device.type
+        size = model.patch_emb.patch_size
+        rows, columns = images.shape[2] // size, images.shape[3] // size
+        if rows * columns > MOST_PLACES:
+            return model(images)
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else images.dtype
+
+        # Patches: [channels of a patch, images, places].
+        patches = images[:, :, : rows * size, : columns * size].to(dtype)
+        patches = patches.unflatten(3, (columns, size)).unflatten(2, (rows, size))
+        patches = patches.permute(1, 3, 5, 0, 2, 4).flatten(4).flatten(0, 2)
+        stem = model.patch_emb
+        matrix = _pad(stem.conv.weight.flatten(1), dim=1).to(dtype)
+        patches = _pad(patches.flatten(1), dim=0).view(-1, *patches.shape[1:])
+        x = _mix(patches, matrix, _bias(stem.conv), stem.norm)
+
+        # Layers: [d_model, images, places].
+        for layer in model.conv_mixer_layers:
+            assert isinstance(layer, ConvMixerLayer)
+            matrices = _make_toeplitz(layer.depth_wise_conv.weight, rows, columns, dtype)
+            x = _mix(x, matrices, _bias(layer.depth_wise_conv), layer.norm1)
+            matrix = layer.point_wise_conv.weight.flatten(1).to(dtype)
+            x = _mix(x, matrix, _bias(layer.point_wise_conv), layer.norm2)
+        return model.classification.linear(x.mean(2).mT)
+
+
+def _bias(conv: nn.Conv2d) -> Tensor:
+    assert conv.bias is not None
+    return conv.bias
+
+
+def can_speed_up(model: ConvMixer) -> bool:
+    """Tell whether `FastOnGPU` can stand in for a model: all must be as in the paper."""
+    head = model.classification
+    norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
+    return (
+        name_activation(model) == "gelu"
+        and all(type(norm) is nn.BatchNorm2d for norm in norms)
+        and not any(isinstance(module, DropPath) for module in model.modules())
+        and model.global_pool == "avg"
+        and head.drop.p == 0
+        and type(head.linear) is nn.Linear
+    )

@@ -1,0 +1,87 @@
+"""Training on a GPU: what it computes is tested on CPUs, too."""
+
+import copy
+
+import pytest
+import timm
+import torch
+from torch.nn import functional as F
+
+import convmixer_hub  # noqa: F401  (registers the models)
+from convmixer_hub.model.convmixer import ConvMixer
+from convmixer_hub.model.gpu import FastOnGPU, _gelu, can_speed_up
+
+
+def train_step(network, model, images, labels):
+    """Give logits and all gradients of one step in training."""
+    logits = network(images)
+    F.cross_entropy(logits, labels).backward()
+    return logits.detach(), {name: p.grad for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"kernel_size": 7, "patch_size": 2},
+        {"kernel_size": 5, "patch_size": 1},
+        {"kernel_size": 9, "patch_size": 3},  # 16 pixels are no multiple of 3
+    ],
+)
+def test_gives_logits_gradients_and_statistics_of_the_model(options):
+    torch.manual_seed(0)
+    model = ConvMixer(16, 3, num_classes=5, **options).double()
+    images, labels = torch.randn(6, 3, 16, 12).double(), torch.arange(6) % 5
+    reference = copy.deepcopy(model)
+    for _ in range(2):  # the second time with a center other than 0
+        logits, grads = train_step(FastOnGPU(model), model, images, labels)
+        expected, expected_grads = train_step(reference, reference, images, labels)
+        assert torch.allclose(logits, expected, atol=1e-10)
+        for name, grad in grads.items():
+            assert torch.allclose(grad, expected_grads[name], atol=1e-10), name
+        for (name, mine), theirs in zip(model.named_buffers(), reference.buffers()):
+            assert torch.allclose(mine, theirs, atol=1e-10), name
+
+
+def test_under_autocast_computes_in_bfloat16():
+    torch.manual_seed(0)
+    model = timm.create_model("convmixer_cifar")
+    images, labels = torch.randn(8, 3, 32, 32), torch.arange(8)
+    exact, exact_grads = train_step(model, model, images, labels)
+    model.zero_grad()
+    with torch.autocast("cpu", torch.bfloat16):
+        logits, grads = train_step(FastOnGPU(model), model, images, labels)
+    assert logits.dtype == torch.bfloat16
+    assert (logits - exact).norm() < 0.05 * exact.norm()
+    for name, grad in grads.items():
+        if name.endswith("weight"):
+            assert (grad - exact_grads[name]).norm() < 0.1 * exact_grads[name].norm(), name
+
+
+def test_evaluates_as_the_model_does():
+    torch.manual_seed(0)
+    model = timm.create_model("convmixer_cifar", pretrained=True).double().eval()
+    images = torch.randn(4, 3, 32, 32).double()
+    with torch.no_grad():
+        assert torch.allclose(FastOnGPU(model).eval()(images), model(images), atol=1e-10)
+
+
+def test_computes_gelu_in_fp32_as_exactly_as_torch():
+    z = torch.linspace(-8, 8, 10001, dtype=torch.float64)
+    exact = F.gelu(z)
+    [gelu] = _gelu(z.float()[None], torch.zeros(1))
+    assert (gelu - exact).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("options", "fits"),
+    [
+        ({}, True),
+        ({"act_layer": "relu"}, False),
+        ({"drop_rate": 0.1}, False),
+        ({"drop_path_rate": 0.1}, False),
+        ({"global_pool": "max"}, False),
+        ({"num_classes": 0}, False),
+    ],
+)
+def test_leaves_other_models_alone(options, fits):
+    assert can_speed_up(timm.create_model("convmixer_cifar", **options)) is fits
