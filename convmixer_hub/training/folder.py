@@ -190,7 +190,8 @@ def save_results(folder: Path, model: nn.Module, state: RunState) -> None:
     """
     config: dict[str, Any] = {
         "label_names": state.classes,
-        "training": {**state.settings, "model": _without_path(state.settings["model"])},
+        "training": state.settings
+        | {name: _without_paths(state.settings[name]) for name in ("model", "teacher")},
         "machine": state.machine,
     }
     if state.temperature != 1.0:
@@ -203,9 +204,10 @@ def save_results(folder: Path, model: nn.Module, state: RunState) -> None:
             writer.writerows(state.metrics)
 
 
-def _without_path(model: str) -> str:
-    """Give the name of a folder alone: the rest of the path is of this machine."""
-    return model if model.startswith("hf-hub:") else Path(model).name
+def _without_paths(models: str) -> str:
+    """Give the names of folders alone: the rest of a path is of this machine."""
+    names = models.split(",")
+    return ",".join(name if name.startswith("hf-hub:") else Path(name).name for name in names)
 
 
 def read_metrics(file: Path) -> dict[str, list[float]]:

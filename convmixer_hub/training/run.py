@@ -40,6 +40,7 @@ from .images import RunImages, choose_images, load_images, serve_batches
 from .network import build_network, muon_computing_in
 from .settings import TrainingSettings
 from .step import TrainingStep
+from .teacher import Teacher
 
 SECONDS_BETWEEN_SAVES = 60.0
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -168,7 +169,11 @@ class _Run:
             )
             workers = count_free_cores() if device.type == "cuda" else 0
             self.batches = serve_batches(settings, self.images, state.epoch, state.step, workers)
-            self.take_step = TrainingStep(self.network, settings, self.dtype, device)
+            teacher = None
+            if settings.teacher:
+                names = settings.teacher.split(",")
+                teacher = Teacher(names, dataset.classes, data_config).to(device)
+            self.take_step = TrainingStep(self.network, settings, self.dtype, device, teacher)
         self.mix = Mixup(
             mixup_alpha=settings.mixup,
             cutmix_alpha=settings.cutmix,

@@ -154,6 +154,12 @@ class TrainingSettings:
         "head where the classes differ.",
     )
 
+    teacher: str = _setting(
+        "",
+        "Trained model, by name or folder, whose answers are learned beside the labels "
+        "(distillation); the logits of several, with commas between, are averaged.",
+    )
+
     # Fine-tuning
     layer_decay: float = _setting(
         1.0,
@@ -213,6 +219,10 @@ class TrainingSettings:
     def shows_whole_images(self, epoch: int) -> bool:
         """Tell whether images are seen whole in an epoch, counted from 0."""
         return epoch >= self.epochs - self.whole_epochs
+
+    def choose_crop_size(self, epoch: int, image_size: tuple[int, ...]) -> tuple[int, ...]:
+        """Give height and width of the crops in an epoch, counted from 0."""
+        return image_size if self.shows_whole_images(epoch) else (self.small_crop_size,) * 2
 
     def augments(self, epoch: int) -> bool:
         """Tell whether RandAugment, erasing, mixup and cutmix are applied in an epoch, from 0."""

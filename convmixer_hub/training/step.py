@@ -13,9 +13,13 @@ from torch.nn import functional as F
 from ..machine import get_world_size, sum_over_processes
 from .network import Network
 from .settings import TrainingSettings
+from .teacher import Teacher
 
 # Steps before one is recorded: they compile what they need, and make the optimizer's buffers.
 STEPS_BEFORE_RECORDING = 3
+# Of Hinton et al. (arXiv:1503.02531), with the values of Tian et al. (arXiv:1910.10699).
+TEACHER_TEMPERATURE = 4.0
+TEACHER_SHARE = 0.9
 
 
 class _Recorded(NamedTuple):
@@ -35,6 +39,7 @@ class TrainingStep:
         settings: Those of the run.
         dtype: The type that most of a step computes in.
         device: Where it computes.
+        teacher: What is learned from beside the labels, if anything is.
     """
 
     def __init__(
@@ -43,11 +48,13 @@ class TrainingStep:
         settings: TrainingSettings,
         dtype: torch.dtype,
         device: torch.device,
+        teacher: Teacher | None = None,
     ) -> None:
         self.network = network
         self.settings = settings
         self.dtype = dtype
         self.device = device
+        self.teacher = teacher
         self.records = device.type == "cuda" and get_world_size() == 1
         # Tensors, which a recorded step reads anew each time.
         self._rates = [torch.zeros((), device=device) for _ in network.optimizer.param_groups]
@@ -94,6 +101,12 @@ class TrainingStep:
             logits = network.module(images).float()
         smoothing = 0.0 if targets.is_floating_point() else settings.label_smoothing
         loss = F.cross_entropy(logits, targets, label_smoothing=smoothing)
+        if self.teacher is not None:
+            # On a CPU it is fastest in fp32, see `prepare_for_inference`.
+            in_bf16 = in_bf16 and self.device.type == "cuda"
+            with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=in_bf16):
+                theirs = self.teacher(images).float()
+            loss = loss.lerp(_compare(logits, theirs), TEACHER_SHARE)
         correct = (logits.detach().argmax(dim=1) == labels).sum()
         network.optimizer.zero_grad()
         loss.backward()
@@ -119,3 +132,11 @@ class TrainingStep:
         with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             numbers = self._compute(*buffers)
         return _Recorded(graph, buffers, numbers)
+
+
+def _compare(logits: Tensor, teacher: Tensor) -> Tensor:
+    """Give the divergence of softened probabilities from the teacher's, mean over the images."""
+    mine = F.log_softmax(logits / TEACHER_TEMPERATURE, dim=1)
+    theirs = F.log_softmax(teacher / TEACHER_TEMPERATURE, dim=1)
+    divergence = F.kl_div(mine, theirs, reduction="batchmean", log_target=True)
+    return divergence * TEACHER_TEMPERATURE**2
