@@ -22,7 +22,10 @@ if _used != Path(__file__).resolve().parent:
 
 
 def convmixer_cifar(pretrained=False, **kwargs):
-    """ConvMixer-256/8, kernel 7, patch 2, for 32×32 images; trained on CIFAR-10."""
+    """ConvMixer-256/8, kernel 7, patch 2, for 32×32 images; trained on CIFAR-10.
+
+    `pretrained_cfg="cifar100"` gives the weights that were trained on CIFAR-100.
+    """
     return timm.create_model("convmixer_cifar", pretrained=pretrained, **kwargs)
 
 

@@ -71,6 +71,7 @@ def test_every_arch_is_what_its_name_says(arch, parameters):
 def test_list_models_matches_the_registry():
     assert [(model.name, bool(model.record)) for model in list_models()] == [
         ("convmixer_cifar.cifar10", True),
+        ("convmixer_cifar.cifar100", True),
         ("convmixer_256_8_ks9_p1", False),
         ("convmixer_96_8_ks5_p1.cifar10", True),
     ]
