@@ -39,7 +39,12 @@ def describe_machine(device: torch.device) -> str:
 
 def count_free_cores() -> int:
     """Count the CPU cores that each process here may use beside the one it runs on, at least 1."""
-    return max(1, (os.cpu_count() or 1) // get_world_size() - 1)
+    try:
+        cores = len(os.sched_getaffinity(0))
+    except AttributeError:  # not Linux
+        cores = os.cpu_count() or 1
+    processes = int(os.environ["LOCAL_WORLD_SIZE"]) if _started_by_torchrun() else 1
+    return max(1, cores // processes - 1)
 
 
 def get_rank() -> int:

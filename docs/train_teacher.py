@@ -1,14 +1,16 @@
-"""Train a residual network of timm's on small images, to be the --teacher of `convmixer train`.
+"""Train a convolutional network of timm's on small images, as a --teacher of `convmixer train`.
 
     python docs/train_teacher.py DATA OUTPUT --epochs 30
 
-The network sees the images enlarged, so that its first layers, made for 224 pixels, leave enough of
-them. Held-out images are those of `convmixer train --held-out 1000` with the same seed, so that a
-model can be taught and measured without either having seen them.
+The network, not one of this package, sees the images enlarged, so that its first layers, made for
+224 pixels, leave enough of them. Held-out images are those of `convmixer train --held-out 1000`
+with the same seed, so that a model can be taught and measured without either having seen them.
 """
 
 import argparse
+import math
 import time
+from pathlib import Path
 
 import timm
 import torch
@@ -21,7 +23,7 @@ from convmixer_hub.data.reader import open_dataset
 from convmixer_hub.evaluate import evaluate
 from convmixer_hub.machine import count_free_cores, find_device
 from convmixer_hub.training.images import choose_images, load_images, serve_batches
-from convmixer_hub.training.network import Network
+from convmixer_hub.training.network import Network, muon_computing_in
 from convmixer_hub.training.settings import OPTIMIZERS, TrainingSettings
 from convmixer_hub.training.step import TrainingStep
 from convmixer_hub.training.teacher import ForOtherImages
@@ -75,7 +77,8 @@ def main() -> None:
     model = timm.create_model(
         options.model, num_classes=len(dataset.classes), pretrained_cfg_overlay=overlay
     )
-    network = ForOtherImages(model, config).to(device)
+    own = resolve_input_data_config(model)
+    network = ForOtherImages(model, own, config).to(device)
     optimizer = create_optimizer_v2(
         network,
         opt="muon",
@@ -88,6 +91,7 @@ def main() -> None:
     take_step = TrainingStep(Network(network, network, None, optimizer), settings, dtype, device)
 
     # The training.
+    Path(options.output).mkdir(parents=True, exist_ok=True)
     steps = len(training) // settings.batch_size
     for epoch in range(settings.epochs):
         start = time.monotonic()
@@ -96,8 +100,11 @@ def main() -> None:
         for step in range(steps):
             images, labels = (x.to(device, non_blocking=True) for x in next(batches))
             factor = settings.learning_rate_factor(epoch + (step + 0.5) / steps)
-            numbers += take_step(images, labels, labels, factor)
+            with muon_computing_in(dtype):
+                numbers += take_step(images, labels, labels, factor)
         loss, correct, _ = (numbers / (steps * settings.batch_size)).tolist()
+        if not math.isfinite(loss):
+            parser.error(f"the loss is {loss} in epoch {epoch + 1}; give a smaller --lr")
         line = f"epoch {epoch + 1}  train_loss {loss:.4f}  train_top1 {100 * correct:.2f}"
         if held_out is not None:
             line += f"  held_out_top1 {evaluate(network, held_out, device, False).top1:.2f}"

@@ -25,12 +25,13 @@ def train_step(network, model, images, labels):
         {"kernel_size": 7, "patch_size": 2},
         {"kernel_size": 5, "patch_size": 1},
         {"kernel_size": 9, "patch_size": 3},  # 16 pixels are no multiple of 3
+        {"kernel_size": 3, "patch_size": 4, "in_chans": 1},
     ],
 )
 def test_gives_logits_gradients_and_statistics_of_the_model(options):
     torch.manual_seed(0)
     model = ConvMixer(16, 3, num_classes=5, **options).double()
-    images, labels = torch.randn(6, 3, 16, 12).double(), torch.arange(6) % 5
+    images, labels = torch.randn(6, model.in_chans, 16, 12).double(), torch.arange(6) % 5
     reference = copy.deepcopy(model)
     for _ in range(2):  # the second time with a center other than 0
         logits, grads = train_step(FastOnGPU(model), model, images, labels)

@@ -9,7 +9,7 @@ import torch
 from timm.models import save_for_hf
 from torch.nn import functional as F
 
-from convmixer_hub import TrainingError
+from convmixer_hub import TrainingError, UnknownModelError
 from convmixer_hub.data.reader import open_dataset
 from convmixer_hub.hub.records import CIFAR10
 from convmixer_hub.training.network import build_network
@@ -21,7 +21,8 @@ from convmixer_hub.training.teacher import Teacher
 from .conftest import CHECKOUT
 
 CLASSES = list(CIFAR10.classes)
-CONFIG = timm.data.resolve_data_config({}, model=timm.create_model("convmixer_cifar"))
+CPU = torch.device("cpu")
+OURS = timm.data.resolve_data_config({}, model=timm.create_model("convmixer_cifar"))
 SETTINGS = TrainingSettings(
     "convmixer_96_8_ks5_p1", epochs=1, batch_size=10, precision="fp32", teacher="convmixer_cifar"
 )
@@ -38,47 +39,74 @@ def resnet(tmp_path):
 
 def test_gives_the_mean_logits_of_models_for_other_images(resnet, batch):
     model, folder = resnet
-    mean, std = (torch.tensor(CONFIG[name]).view(3, 1, 1) for name in ("mean", "std"))
+    mean, std = (torch.tensor(OURS[name]).view(3, 1, 1) for name in ("mean", "std"))
     pixels = batch * std + mean
     images = F.interpolate(pixels, (64, 64), mode="bilinear")
     own = timm.data.create_transform((3, 64, 64), mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.4))
     ours = timm.create_model("convmixer_cifar", pretrained=True).eval()
     with torch.no_grad():
         expected = (model(own.transforms[-1](images)) + ours(batch)) / 2
-        logits = Teacher([str(folder), "convmixer_cifar"], CLASSES, CONFIG)(batch)
+        logits = Teacher([str(folder), "convmixer_cifar"], CLASSES, OURS, CPU)(batch)
     torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4)
 
 
-def test_enlarges_crops_as_much_as_whole_images(resnet, batch):
-    teacher = Teacher([str(resnet[1])], CLASSES, CONFIG)
+@pytest.mark.parametrize(
+    ("whole", "crop", "expected"),
+    [
+        ((32, 32), (24, 24), (48, 48)),
+        ((32, 64), (24, 48), (48, 48)),
+        ((128, 64), (64, 64), (32, 64)),
+    ],
+)
+def test_resizes_crops_as_much_as_whole_images(resnet, whole, crop, expected):
+    teacher = Teacher([str(resnet[1])], CLASSES, OURS | {"input_size": (3, *whole)}, CPU)
     seen = []
     teacher.models[0].model.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
-    teacher(batch[:, :, :24, :24])
-    assert seen[0].shape == (2, 3, 48, 48)
+    teacher(torch.zeros(2, 3, *crop))
+    assert seen[0].shape == (2, 3, *expected)
 
 
-def test_refuses_a_model_of_other_classes(resnet):
-    for name, classes in [
-        ("convmixer_cifar", CLASSES[::-1]),
-        ("convmixer_cifar", CLASSES[:3]),
-        (str(resnet[1]), CLASSES[:3]),
-    ]:
-        with pytest.raises(TrainingError, match=f"^teacher {name}: tells other classes apart than"):
-            Teacher([name], classes, CONFIG)
+@pytest.mark.parametrize(
+    ("classes", "config", "message"),
+    [
+        (
+            CLASSES[::-1],
+            {},
+            "has the classes airplane, .*, the dataset truck, .*; name a model with",
+        ),
+        (CLASSES[:3], {}, "has the classes airplane, .*, the dataset airplane, automobile, bird; "),
+        (CLASSES, {"input_size": (1, 32, 32)}, "takes images of 3 channels, the model 1; name a "),
+    ],
+)
+def test_refuses_a_model_for_something_else(classes, config, message):
+    with pytest.raises(TrainingError, match=f"^teacher convmixer_cifar: {message}"):
+        Teacher(["convmixer_cifar"], classes, OURS | config, CPU)
+
+
+def test_refuses_what_is_no_model(resnet):
+    with pytest.raises(
+        TrainingError, match="^teacher .*: has the classes 10 classes without names"
+    ):
+        Teacher([str(resnet[1])], CLASSES[:3], OURS, CPU)
+    with pytest.raises(UnknownModelError, match="^teacher convmixer: no file or folder, and no tr"):
+        Teacher(["convmixer"], CLASSES, OURS, CPU)
+    for names in (",", "a,", "a,,b", " "):
+        with pytest.raises(TrainingError, match="^teacher is .*: give names or folders of trained"):
+            replace(SETTINGS, teacher=names)
 
 
 def test_a_step_learns_labels_and_answers(batch):
     # Hinton et al. 2015, with a temperature of 4 and a share of 0.9.
-    device, labels = torch.device("cpu"), torch.tensor([3, 8])
-    network = build_network(SETTINGS, SETTINGS.model, CLASSES, device)
-    teacher = Teacher(["convmixer_cifar"], CLASSES, CONFIG)
+    labels = torch.tensor([3, 8])
+    network = build_network(SETTINGS, SETTINGS.model, CLASSES, CPU)
+    teacher = Teacher(["convmixer_cifar"], CLASSES, OURS, CPU)
     network.module.train()
     with torch.no_grad():
         logits, theirs = network.module(batch), teacher(batch)
     soft = (theirs / 4).softmax(1)
     divergence = (soft * (soft.log() - (logits / 4).log_softmax(1))).sum(1).mean() * 16
     expected = 0.1 * F.cross_entropy(logits, labels, label_smoothing=0.1) + 0.9 * divergence
-    take_step = TrainingStep(network, SETTINGS, torch.float32, device, teacher)
+    take_step = TrainingStep(network, SETTINGS, torch.float32, CPU, teacher)
     loss, correct, norm = take_step(batch, labels, labels, 1.0).tolist()
     assert loss == pytest.approx(2 * expected.item(), rel=1e-4)
     assert correct == (logits.argmax(1) == labels).sum()
@@ -86,7 +114,7 @@ def test_a_step_learns_labels_and_answers(batch):
 
 
 def test_a_run_names_its_teacher_without_its_path(cifar_sample, resnet, tmp_path):
-    settings = replace(SETTINGS, teacher=f"{resnet[1]},convmixer_cifar")
+    settings = replace(SETTINGS, teacher=f"{resnet[1]}, convmixer_cifar", mixup=0.5)
     folder = train(settings, open_dataset(cifar_sample), tmp_path / "run", progress=False)
     training = json.loads((folder / "config.json").read_text())["training"]
     assert training["teacher"] == "resnet,convmixer_cifar"
@@ -99,5 +127,5 @@ def test_the_script_of_the_docs_trains_a_teacher(cifar_sample, tmp_path):
     command += ["--batch-size", "10", "--image-size", "32"]
     done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=CHECKOUT)
     assert done.stdout.startswith("epoch 1  train_loss ")
-    logits = Teacher([str(tmp_path / "teacher")], CLASSES, CONFIG)(torch.zeros(1, 3, 32, 32))
+    logits = Teacher([str(tmp_path / "teacher")], CLASSES, OURS, CPU)(torch.zeros(1, 3, 32, 32))
     assert logits.shape == (1, 10)

@@ -21,7 +21,7 @@ from ..model.cpu import choose_dtype, keep_freed_memory, speed_up_on_cpu
 from ..model.gpu import FastOnGPU
 from ..training.network import Network
 from ..training.settings import TrainingSettings
-from ..training.step import STEPS_BEFORE_RECORDING, TrainingStep
+from ..training.step import WARM_UP_STEPS, TrainingStep
 from .turns import time_in_turns
 
 
@@ -131,7 +131,8 @@ def bench_train(
             them, in fp32, NCHW and eager; `compiled` and `bf16` go with channels_last memory.
             `ours` is prepared as in `train`, in bf16 where that is faster.
         batch_size: Images a step.
-        rounds: Steps of each variant that count, in turns, after some that do not.
+        rounds: Steps of each variant that count, in turns, after two that do not, four on a
+            GPU.
         progress: Show a progress bar, if there is a terminal.
 
     Returns:
@@ -143,8 +144,8 @@ def bench_train(
     if not timm.is_model(arch) or not isinstance(timm.create_model(arch), ConvMixer):
         raise TrainingError(f"{arch}: is no ConvMixer of this package; name one of its archs")
     makers = {name: partial(_make_step, arch, VARIANTS[name], batch_size) for name in variants}
-    # On a GPU, ours records a step before it is as fast as it gets.
-    warm_up = STEPS_BEFORE_RECORDING + 1 if torch.cuda.is_available() else 2
+    # On a GPU, ours captures a step after these.
+    warm_up = WARM_UP_STEPS + 1 if torch.cuda.is_available() else 2
     timings = time_in_turns(makers, rounds, warm_up, progress)
     return [
         Speed(name, batch_size / timing.seconds, timing.remark, timing.peak_memory)

@@ -4,7 +4,8 @@ It holds
 
 - `training_state.pt`: all that the next step needs, and what the epochs before it gave;
 - `config.json`, `model.safetensors`: the model after the last whole epoch (the best one, if that is
-  kept; calibrated at the end, if images are held out), as timm takes it;
+  kept; calibrated at the end, if images are held out), as timm takes it; on a GPU, where epochs are
+  short, after one a minute;
 - `metrics.csv`: one line an epoch.
 
 The state is written first and the others follow from it, each replaced whole or not at all.
@@ -13,6 +14,7 @@ The state is written first and the others follow from it, each replaced whole or
 from __future__ import annotations
 
 import csv
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
@@ -26,6 +28,7 @@ from torch import Tensor, nn
 from ..checkpoints.files import save_model
 from ..errors import CheckpointError, TrainingError, first_line
 from ..files import replacing
+from ..hub.repository import Repository
 from .settings import TrainingSettings
 
 STATE_FILE = "training_state.pt"
@@ -191,7 +194,12 @@ def save_results(folder: Path, model: nn.Module, state: RunState) -> None:
     config: dict[str, Any] = {
         "label_names": state.classes,
         "training": state.settings
-        | {name: _without_paths(state.settings[name]) for name in ("model", "teacher")},
+        | {
+            "model": _without_path(state.settings["model"]),
+            "teacher": ",".join(
+                _without_path(name.strip()) for name in state.settings["teacher"].split(",")
+            ),
+        },
         "machine": state.machine,
     }
     if state.temperature != 1.0:
@@ -204,10 +212,10 @@ def save_results(folder: Path, model: nn.Module, state: RunState) -> None:
             writer.writerows(state.metrics)
 
 
-def _without_paths(models: str) -> str:
-    """Give the names of folders alone: the rest of a path is of this machine."""
-    names = models.split(",")
-    return ",".join(name if name.startswith("hf-hub:") else Path(name).name for name in names)
+def _without_path(model: str) -> str:
+    """Give the name of a folder alone: the rest of the path is of this machine."""
+    is_repository = Repository.parse(model) and not os.path.exists(model)
+    return model if is_repository else Path(model).name
 
 
 def read_metrics(file: Path) -> dict[str, list[float]]:

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from ..data.augment import TrainingImages, derive_seed
 from ..data.images import eval_transform
 from ..data.reader import ImageDataset, LabeledImages, hold_out, read_images
-from ..errors import DataError, TrainingError
+from ..errors import DataError, TrainingError, first_line
 from ..machine import get_rank, get_world_size
 from .settings import TrainingSettings
 
@@ -161,8 +161,11 @@ def serve_batches(
         workers: Processes that augment images while this one trains; 0 to do it in turns. The
             batches are the same.
 
-    Returns:
+    Yields:
         Images `[share of the batch, channels, *crop_size]` and their labels, on the CPU.
+
+    Raises:
+        TrainingError: If a process that augments images dies.
     """
     steps = len(images) // settings.batch_size
     first, last = epoch * steps + step, settings.epochs * steps
@@ -171,7 +174,14 @@ def serve_batches(
         batch_size=None,
         sampler=[divmod(number, steps) for number in range(first, last)],
         num_workers=workers,
-        prefetch_factor=4 if workers else None,
         pin_memory=torch.cuda.is_available(),
     )
-    return iter(loader)
+    try:
+        yield from loader
+    except RuntimeError as error:
+        if not workers:
+            raise
+        raise TrainingError(
+            f"the {workers} processes that augment images failed ({first_line(error)}); give them "
+            "more shared memory (docker run --shm-size 1g)"
+        ) from None

@@ -122,7 +122,7 @@ def build_network(
         lr=settings.learning_rate,
         weight_decay=settings.weight_decay,
         layer_decay=settings.layer_decay if settings.layer_decay < 1 else None,
-        # So that a step can be recorded, see `TrainingStep`.
+        # So that a step can be captured, see `TrainingStep`.
         capturable=device.type == "cuda" and get_world_size() == 1,
         **OPTIMIZERS[settings.optimizer],
     )

@@ -79,8 +79,8 @@ def train(
             folder holds another run, lies among class folders or cannot be written, or if the loss
             is no longer a number.
         DataError: If the data cannot be read, or is less than one batch.
-        CheckpointError: If trained weights to start from cannot be found or downloaded, are
-            damaged or do not fit.
+        CheckpointError: If trained weights to start or to learn from cannot be found or
+            downloaded, are damaged or do not fit.
     """
     folder = Path(output)
     if settings.model not in default_cfgs and not settings.pretrained:
@@ -164,15 +164,14 @@ class _Run:
             here = f"{describe_machine(device)}, {self._choose_precision(data_config)}"
             before = state.machine or here
             state.machine = before if before.endswith(here) else f"{before}, then {here}"
+            teacher = None
+            if settings.teachers:
+                teacher = Teacher(settings.teachers, dataset.classes, data_config, device)
             self.images, self.validation = load_images(
                 settings, images, data_config, skip_damaged, progress
             )
             workers = count_free_cores() if device.type == "cuda" else 0
             self.batches = serve_batches(settings, self.images, state.epoch, state.step, workers)
-            teacher = None
-            if settings.teacher:
-                names = settings.teacher.split(",")
-                teacher = Teacher(names, dataset.classes, data_config).to(device)
             self.take_step = TrainingStep(self.network, settings, self.dtype, device, teacher)
         self.mix = Mixup(
             mixup_alpha=settings.mixup,
@@ -180,7 +179,7 @@ class _Run:
             label_smoothing=settings.label_smoothing,
             num_classes=len(dataset.classes),
         )
-        self.saved = time.monotonic()
+        self.saved = self.saved_all = time.monotonic()
         if state.model is not None:
             self.network.load_state(state)
             if state.step == 0:
@@ -250,7 +249,7 @@ class _Run:
                 bar.set_postfix_str(
                     f"loss {sums['loss'] / count:.3f}, "
                     f"accuracy {100 * sums['correct'] / count:.1f} %, "
-                    f"{count / sums['seconds']:.0f} images/s"
+                    f"{count / max(sums['seconds'], 1e-3):.0f} images/s"
                 )
                 bar.update()
                 if numbers is None and self._save_is_due:
@@ -282,9 +281,9 @@ class _Run:
             device = self.device
             state.temperature = fit_temperature(logits.to(device), labels.to(device))
         self._update_state(epoch + 1, 0, {})
-        # Saving takes a tenth of a second, as an epoch may on a GPU.
-        on_cpu = self.device.type == "cpu"
-        if on_cpu or self._save_is_due or epoch + 1 == settings.epochs:
+        # On a GPU, an epoch may take little longer than saving.
+        on_cpu, last = self.device.type == "cpu", epoch + 1 == settings.epochs
+        if on_cpu or last or time.monotonic() - self.saved_all > SECONDS_BETWEEN_SAVES:
             self._save_all()
         if self.progress:
             tqdm.write("  ".join(f"{name} {value}" for name, value in metrics.items()))
@@ -330,7 +329,7 @@ class _Run:
         if get_rank() == 0:
             save_state(self.folder, self.state)
             save_results(self.folder, self._make_result(), self.state)
-        self.saved = time.monotonic()
+        self.saved = self.saved_all = time.monotonic()
 
     def _make_result(self) -> nn.Module:
         """Copy what the run gives: the last or the best weights, calibrated at its end."""

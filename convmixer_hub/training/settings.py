@@ -156,8 +156,10 @@ class TrainingSettings:
 
     teacher: str = _setting(
         "",
-        "Trained model, by name or folder, whose answers are learned beside the labels "
+        "Trained model, by name or folder, whose soft targets are learned beside the labels "
         "(distillation); the logits of several, with commas between, are averaged.",
+        "names or folders of trained models, with commas between",
+        lambda names: not names or all(name.strip() for name in names.split(",")),
     )
 
     # Fine-tuning
@@ -195,6 +197,11 @@ class TrainingSettings:
                 raise TrainingError(f"{setting.name} is {value}: give {setting.metadata['range']}")
         if self.covariance_init and self.pretrained:
             raise TrainingError("covariance_init is True: give False for pretrained weights")
+
+    @property
+    def teachers(self) -> list[str]:
+        """Names of the models that are learned from."""
+        return [name.strip() for name in self.teacher.split(",")] if self.teacher else []
 
     @property
     def mixes(self) -> bool:

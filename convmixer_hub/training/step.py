@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Hashable
 from typing import NamedTuple
 
@@ -15,14 +14,14 @@ from .network import Network
 from .settings import TrainingSettings
 from .teacher import Teacher
 
-# Steps before one is recorded: they compile what they need, and make the optimizer's buffers.
-STEPS_BEFORE_RECORDING = 3
+# Steps before one is captured: they compile what they need, and make the optimizer's buffers.
+WARM_UP_STEPS = 3
 # Of Hinton et al. (arXiv:1503.02531), with the values of Tian et al. (arXiv:1910.10699).
 TEACHER_TEMPERATURE = 4.0
 TEACHER_SHARE = 0.9
 
 
-class _Recorded(NamedTuple):
+class _Captured(NamedTuple):
     graph: torch.cuda.CUDAGraph
     inputs: tuple[Tensor, ...]
     numbers: Tensor
@@ -31,15 +30,15 @@ class _Recorded(NamedTuple):
 class TrainingStep:
     """A step of a run; calling it takes one.
 
-    A step is a thousand small programs on a GPU, which take less time than starting them does. So
-    the step is recorded there once for each size of images (a CUDA graph), and replayed.
+    On a GPU, a step is a thousand kernels, and launching them takes longer than they do. So the
+    step is captured there as a CUDA graph when the size of the images changes, and replayed.
 
     Args:
         network: What is trained.
         settings: Those of the run.
         dtype: The type that most of a step computes in.
         device: Where it computes.
-        teacher: What is learned from beside the labels, if anything is.
+        teacher: Whose soft targets are learned beside the labels, if there is one.
     """
 
     def __init__(
@@ -55,11 +54,13 @@ class TrainingStep:
         self.dtype = dtype
         self.device = device
         self.teacher = teacher
-        self.records = device.type == "cuda" and get_world_size() == 1
-        # Tensors, which a recorded step reads anew each time.
+        self.captures = device.type == "cuda" and get_world_size() == 1
+        # Tensors, which a captured step reads anew each time.
         self._rates = [torch.zeros((), device=device) for _ in network.optimizer.param_groups]
-        self._taken: Counter[Hashable] = Counter()
-        self._recorded: dict[Hashable, _Recorded] = {}
+        self._stream = torch.cuda.Stream() if self.captures else None
+        self._kind: Hashable = None
+        self._warmed_up = 0
+        self._captured: _Captured | None = None
 
     def __call__(
         self, images: Tensor, labels: Tensor, targets: Tensor, learning_rate_factor: float
@@ -78,21 +79,23 @@ class TrainingStep:
         """
         for group, rate in zip(self.network.optimizer.param_groups, self._rates):
             value = self.settings.learning_rate * learning_rate_factor * group.get("lr_scale", 1.0)
-            group["lr"] = rate.fill_(value) if self.records else value
+            group["lr"] = rate.fill_(value) if self.captures else value
         inputs = (images, labels, targets)
-        if not self.records:
+        if not self.captures:
             return self._compute(*inputs)
         kind = tuple((x.shape, x.dtype) for x in inputs)
-        if kind not in self._recorded:
-            self._taken[kind] += 1
-            if self._taken[kind] <= STEPS_BEFORE_RECORDING:
-                return self._compute_aside(*inputs)
-            self._recorded[kind] = self._record(inputs)
-        recorded = self._recorded[kind]
-        for buffer, x in zip(recorded.inputs, inputs):
+        if kind != self._kind:
+            torch.cuda.synchronize()  # the last graph may still be in use
+            self._kind, self._warmed_up, self._captured = kind, 0, None
+        if self._warmed_up < WARM_UP_STEPS:
+            self._warmed_up += 1
+            return self._warm_up(*inputs)
+        if self._captured is None:
+            self._captured = self._capture(inputs)
+        for buffer, x in zip(self._captured.inputs, inputs):
             buffer.copy_(x)
-        recorded.graph.replay()
-        return recorded.numbers.clone()
+        self._captured.graph.replay()
+        return self._captured.numbers.clone()
 
     def _compute(self, images: Tensor, labels: Tensor, targets: Tensor) -> Tensor:
         network, settings = self.network, self.settings
@@ -115,27 +118,28 @@ class TrainingStep:
         sums = torch.stack([loss.detach().double() * len(labels), correct.double()])
         return torch.cat([sum_over_processes(sums), norm.double().view(1)])
 
-    def _compute_aside(self, *inputs: Tensor) -> Tensor:
-        """Compute on a stream of its own, as torch wants it before recording."""
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
+    def _warm_up(self, *inputs: Tensor) -> Tensor:
+        """Compute on a side stream, as torch wants it before a capture."""
+        assert self._stream is not None
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
             numbers = self._compute(*inputs)
-        torch.cuda.current_stream().wait_stream(stream)
+        torch.cuda.current_stream().wait_stream(self._stream)
         return numbers
 
-    def _record(self, inputs: tuple[Tensor, ...]) -> _Recorded:
+    def _capture(self, inputs: tuple[Tensor, ...]) -> _Captured:
         buffers = tuple(x.clone() for x in inputs)
-        self.network.optimizer.zero_grad()  # so that gradients get places of their own
+        # Gradients are made anew in the graph, none of them may be left from a step before.
+        self.network.optimizer.zero_grad()
         graph = torch.cuda.CUDAGraph()
         # Other threads, such as the one that brings images, may go on.
         with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             numbers = self._compute(*buffers)
-        return _Recorded(graph, buffers, numbers)
+        return _Captured(graph, buffers, numbers)
 
 
 def _compare(logits: Tensor, teacher: Tensor) -> Tensor:
-    """Give the divergence of softened probabilities from the teacher's, mean over the images."""
+    """Give the KL divergence of softened probabilities, times T², mean over the images."""
     mine = F.log_softmax(logits / TEACHER_TEMPERATURE, dim=1)
     theirs = F.log_softmax(teacher / TEACHER_TEMPERATURE, dim=1)
     divergence = F.kl_div(mine, theirs, reduction="batchmean", log_target=True)

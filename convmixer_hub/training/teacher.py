@@ -1,4 +1,4 @@
-"""A teacher: trained models whose answers a run learns beside the labels (distillation)."""
+"""A teacher: trained models whose soft targets a run learns beside the labels (distillation)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from timm.data import resolve_input_data_config
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..errors import TrainingError
+from ..errors import CheckpointError, TrainingError, UnknownModelError
 from ..model.config import get_label_names
 from ..model.convmixer import ConvMixer
 from ..model.gpu import FastOnGPU, can_speed_up
@@ -22,28 +22,39 @@ class Teacher(nn.Module):
     """The mean logits of trained models, for images as a run has them.
 
     Args:
-        names: Names or folders of trained models, of this package or of timm's.
+        names: What names the models, as in `load_trained`. Of a model that does not name its
+            classes, only their number is checked.
         classes: Names of the classes of the run.
         data_config: From `timm.data.resolve_input_data_config(model)` of the model that learns.
+        device: Where it computes.
 
     Raises:
-        TrainingError: If one has other classes.
-        CheckpointError: If one cannot be found or downloaded, is damaged or does not fit.
+        TrainingError: If one has other classes, or takes images of another number of channels.
+        UnknownModelError: If one does not exist.
+        CheckpointError: If one cannot be downloaded, is damaged or does not fit.
     """
 
     def __init__(
-        self, names: Sequence[str], classes: list[str], data_config: Mapping[str, Any]
+        self,
+        names: Sequence[str],
+        classes: Sequence[str],
+        data_config: Mapping[str, Any],
+        device: torch.device,
     ) -> None:
         super().__init__()
-        models = [load_trained(name) for name in names]
-        for name, model in zip(names, models):
-            if model.num_classes != len(classes) or get_label_names(model) not in (None, classes):
-                raise TrainingError(
-                    f"teacher {name}: tells other classes apart than those of the dataset; name a "
-                    "model that was trained on it"
-                )
-        self.models = nn.ModuleList(ForOtherImages(model, data_config) for model in models)
-        self.eval().requires_grad_(False)
+        self.models = nn.ModuleList()
+        for name in names:
+            try:
+                model = load_trained(name).eval()
+            except (UnknownModelError, CheckpointError) as error:
+                raise type(error)(f"teacher {name}: {error}") from None
+            _check_fit(name, model, classes, data_config)
+            if device.type == "cpu":
+                model = prepare_if_possible(model)
+            elif isinstance(model, ConvMixer) and can_speed_up(model):
+                model = FastOnGPU(model)
+            self.models.append(ForOtherImages(model, resolve_input_data_config(model), data_config))
+        self.eval().requires_grad_(False).to(device)
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
@@ -51,38 +62,54 @@ class Teacher(nn.Module):
         return torch.stack([model(images) for model in self.models]).mean(0)
 
 
+def _check_fit(
+    name: str, model: nn.Module, classes: Sequence[str], data_config: Mapping[str, Any]
+) -> None:
+    known = get_label_names(model)
+    if model.num_classes != len(classes) or known not in (None, list(classes)):
+        theirs = ", ".join(known) if known else f"{model.num_classes} classes without names"
+        raise TrainingError(
+            f"teacher {name}: has the classes {theirs}, the dataset {', '.join(classes)}; name a "
+            "model with the same ones in the same order"
+        )
+    theirs, ours = (
+        config["input_size"][0] for config in (resolve_input_data_config(model), data_config)
+    )
+    if theirs != ours:
+        raise TrainingError(
+            f"teacher {name}: takes images of {theirs} channels, the model {ours}; name a teacher "
+            "that takes as many"
+        )
+
+
 class ForOtherImages(nn.Module):
     """A model, taking images that were prepared for another one.
 
     Args:
         model: The model.
-        data_config: From `timm.data.resolve_input_data_config(other_model)`.
+        own: Its `timm.data.resolve_input_data_config(model)`.
+        other: The same of the other model. Crops of its images are resized as whole ones are.
     """
 
     factor: Tensor
     summand: Tensor
 
-    def __init__(self, model: nn.Module, data_config: Mapping[str, Any]) -> None:
+    def __init__(self, model: nn.Module, own: Mapping[str, Any], other: Mapping[str, Any]) -> None:
         super().__init__()
         self.model = model.to(memory_format=torch.channels_last)
-        if not torch.cuda.is_available():
-            self.model = prepare_if_possible(model)
-        elif isinstance(model, ConvMixer) and can_speed_up(model):
-            self.model = FastOnGPU(model)
-        own = resolve_input_data_config(model)
         mean, std, own_mean, own_std = (
             torch.tensor(config[name]).view(-1, 1, 1)
-            for config in (data_config, own)
+            for config in (other, own)
             for name in ("mean", "std")
         )
         self.register_buffer("factor", std / own_std)
         self.register_buffer("summand", (mean - own_mean) / own_std)
-        # Crops are enlarged as much as whole images are.
-        self.enlargement = own["input_size"][-1] / data_config["input_size"][-1]
+        self.scale = [to / of for to, of in zip(own["input_size"][1:], other["input_size"][1:])]
 
     def forward(self, images: Tensor) -> Tensor:
         """Map images `[batch, channels, height, width]` to logits `[batch, num_classes]`."""
         images = images * self.factor + self.summand
-        if self.enlargement != 1:
-            images = F.interpolate(images, scale_factor=self.enlargement, mode="bilinear")
+        if self.scale != [1, 1]:
+            size = [round(side * scale) for side, scale in zip(images.shape[2:], self.scale)]
+            images = F.interpolate(images, size, mode="bilinear", antialias=min(self.scale) < 1)
         return self.model(images.contiguous(memory_format=torch.channels_last))
