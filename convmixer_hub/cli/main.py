@@ -47,6 +47,7 @@ SECTIONS = {
     "Share": {
         "card": ("share", "Write a model card with its figures and reference logits"),
         "publish": ("share", "Upload a model to the Hub in one commit, and pull it back to check"),
+        "export": ("share", "Write a model for other runtimes: ONNX, in int8 as well, or pt2"),
         "convert": (
             "share",
             "Write a checkpoint as safetensors, in the layout of another implementation",

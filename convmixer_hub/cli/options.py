@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import wraps
+from functools import partial, wraps
 from typing import Any
 
 import click
@@ -19,12 +19,12 @@ NOT_NEGATIVE = click.IntRange(min=0)
 OpenData = Callable[[], ImageDataset]
 
 
-def data_options(command: Callable) -> Callable:
+def data_options(command: Callable, required: bool = True) -> Callable:
     """Give a command the options that name a dataset, and as `open_data` what opens it."""
 
     @click.option(
         "--data",
-        required=True,
+        required=required,
         metavar="DIR|OWNER/NAME",
         help="Folder with class folders, train/<class>/*.png, parquet files, metadata.csv, …; or a "
         "dataset of the Hub. See docs/data.md.",
@@ -35,8 +35,15 @@ def data_options(command: Callable) -> Callable:
     @click.option("--label-column", help="Column with the classes, if it is not called label.")
     @wraps(command)
     def run(
-        *arguments: Any, data: str, config: str | None, label_column: str | None, **options: Any
+        *arguments: Any,
+        data: str | None,
+        config: str | None,
+        label_column: str | None,
+        **options: Any,
     ) -> Any:
+        if data is None:
+            return command(*arguments, open_data=None, **options)
+
         def open_data() -> ImageDataset:
             dataset = open_dataset(data, config, label_column)
             for line in dataset.left_out if get_rank() == 0 else []:
@@ -46,6 +53,9 @@ def data_options(command: Callable) -> Callable:
         return command(*arguments, open_data=open_data, **options)
 
     return run
+
+
+optional_data_options = partial(data_options, required=False)
 
 
 def print_table(rows: list[list[str]]) -> None:

@@ -12,9 +12,10 @@ from ..hub.records import CARD_FILE, WEIGHTS_FILE
 from ..model.convmixer import ACTIVATIONS
 from ..model.layouts import ALIASES, LAYOUTS
 from ..release.card import propose_record, write_card
+from ..release.export import FORMATS, export
 from ..release.publish import list_uploads, publish
 from ..zoo import VARIANTS
-from .options import DEFAULT_MODEL, OpenData, data_options, print_table
+from .options import DEFAULT_MODEL, OpenData, data_options, optional_data_options, print_table
 
 
 @click.command("card")
@@ -67,6 +68,56 @@ def publish_command(name: str, repo_id: str, private: bool, tag: str | None, dry
         click.echo(f"SHA-256 of {WEIGHTS_FILE} {digest}, pulled back and checked")
     if CARD_FILE not in [upload.file.name for upload in uploads]:
         click.echo(f"there is no model card; `convmixer card {name} --data DIR` writes one")
+
+
+@click.command("export")
+@click.argument("name", default=DEFAULT_MODEL)
+@click.option(
+    "--output", required=True, type=click.Path(path_type=Path), help="Folder for the file."
+)
+@click.option("--format", default="onnx", show_default=True, type=click.Choice(FORMATS))
+@click.option(
+    "--with-preprocessing",
+    is_flag=True,
+    help="Take bytes [batch, height, width, channels] instead of normalized floats.",
+)
+@click.option(
+    "--int8",
+    is_flag=True,
+    help="Store the weights in int8, and measure on the test images of --data what that costs.",
+)
+@click.option(
+    "--max-loss",
+    default=0.3,
+    show_default=True,
+    type=float,
+    help="Points of top-1 that int8 may cost.",
+)
+@optional_data_options
+def export_command(
+    name: str,
+    open_data: OpenData | None,
+    output: Path,
+    format: str,
+    with_preprocessing: bool,
+    int8: bool,
+    max_loss: float,
+) -> None:
+    """Write a model for other runtimes, and compare its answers with torch's.
+
+    NAME is as in evaluate. The file, model.onnx, model_int8.onnx or model.pt2, takes batches of any
+    size.
+    """
+    if int8 != (open_data is not None):
+        raise click.UsageError("--int8 and --data go together: give both, or none")
+    done = export(
+        name, output, format, with_preprocessing, open_data() if open_data else None, max_loss
+    )
+    text = f"{done.file}: {done.file.stat().st_size / 1e6:.2f} MB"
+    if done.top1:
+        click.echo(f"{text}, top-1 {done.top1[1]:.2f} %, in fp32 {done.top1[0]:.2f} %")
+    else:
+        click.echo(f"{text}, logits as in torch but for {done.difference:.0e} of the largest")
 
 
 @click.command("convert")

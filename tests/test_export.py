@@ -1,0 +1,129 @@
+import json
+import re
+import subprocess
+import sys
+
+import numpy
+import onnxruntime
+import openvino
+import pytest
+import timm
+import torch
+from click.testing import CliRunner
+from PIL import Image
+
+from convmixer_hub import CheckpointError, DataError
+from convmixer_hub.cli.main import main
+from convmixer_hub.data.reader import open_dataset
+from convmixer_hub.hub.records import CIFAR10, RECORDS
+from convmixer_hub.release import export as export_module
+from convmixer_hub.release.export import export
+from convmixer_hub.release.golden import make_golden_input
+
+from .conftest import CHECKOUT, IMAGES
+
+SMALL = "convmixer_96_8_ks5_p1"
+
+
+@pytest.mark.parametrize("name", RECORDS)
+def test_onnx_answers_as_recorded(name, tmp_path):
+    file = export(name, tmp_path).file
+    images = make_golden_input((3, 32, 32)).float().numpy()
+    golden = json.loads((CHECKOUT / "weights" / name / "golden.json").read_text())["logits"]
+    session = onnxruntime.InferenceSession(file)
+    precision = {"INFERENCE_PRECISION_HINT": "f32"}
+    in_openvino = openvino.Core().compile_model(file, "CPU", precision)
+    for logits in (session.run(None, {"images": images})[0], in_openvino(images)[0]):
+        difference = abs(logits - numpy.array(golden)).max() / abs(numpy.array(golden)).max()
+        assert difference < 1e-4
+    assert session.run(None, {"images": images[:1]})[0].shape == (1, len(golden[0]))
+    metadata = session.get_modelmeta().custom_metadata_map
+    assert json.loads(metadata["labels"]) == list(RECORDS[name].dataset.classes)
+    assert json.loads(metadata["mean"]) == [0.4914, 0.4822, 0.4465]
+    assert metadata["sha256"] == RECORDS[name].sha256
+    assert str(CHECKOUT).encode() not in file.read_bytes()
+
+
+def test_a_file_with_preprocessing_takes_pixels(tmp_path):
+    file = export(SMALL, tmp_path, with_preprocessing=True).file
+    image = Image.open(IMAGES / "cat.png")
+    model = timm.create_model(SMALL, pretrained=True).eval()
+    transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
+    with torch.no_grad():
+        expected = model(transform(image)[None]).numpy()
+    session = onnxruntime.InferenceSession(file)
+    [logits] = session.run(None, {"images": numpy.asarray(image)[None]})
+    numpy.testing.assert_allclose(logits, expected, atol=1e-3)
+    assert session.get_modelmeta().custom_metadata_map["mean"] == "null"
+
+
+@pytest.mark.slow
+def test_the_snippet_of_the_docs_needs_no_torch(tmp_path):
+    export("convmixer_cifar", tmp_path, with_preprocessing=True)
+    [snippet] = re.findall("```python\n(.*?)```", (CHECKOUT / "docs/export.md").read_text(), re.S)
+    code = "import sys; sys.modules |= {'torch': None, 'timm': None, 'convmixer_hub': None}\n"
+    code += snippet.replace("DIR", str(tmp_path))
+    command = [sys.executable, "-c", code]
+    assert subprocess.check_output(command, text=True, cwd=CHECKOUT) == "cat\n"
+
+
+def test_pt2_answers_as_torch_does(tmp_path, batch):
+    file = export(SMALL, tmp_path, "pt2").file
+    extra = {"metadata.json": ""}
+    program = torch.export.load(file, extra_files=extra)
+    model = timm.create_model(SMALL, pretrained=True).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(program.module()(batch), model(batch), atol=1e-4, rtol=1e-4)
+    assert str(CHECKOUT).encode() not in file.read_bytes()
+    assert json.loads(extra["metadata.json"])["labels"] == list(CIFAR10.classes)
+
+
+@pytest.mark.parametrize("options", [[], ["--with-preprocessing"]])
+def test_int8_is_smaller_and_measured(options, cifar_sample, tmp_path):
+    output = tmp_path / "out"
+    command = ["export", SMALL, "--output", str(output), "--int8", "--data", str(cifar_sample)]
+    result = CliRunner().invoke(main, [*command, *options], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    file = output / "model_int8.onnx"
+    assert re.fullmatch(rf"{file}: 0\.\d\d MB, top-1 [\d.]+ %, in fp32 [\d.]+ %\n", result.output)
+    assert file.stat().st_size < 0.5 * export(SMALL, output).file.stat().st_size
+    assert [f.name for f in sorted(output.iterdir())] == ["model.onnx", "model_int8.onnx"]
+
+
+def test_int8_that_costs_too_much_is_refused(cifar_sample, tmp_path):
+    message = r"^convmixer_cifar: int8 has [\d.]+ % top-1, fp32 [\d.]+ %; --max-loss allows more$"
+    with pytest.raises(CheckpointError, match=message):
+        export(
+            "convmixer_cifar", tmp_path / "out", int8=open_dataset(cifar_sample), largest_loss=-1
+        )
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_what_cannot_be_exported_is_one_line(cifar_sample, tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    with pytest.raises(DataError, match="file/model.pt2: cannot be written .*; make room, or name"):
+        export(SMALL, tmp_path / "file", "pt2")
+    with pytest.raises(
+        CheckpointError, match="^.*: int8 is for ONNX alone; leave --int8 or --form"
+    ):
+        export(SMALL, tmp_path, "pt2", int8=open_dataset(cifar_sample))
+    with pytest.raises(DataError, match=r"has the class airplane, but the model knows apple, .*"):
+        export("convmixer_cifar.cifar100", tmp_path, int8=open_dataset(cifar_sample))
+    for options in (["--int8"], ["--data", str(cifar_sample)]):
+        result = CliRunner().invoke(main, ["export", "--output", str(tmp_path), *options])
+        assert result.exit_code == 2
+        assert "--int8 and --data go together: give both, or none" in result.output
+    monkeypatch.setattr(export_module, "find_spec", lambda name: None)
+    with pytest.raises(
+        CheckpointError, match="^exporting to ONNX needs onnx: pip install onnx onn"
+    ):
+        export(SMALL, tmp_path)
+
+
+def test_an_export_that_answers_something_else_is_not_kept(tmp_path, monkeypatch):
+    monkeypatch.setattr(export_module, "_open_onnx", lambda file: lambda x: torch.ones(len(x), 10))
+    with pytest.raises(
+        CheckpointError, match="exported as onnx it answers something else, by [12]e"
+    ):
+        export(SMALL, tmp_path / "out")
+    assert not list((tmp_path / "out").iterdir())
