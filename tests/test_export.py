@@ -13,11 +13,12 @@ from click.testing import CliRunner
 from PIL import Image
 
 from convmixer_hub import CheckpointError, DataError
+from convmixer_hub.checkpoints import runtimes
+from convmixer_hub.checkpoints.runtimes import write_onnx
 from convmixer_hub.cli.main import main
 from convmixer_hub.data.reader import open_dataset
 from convmixer_hub.hub.records import CIFAR10, RECORDS
-from convmixer_hub.release import export as export_module
-from convmixer_hub.release.export import export
+from convmixer_hub.release.export import RUNTIMES, export
 from convmixer_hub.release.golden import make_golden_input
 
 from .conftest import CHECKOUT, IMAGES
@@ -113,7 +114,7 @@ def test_what_cannot_be_exported_is_one_line(cifar_sample, tmp_path, monkeypatch
         result = CliRunner().invoke(main, ["export", "--output", str(tmp_path), *options])
         assert result.exit_code == 2
         assert "--int8 and --data go together: give both, or none" in result.output
-    monkeypatch.setattr(export_module, "find_spec", lambda name: None)
+    monkeypatch.setattr(runtimes, "find_spec", lambda name: None)
     with pytest.raises(
         CheckpointError, match="^exporting to ONNX needs onnx: pip install onnx onn"
     ):
@@ -121,7 +122,9 @@ def test_what_cannot_be_exported_is_one_line(cifar_sample, tmp_path, monkeypatch
 
 
 def test_an_export_that_answers_something_else_is_not_kept(tmp_path, monkeypatch):
-    monkeypatch.setattr(export_module, "_open_onnx", lambda file: lambda x: torch.ones(len(x), 10))
+    monkeypatch.setitem(
+        RUNTIMES, "onnx", (write_onnx, lambda file: lambda x: torch.ones(len(x), 10))
+    )
     with pytest.raises(
         CheckpointError, match="exported as onnx it answers something else, by [12]e"
     ):

@@ -13,8 +13,9 @@ from PIL import Image
 from pyarrow import parquet
 
 from convmixer_hub import DataError
-from convmixer_hub.data.reader import hold_out, open_dataset
+from convmixer_hub.data.reader import open_dataset
 from convmixer_hub.hub.records import CIFAR10
+from convmixer_hub.training.images import hold_out
 
 from .conftest import IMAGES, as_ordinary_user, encode
 

@@ -7,11 +7,20 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import timm
 import torch
 from torch import nn
 
+from ..checkpoints.runtimes import (
+    Network,
+    check_onnx_libraries,
+    open_onnx,
+    store_weights_in_int8,
+    write_onnx,
+)
 from ..errors import TrainingError
 from ..hub.records import get_record
 from ..model.config import get_config
@@ -45,14 +54,45 @@ def _compile(model: nn.Module) -> nn.Module:
     return model
 
 
+def _write(model: nn.Module, ours: ConvMixer, folder: str) -> Path:
+    check_onnx_libraries()
+    file = Path(folder, "model.onnx")
+    write_onnx(model, torch.zeros(2, *get_config(ours)["input_size"]), {}, file)
+    return file
+
+
+def _in_onnxruntime(model: nn.Module, ours: ConvMixer, int8: bool = False) -> Network:
+    with TemporaryDirectory() as folder:
+        file = _write(model, ours, folder)
+        if int8:
+            store_weights_in_int8(file)
+        return open_onnx(file)
+
+
+def _in_openvino(model: nn.Module, ours: ConvMixer) -> Network:
+    import openvino
+
+    with TemporaryDirectory() as folder:
+        # Otherwise it computes in bfloat16 where the CPU has it.
+        precision = {"INFERENCE_PRECISION_HINT": "f32"}
+        compiled = openvino.Core().compile_model(_write(model, ours, folder), "CPU", precision)
+    return lambda images: torch.from_numpy(compiled(images.numpy())[0])
+
+
 # From our model and timm's with the same weights to what is timed.
-VARIANTS: dict[str, Callable[[ConvMixer, nn.Module], nn.Module]] = {
+VARIANTS: dict[str, Callable[[ConvMixer, nn.Module], Network]] = {
     "timm": lambda ours, timms: timms,
     "timm-channels-last": lambda ours, timms: timms.to(memory_format=torch.channels_last),
     "timm-compiled": lambda ours, timms: _compile(timms),
+    "timm-onnxruntime": lambda ours, timms: _in_onnxruntime(timms, ours),
+    "timm-openvino": lambda ours, timms: _in_openvino(timms, ours),
     "ours": lambda ours, timms: ours,
     "prepared": lambda ours, timms: prepare_for_inference(ours),
+    "exported": lambda ours, timms: _in_onnxruntime(ours, ours),
+    "exported-int8": lambda ours, timms: _in_onnxruntime(ours, ours, int8=True),
 }
+# What takes images whose channels come last in memory.
+CHANNELS_LAST = ("timm-channels-last", "timm-compiled")
 
 
 def bench_inference(
@@ -67,7 +107,7 @@ def bench_inference(
     Args:
         name: A trained model's name, or an arch, whose weights are then random.
         variants: Keys of `VARIANTS`. `timm` is as a user gets it; `prepared` is what
-            `prepare_for_inference` gives.
+            `prepare_for_inference` gives, `exported` what `export` writes, in onnxruntime.
         batch_size: Images a call.
         rounds: Turns of each variant that count, after two that do not.
         progress: Show a progress bar, if there is a terminal.
@@ -101,7 +141,7 @@ def _make_turn(name: str, variant: str, batch_size: int) -> tuple[Callable[[], f
     with torch.inference_mode():
         expected = timms(images)
     network = VARIANTS[variant](ours, timms)
-    if variant.startswith("timm-"):
+    if variant in CHANNELS_LAST:
         images = images.contiguous(memory_format=torch.channels_last)
     with torch.inference_mode():
         difference = (network(images) - expected).abs().max() / expected.abs().max()

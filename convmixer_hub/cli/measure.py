@@ -100,9 +100,10 @@ def bench_inference_command(
     """Time the answers of NAME and of timm's ConvMixer with the same weights, in turns.
 
     In fp32 on the CPU. timm: as a user gets it; timm-channels-last and timm-compiled: with that
-    memory format, the latter with torch.compile, too; ours: this package's model; prepared: what
-    prepare_for_inference makes of it. The difference is that of the logits, as a share of the
-    largest one.
+    memory format, the latter with torch.compile, too; timm-onnxruntime and timm-openvino: exported
+    to ONNX; ours: this package's model; prepared: what prepare_for_inference makes of it; exported,
+    exported-int8: what convmixer export writes, in onnxruntime. The difference is that of the
+    logits, as a share of the largest one.
     """
     rows = [["batch", "variant", "images/s", f"× {(variants or tuple(ANSWERS))[0]}", "difference"]]
     for batch_size in batch_sizes:

@@ -12,7 +12,7 @@ from ..hub.records import CARD_FILE, WEIGHTS_FILE
 from ..model.convmixer import ACTIVATIONS
 from ..model.layouts import ALIASES, LAYOUTS
 from ..release.card import propose_record, write_card
-from ..release.export import FORMATS, export
+from ..release.export import RUNTIMES, export
 from ..release.publish import list_uploads, publish
 from ..zoo import VARIANTS
 from .options import DEFAULT_MODEL, OpenData, data_options, optional_data_options, print_table
@@ -75,7 +75,7 @@ def publish_command(name: str, repo_id: str, private: bool, tag: str | None, dry
 @click.option(
     "--output", required=True, type=click.Path(path_type=Path), help="Folder for the file."
 )
-@click.option("--format", default="onnx", show_default=True, type=click.Choice(FORMATS))
+@click.option("--format", default="onnx", show_default=True, type=click.Choice(list(RUNTIMES)))
 @click.option(
     "--with-preprocessing",
     is_flag=True,

@@ -12,7 +12,6 @@ Known are
 from __future__ import annotations
 
 import copy
-import math
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -279,50 +278,6 @@ def _number(labels: Sequence[Any], numbers: Mapping[Any, int], place: str) -> li
                 f"{known}{more}; correct or remove it"
             )
     return [numbers[label] for label in labels]
-
-
-def hold_out(dataset: ImageDataset, size: int, seed: int) -> tuple[list[int], list[int]]:
-    """Split the indices of the training images into kept and held-out ones, each class alike.
-
-    Args:
-        dataset: The dataset.
-        size: Number of images to hold out; 0 for none.
-        seed: The same seed gives the same split everywhere.
-
-    Raises:
-        DataError: If a class cannot have an image in each part, naming it.
-    """
-    labels = torch.tensor(dataset.get("train").labels)
-    if not size:
-        return list(range(len(labels))), []
-    counts = labels.bincount(minlength=len(dataset.classes))
-    present = counts > 0
-    for name, count in zip(dataset.classes, counts.tolist()):
-        if count == 1:
-            raise DataError(
-                f"{dataset.source}: the class {name} has one image alone, which cannot be both "
-                "trained on and held out; add some, or remove it"
-            )
-    least, most = int(present.sum()), len(labels) - int(present.sum())
-    if not least <= size <= most:
-        raise DataError(
-            f"{dataset.source}: cannot hold out {size} of {len(labels)} training images in "
-            f"{least} classes; give {least} to {most}"
-        )
-    # One of each class, then always of the class that is farthest from its share.
-    chosen = present.long()
-    for _ in range(size - least):
-        missing = size * counts / len(labels) - chosen
-        missing[chosen >= counts - 1] = -math.inf
-        chosen[missing.argmax()] += 1
-    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
-    shuffled = labels[order]
-    held_out = torch.cat(
-        [order[shuffled == number][:count] for number, count in enumerate(chosen.tolist())]
-    )
-    kept = torch.ones(len(labels), dtype=torch.bool)
-    kept[held_out] = False
-    return kept.nonzero().flatten().tolist(), sorted(held_out.tolist())
 
 
 def read_images(

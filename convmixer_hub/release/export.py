@@ -2,16 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
-import json
-import logging
-import warnings
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 import torch
 from timm.data import resolve_input_data_config
@@ -20,6 +12,15 @@ from torch.utils.data import DataLoader
 from torchvision import transforms
 
 from ..checkpoints.resolve import resolve
+from ..checkpoints.runtimes import (
+    Network,
+    check_onnx_libraries,
+    open_onnx,
+    open_pt2,
+    store_weights_in_int8,
+    write_onnx,
+    write_pt2,
+)
 from ..data.images import eval_transform
 from ..data.reader import ImageDataset, LabeledImages, read_batches
 from ..errors import CheckpointError, DataError, first_line
@@ -29,11 +30,9 @@ from ..model.config import check_classifies, get_config, get_label_names
 from ..zoo import load_trained
 from .golden import make_golden_input
 
-FORMATS = ("onnx", "pt2")
-METADATA_FILE = "metadata.json"  # in a .pt2 file
+# By format: how a network is written, and opened.
+RUNTIMES = {"onnx": (write_onnx, open_onnx), "pt2": (write_pt2, open_pt2)}
 TOLERANCE = 1e-4  # of logits, as a share of the largest
-
-Network = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -85,7 +84,7 @@ def export(
     Args:
         name: As in `zoo.load_trained`.
         output: The folder to write to; made if missing.
-        format: One of `FORMATS`; `pt2` is for `torch.export.load` and AOTInductor.
+        format: A key of `RUNTIMES`; `pt2` is for `torch.export.load` and AOTInductor.
         with_preprocessing: Take bytes `[batch, height, width, channels]` of images that have the
             model's size, instead of normalized floats `[batch, channels, height, width]`.
         int8: A dataset: store the weights in int8, a third of the size, and measure on the test
@@ -104,7 +103,7 @@ def export(
     if int8 and format != "onnx":
         raise CheckpointError(f"{name}: int8 is for ONNX alone; leave --int8 or --format out")
     if format == "onnx":
-        _check_libraries()
+        check_onnx_libraries()
     source = resolve(name)
     model = load_trained(source).eval()
     check_classifies(model)
@@ -129,13 +128,9 @@ def export(
     try:
         output.mkdir(parents=True, exist_ok=True)
         with replacing(file) as temporary:
-            with _quietly():
-                if format == "pt2":
-                    _write_pt2(network, images, metadata, temporary)
-                else:
-                    _write_onnx(network, images, metadata, temporary)
-            run = (_open_pt2 if format == "pt2" else _open_onnx)(temporary)
-            difference = _compare(network, run, images)
+            write, reopen = RUNTIMES[format]
+            write(network, images, metadata, temporary)
+            difference = _compare(network, reopen(temporary), images)
             if not difference <= TOLERANCE:
                 raise CheckpointError(
                     f"{name}: exported as {format} it answers something else, by {difference:.0e} "
@@ -148,7 +143,7 @@ def export(
                     transform = transforms.Compose([transform, _put_channels_last])
                 test = prepare_test_images(model, int8).seen_through(transform)
                 in_fp32 = _measure(temporary, test)
-                _quantize_weights(temporary)
+                store_weights_in_int8(temporary)
                 top1 = in_fp32, _measure(temporary, test)
                 if top1[0] - top1[1] > largest_loss:
                     raise CheckpointError(
@@ -160,66 +155,6 @@ def export(
             f"{file}: cannot be written ({first_line(error)}); make room, or name another --output"
         ) from None
     return Export(file, difference, top1)
-
-
-def _check_libraries() -> None:
-    for library in ("onnx", "onnxscript", "onnxruntime"):
-        if find_spec(library) is None:
-            raise CheckpointError(
-                f"exporting to ONNX needs {library}: pip install onnx onnxscript onnxruntime"
-            )
-
-
-@contextlib.contextmanager
-def _quietly() -> Iterator[None]:
-    """Keep what exporters say of themselves from a user who cannot act on it."""
-    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-        warnings.simplefilter("ignore")
-        logging.disable(logging.WARNING)
-        try:
-            yield
-        finally:
-            logging.disable(logging.NOTSET)
-
-
-def _write_onnx(network: nn.Module, images: Tensor, metadata: dict[str, Any], file: Path) -> None:
-    program = torch.onnx.export(
-        network,
-        (images,),
-        input_names=["images"],
-        output_names=["logits"],
-        dynamic_shapes=({0: torch.export.Dim("batch")},),
-        dynamo=True,
-        verbose=False,
-    )
-    assert program is not None
-    for name, value in metadata.items():
-        text = value if isinstance(value, str) else json.dumps(value)
-        program.model.metadata_props[name] = text
-    for node in program.model.graph:
-        node.metadata_props.clear()  # such as stack traces, with the paths of this machine
-    program.save(str(file), external_data=False)
-
-
-def _write_pt2(network: nn.Module, images: Tensor, metadata: dict[str, Any], file: Path) -> None:
-    program = torch.export.export(
-        network, (images,), dynamic_shapes=({0: torch.export.Dim("batch")},)
-    )
-    for node in program.graph.nodes:
-        node.meta.pop("stack_trace", None)  # with the paths of this machine
-    torch.export.save(program, file, extra_files={METADATA_FILE: json.dumps(metadata)})
-
-
-def _open_onnx(file: Path) -> Network:
-    import onnxruntime
-
-    session = onnxruntime.InferenceSession(file.read_bytes())
-    return lambda images: torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
-
-
-def _open_pt2(file: Path) -> Network:
-    network: Network = torch.export.load(file).module()
-    return network
 
 
 @torch.inference_mode()
@@ -238,38 +173,8 @@ def _put_channels_last(pixels: Tensor) -> Tensor:
 
 def _measure(file: Path, images: LabeledImages) -> float:
     """Give the top-1 of an ONNX file on images, in percent."""
-    run = _open_onnx(file)
+    run = open_onnx(file)
     correct = 0
     for batch, labels in read_batches(DataLoader(images, batch_size=64)):
         correct += int((run(batch).argmax(dim=1) == labels).sum())
     return 100.0 * correct / len(images)
-
-
-def _quantize_weights(file: Path) -> None:
-    """Store the weights of an ONNX file in int8, each channel with a scale of its own, in place.
-
-    Runtimes turn them into floats when they load the file (for a DequantizeLinear, which has the
-    same result, onnxruntime does so at each call). Products in int8 would not be faster here, with
-    GELU and BatchNorm in floats between them, and cost several tenths of a point of top-1.
-    """
-    import onnx
-    from onnx import TensorProto, helper, numpy_helper
-
-    model = onnx.load(file)
-    graph = model.graph
-    weights = {node.input[1] for node in graph.node if node.op_type in ("Conv", "Gemm")}
-    for initializer in [i for i in graph.initializer if i.name in weights]:
-        name, values = initializer.name, numpy_helper.to_array(initializer)  # [out, in, …]
-        scale = abs(values).max(axis=tuple(range(1, values.ndim)), keepdims=True).clip(1e-12) / 127
-        graph.initializer.remove(initializer)
-        graph.initializer.extend(
-            [
-                numpy_helper.from_array((values / scale).round().astype("int8"), f"{name}_int8"),
-                numpy_helper.from_array(scale, f"{name}_scale"),
-            ]
-        )
-        cast = helper.make_node("Cast", [f"{name}_int8"], [f"{name}_cast"], to=TensorProto.FLOAT)
-        scaled = helper.make_node("Mul", [f"{name}_cast", f"{name}_scale"], [name])
-        graph.node.insert(0, scaled)
-        graph.node.insert(0, cast)
-    onnx.save(model, file)
