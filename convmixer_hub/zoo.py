@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,34 +20,21 @@ from timm.models import (
     register_model,
     resolve_pretrained_cfg,
 )
-from torch import nn
 
 from .checkpoints.adapt import adapt_checkpoint
-from .checkpoints.convert import build_like, read_checkpoint
 from .checkpoints.files import check_safetensors
-from .checkpoints.resolve import Source, resolve
-from .errors import (
-    CheckpointError,
-    ConvMixerHubError,
-    ModelSizeError,
-    UnknownModelError,
-    first_line,
-)
-from .files import hash_file
+from .errors import ModelSizeError, UnknownModelError
 from .hub.find import find_checkpoint
 from .hub.records import (
     CIFAR10,
-    CONFIG_FILE,
     DEFAULT_TAG,
     RECORDS,
     REPOSITORIES,
     WEIGHTS_FILE,
     CheckpointRecord,
-    suggest,
 )
-from .model.config import CLASSIFIER, FIRST_CONV, get_config
+from .model.config import CLASSIFIER, FIRST_CONV
 from .model.convmixer import ConvMixer
-from .model.layouts import convert_layout
 
 _logger = logging.getLogger(__package__)
 
@@ -253,96 +240,6 @@ def _choose_labels(
         )
     kwargs["num_classes"] = len(label_names)
     return None if list(label_names) == list(trained.label_names or ()) else label_names
-
-
-def load_trained(name: str | Path | Source, label_names: Sequence[str] | None = None) -> nn.Module:
-    """Build a trained model from what names it.
-
-    Args:
-        name: As in `checkpoints.resolve.resolve`, or what that gave: a trained model's name, a
-            folder such as a run of `train`, a repository of the Hub, or a file of weights, whose
-            classes have no names unless it is on record. A `Path` is always a path.
-        label_names: Classes that the model is to tell apart instead of those it was trained on, if
-            it is one of this package.
-
-    Raises:
-        UnknownModelError: If there is nothing of this name.
-        CheckpointError: If the weights cannot be found or downloaded, are damaged or do not fit.
-        ModelSizeError: If a name stands twice in `label_names`.
-    """
-    source = name if isinstance(name, Source) else resolve(name)
-    options: dict[str, Any] = {"label_names": label_names} if label_names else {}
-    if source.record:  # verified by `resolve`, so timm gets the file
-        overlay = {"file": str(source.file)}
-        return timm.create_model(
-            source.record.name, pretrained=True, pretrained_cfg_overlay=overlay, **options
-        )
-    if not source.name and not label_names:
-        return _load_file(source)
-    source.check_is_whole()
-    config_file = source.folder / CONFIG_FILE
-    arch = source.config.get("architecture")
-    if "architecture" not in source.config:
-        raise CheckpointError(
-            f"{config_file}: missing, or not a model's configuration; "
-            "name a folder that `convmixer train` or timm wrote"
-        )
-    if not isinstance(arch, str) or not timm.is_model(arch):
-        raise CheckpointError(
-            f"{config_file}: neither timm nor this package has the architecture {arch!r}; "
-            f"{suggest(str(arch), default_cfgs)}"
-        )
-    if label_names and arch not in default_cfgs:
-        raise CheckpointError(
-            f"{source.folder}: holds timm's {arch}, which takes no label_names; "
-            "name one of this package"
-        )
-    check_safetensors(source.file)
-    try:
-        return timm.create_model(source.name, pretrained=True, **options)
-    except ConvMixerHubError:
-        raise
-    except Exception as error:  # of timm or torch, which have none of their own
-        raise CheckpointError(
-            f"{source.folder}: cannot be loaded as {arch} ({first_line(error)}); "
-            f"fix its {CONFIG_FILE}, or name a folder that `convmixer train` or timm wrote"
-        ) from None
-
-
-def _load_file(source: Source) -> nn.Module:
-    """Build the model of a file of weights alone, with the arch's own preprocessing."""
-    if source.config:
-        return load_trained(source.folder)
-    digest = hash_file(source.file) if source.file.is_file() else ""
-    if known := [record for record in RECORDS.values() if record.sha256 == digest]:
-        return load_trained(replace(source, record=known[0]))
-    checkpoint = read_checkpoint(str(source.file.absolute()))
-    tensors = convert_layout(checkpoint.tensors)
-    like = build_like(tensors, str(source.file))
-    sizes = Variant(
-        like.num_features, len(like.conv_mixer_layers), like.kernel_size, like.patch_emb.patch_size
-    )
-    found = [arch for arch, v in VARIANTS.items() if replace(v, image_size=32) == sizes]
-    if not found:
-        raise CheckpointError(
-            f"{source.file}: no model of this package has its sizes; build a ConvMixer of these, "
-            "which `convmixer info` tells, and load it with load_state_dict"
-        )
-    if checkpoint.activation is None:
-        raise CheckpointError(
-            f"{source.file}: nothing in it tells the activation; write a copy that does: convmixer "
-            f"convert {source.file} OUT.safetensors --layout ours --activation gelu (or relu)"
-        )
-    model = timm.create_model(
-        found[0],
-        num_classes=like.num_classes,
-        in_chans=like.in_chans,
-        global_pool=like.global_pool,
-        act_layer=checkpoint.activation,
-    )
-    model.load_state_dict(tensors)
-    get_config(model)["label_names"] = None
-    return model
 
 
 @dataclass(frozen=True)

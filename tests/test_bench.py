@@ -56,7 +56,7 @@ def test_building_with_and_without_weights_is_timed():
 
 @pytest.mark.slow
 def test_answers_are_timed_in_turns_and_are_the_same():
-    variants = ["timm", "timm-channels-last", "prepared"]
+    variants = ["timm", "timm-channels-last", "timm-openvino", "prepared", "exported"]
     speeds = bench_inference(ARCH, variants, batch_size=2, rounds=1, progress=False)
     assert [speed.variant for speed in speeds] == variants
     assert all(speed.images_per_second > 0 and speed.difference < 1e-5 for speed in speeds)

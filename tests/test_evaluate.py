@@ -16,8 +16,8 @@ from convmixer_hub.evaluate import (
     prepare_test_images,
 )
 from convmixer_hub.hub.records import CIFAR10
+from convmixer_hub.load import load_trained
 from convmixer_hub.model.config import get_config
-from convmixer_hub.zoo import load_trained
 
 from .conftest import IMAGES
 

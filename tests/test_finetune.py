@@ -17,6 +17,7 @@ from convmixer_hub.checkpoints.files import save_model
 from convmixer_hub.data.images import open_image
 from convmixer_hub.data.reader import open_dataset
 from convmixer_hub.evaluate import Evaluation, evaluate_on
+from convmixer_hub.load import load_trained
 from convmixer_hub.model.config import get_label_names
 from convmixer_hub.predict import predict
 from convmixer_hub.release.card import write_card
@@ -25,7 +26,6 @@ from convmixer_hub.training import finetune as finetune_module
 from convmixer_hub.training import run as run_module
 from convmixer_hub.training.finetune import choose_settings, finetune
 from convmixer_hub.training.settings import OPTIMIZERS
-from convmixer_hub.zoo import load_trained
 
 from .conftest import CHECKOUT, IMAGES
 

@@ -26,6 +26,7 @@ FLOORS = [
     {"hub", "model", "data"},
     {"checkpoints"},
     {"zoo"},
+    {"load"},
     {"predict", "evaluate", "figures"},
     {"training"},
     {"release", "bench"},
@@ -60,7 +61,7 @@ def test_imports_run_downward_only(module):
     for imported in find_imports(module):
         assert imported in MODULES, f"{module} imports {imported}, which is no module"
         to = get_part(imported)
-        allowed = part == to or FLOOR_OF[to] < FLOOR_OF[part] or {part, to} <= FLOORS[5]
+        allowed = part == to or FLOOR_OF[to] < FLOOR_OF[part] or {part, to} <= FLOORS[6]
         assert allowed, f"{module} imports {imported}, which is not below it"
 
 

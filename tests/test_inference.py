@@ -9,10 +9,11 @@ from torch import nn
 
 from convmixer_hub import ModelSizeError, prepare_for_inference
 from convmixer_hub.data.images import open_image
+from convmixer_hub.load import load_trained
 from convmixer_hub.model import inference
 from convmixer_hub.model.cpu import speed_up_on_cpu
 from convmixer_hub.predict import predict
-from convmixer_hub.zoo import VARIANTS, load_trained
+from convmixer_hub.zoo import VARIANTS
 
 from .conftest import IMAGES
 from .test_convmixer import randomise_norms

@@ -20,8 +20,8 @@ from convmixer_hub import CheckpointError, UnknownModelError, find_checkpoint, g
 from convmixer_hub.checkpoints.files import save_model
 from convmixer_hub.checkpoints.info import describe
 from convmixer_hub.hub import find
+from convmixer_hub.load import load_trained
 from convmixer_hub.model.config import get_label_names
-from convmixer_hub.zoo import load_trained
 
 from .conftest import use_endpoint
 from .hub_server import error

@@ -12,8 +12,8 @@ from torch.optim.swa_utils import AveragedModel
 from convmixer_hub import CheckpointError, ConvMixer, ModelSizeError, UnknownModelError
 from convmixer_hub.checkpoints.convert import convert
 from convmixer_hub.checkpoints.files import save_model
+from convmixer_hub.load import load_trained
 from convmixer_hub.model.layouts import convert_layout, detect_layout
-from convmixer_hub.zoo import load_trained
 
 from .test_convmixer import randomise_norms
 

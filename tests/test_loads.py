@@ -16,8 +16,8 @@ from timm.models.convmixer import ConvMixer as TimmConvMixer
 from convmixer_hub import CheckpointError, ConvMixer, ModelSizeError, find_checkpoint
 from convmixer_hub.checkpoints.files import save_model
 from convmixer_hub.hub.records import CIFAR10
+from convmixer_hub.load import load_trained
 from convmixer_hub.model.config import get_label_names
-from convmixer_hub.zoo import load_trained
 
 NAME = "convmixer_cifar.cifar10"
 ARCH = "convmixer_96_8_ks5_p1"

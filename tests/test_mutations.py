@@ -17,7 +17,7 @@ from convmixer_hub import CheckpointError, CheckpointRecord, find_checkpoint
 from convmixer_hub.checkpoints.files import save_model
 from convmixer_hub.hub import find, records
 from convmixer_hub.hub.records import CIFAR10
-from convmixer_hub.zoo import load_trained
+from convmixer_hub.load import load_trained
 
 ARCH = "convmixer_96_8_ks5_p1"
 NAME = f"{ARCH}.mutated"

@@ -11,8 +11,8 @@ from timm.models.convmixer import ConvMixer as TimmConvMixer
 from convmixer_hub import CheckpointError, find_checkpoint
 from convmixer_hub.data.images import eval_transform, open_image
 from convmixer_hub.hub.records import CIFAR10
+from convmixer_hub.load import load_trained
 from convmixer_hub.predict import predict
-from convmixer_hub.zoo import load_trained
 
 from .conftest import CHECKOUT, IMAGES
 

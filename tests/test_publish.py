@@ -17,9 +17,9 @@ from convmixer_hub.checkpoints.files import read_model_files, save_model
 from convmixer_hub.cli.main import main
 from convmixer_hub.hub.find import find_embedded
 from convmixer_hub.hub.records import RECORDS
+from convmixer_hub.load import load_trained
 from convmixer_hub.release.golden import write_golden
 from convmixer_hub.release.publish import list_uploads, publish
-from convmixer_hub.zoo import load_trained
 
 from .conftest import as_ordinary_user, use_endpoint
 from .hub_server import error, headers, other_body

@@ -25,13 +25,13 @@ from convmixer_hub.checkpoints.files import save_model
 from convmixer_hub.data.reader import open_dataset
 from convmixer_hub.evaluate import evaluate_on
 from convmixer_hub.hub.records import CIFAR10
+from convmixer_hub.load import load_trained
 from convmixer_hub.training import network as network_module
 from convmixer_hub.training import run as run_module
 from convmixer_hub.training.folder import lock_run
 from convmixer_hub.training.images import choose_images, hold_out, load_images, serve_batches
 from convmixer_hub.training.run import train
 from convmixer_hub.training.settings import TrainingSettings
-from convmixer_hub.zoo import load_trained
 
 from .conftest import CHECKOUT, CONFIG, IMAGES
 

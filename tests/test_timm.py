@@ -16,7 +16,7 @@ from torch.ao.quantization.quantize_fx import convert_fx, prepare_fx
 from convmixer_hub import ConvMixer, ModelSizeError
 from convmixer_hub.data.images import eval_transform, open_image
 from convmixer_hub.hub.records import CIFAR10
-from convmixer_hub.zoo import load_trained
+from convmixer_hub.load import load_trained
 
 from .conftest import CHECKOUT, IMAGES
 

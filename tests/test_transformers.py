@@ -10,8 +10,8 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification, pi
 
 from convmixer_hub.checkpoints.files import save_model
 from convmixer_hub.data.images import open_image
+from convmixer_hub.load import load_trained
 from convmixer_hub.predict import predict
-from convmixer_hub.zoo import load_trained
 
 from .conftest import CHECKOUT, IMAGES
 

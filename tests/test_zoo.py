@@ -12,7 +12,8 @@ from convmixer_hub.checkpoints import files
 from convmixer_hub.checkpoints.files import save_model
 from convmixer_hub.hub.find import find_checkpoint
 from convmixer_hub.hub.records import CIFAR10, RECORDS
-from convmixer_hub.zoo import list_models, load_trained
+from convmixer_hub.load import load_trained
+from convmixer_hub.zoo import list_models
 
 from .conftest import CHECKOUT
 

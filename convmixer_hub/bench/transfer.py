@@ -12,11 +12,11 @@ from ..data.reader import ImageDataset
 from ..errors import DataError, TrainingError
 from ..evaluate import evaluate_on
 from ..hub.records import get_record
+from ..load import load_trained
 from ..machine import get_world_size
 from ..training.finetune import choose_settings
 from ..training.run import train
 from ..training.settings import TrainingSettings
-from ..zoo import load_trained
 
 
 @dataclass(frozen=True)

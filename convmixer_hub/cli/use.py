@@ -22,10 +22,11 @@ from ..files import write_file
 from ..hub.doctor import examine
 from ..hub.find import find_checkpoint, locate
 from ..hub.records import CARD_FILE, get_record
+from ..load import load_trained
 from ..machine import describe_machine, get_rank
 from ..predict import Prediction, predict_each
 from ..release.golden import TOLERANCES, verify
-from ..zoo import list_models, load_trained
+from ..zoo import list_models
 from .options import (
     DEFAULT_MODEL,
     NOT_NEGATIVE,

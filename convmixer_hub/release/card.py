@@ -50,6 +50,7 @@ from ..hub.records import (
     get_record,
 )
 from ..hub.repository import PREFIX
+from ..load import load_trained
 from ..machine import describe_machine
 from ..model.config import get_config, get_label_names
 from ..model.convmixer import ConvMixer
@@ -58,7 +59,6 @@ from ..model.inference import prepare_if_possible
 from ..training.finetune import FINETUNE_OPTIONS
 from ..training.folder import METRICS_FILE, read_metrics
 from ..training.settings import RECIPE, TrainingSettings
-from ..zoo import load_trained
 from .golden import write_golden
 
 NOTES_FILE = "NOTES.md"

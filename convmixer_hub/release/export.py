@@ -26,8 +26,8 @@ from ..data.reader import ImageDataset, LabeledImages, read_batches
 from ..errors import CheckpointError, DataError, first_line
 from ..evaluate import prepare_test_images
 from ..files import hash_file, replacing
+from ..load import load_trained
 from ..model.config import check_classifies, get_config, get_label_names
-from ..zoo import load_trained
 from .golden import make_golden_input
 
 # By format: how a network is written, and opened.
@@ -82,7 +82,7 @@ def export(
     `.pt2`, the names of the classes and how to prepare images.
 
     Args:
-        name: As in `zoo.load_trained`.
+        name: As in `load.load_trained`.
         output: The folder to write to; made if missing.
         format: A key of `RUNTIMES`; `pt2` is for `torch.export.load` and AOTInductor.
         with_preprocessing: Take bytes `[batch, height, width, channels]` of images that have the

@@ -21,9 +21,9 @@ from ..errors import CheckpointError, first_line
 from ..files import hash_file, write_file
 from ..hub.find import find_embedded
 from ..hub.records import GOLDEN_FILE, WEIGHTS_FILE
+from ..load import load_trained
 from ..model.config import get_config
 from ..model.inference import prepare_if_possible
-from ..zoo import load_trained
 
 # By how much logits may differ, as a share of the largest: several times what rounding does.
 TOLERANCES = {"float32": 2e-5, "bfloat16": 5e-2}

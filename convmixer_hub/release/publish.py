@@ -18,7 +18,7 @@ from ..errors import ConvMixerHubError, PublishError, UnknownModelError
 from ..files import hash_file
 from ..hub.records import CARD_FILE, GOLDEN_FILE, SOME_REPOSITORY, WEIGHTS_FILE, get_record
 from ..hub.repository import describe_answer, explain_upload, read_token
-from ..zoo import load_trained
+from ..load import load_trained
 from .golden import parse_golden
 
 

@@ -23,10 +23,10 @@ from ..evaluate import Evaluation, collect_logits, count_confusions
 from ..figures import check_matplotlib, draw_confusion, draw_predictions
 from ..files import write_file
 from ..hub.records import MISTAKES_FILE
+from ..load import load_trained
 from ..machine import get_rank, get_world_size
 from ..model.config import get_label_names
 from ..predict import Prediction
-from ..zoo import load_trained
 from .images import choose_images
 from .run import train
 from .settings import TrainingSettings
@@ -59,7 +59,7 @@ def choose_settings(name: str, dataset: ImageDataset, **changes: Any) -> Trainin
     """Choose how to fine-tune, for the data at hand.
 
     Args:
-        name: The trained model, as in `zoo.load_trained`.
+        name: The trained model, as in `load.load_trained`.
         dataset: What to fine-tune on.
         changes: Settings to be different from what would be chosen; None for no change. By
             default a fifth of the training images is held out, if there are none for validation.

@@ -17,12 +17,12 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..errors import TrainingError
+from ..load import load_trained
 from ..machine import get_world_size
 from ..model.convmixer import ConvMixer
 from ..model.cpu import keep_freed_memory, speed_up_on_cpu
 from ..model.gpu import FastOnGPU, can_speed_up
 from ..model.init import draw_kernels_by_depth
-from ..zoo import load_trained
 from .folder import RunState
 from .settings import OPTIMIZERS, TrainingSettings
 

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..errors import CheckpointError, TrainingError, UnknownModelError
+from ..load import load_trained
 from ..model.config import get_label_names
 from ..model.convmixer import ConvMixer
 from ..model.gpu import FastOnGPU, can_speed_up
 from ..model.inference import prepare_if_possible
-from ..zoo import load_trained
 
 
 class Teacher(nn.Module):
