@@ -28,6 +28,7 @@ SECTIONS = {
             "use",
             "Measure the top-1 accuracy of a model on the test images of a dataset",
         ),
+        "demo": ("use", "Try models on a page in the browser"),
         "info": ("use", "Describe a checkpoint"),
         "verify": ("use", "Check that a model computes on this machine what it should"),
         "doctor": ("use", "Check whether models can be loaded on this machine, and if not, why"),

@@ -21,10 +21,11 @@ from ..figures import draw_predictions
 from ..files import write_file
 from ..hub.doctor import examine
 from ..hub.find import find_checkpoint, locate
-from ..hub.records import CARD_FILE, get_record
+from ..hub.records import CARD_FILE, RECORDS, get_record
 from ..load import load_trained
 from ..machine import describe_machine, get_rank
 from ..predict import Prediction, predict_each
+from ..release.demo import run_demo
 from ..release.golden import TOLERANCES, verify
 from ..zoo import list_models
 from .options import (
@@ -36,6 +37,17 @@ from .options import (
     print_markdown,
     print_table,
 )
+
+
+@click.command("demo")
+@click.argument("names", metavar="[NAME]...", nargs=-1)
+@click.option("--port", default=7860, show_default=True, type=click.IntRange(1, 65535))
+def demo_command(names: tuple[str, ...], port: int) -> None:
+    """Try models on a page in the browser, of this machine alone.
+
+    NAME is as in evaluate; all trained models by default. Needs gradio.
+    """
+    run_demo(names or tuple(RECORDS), port)
 
 
 @click.command("list")
