@@ -14,6 +14,7 @@ from PIL import Image
 
 from convmixer_hub import CheckpointError, DataError
 from convmixer_hub.checkpoints import runtimes
+from convmixer_hub.checkpoints.files import save_model
 from convmixer_hub.checkpoints.runtimes import write_onnx
 from convmixer_hub.cli.main import main
 from convmixer_hub.data.reader import open_dataset
@@ -42,7 +43,7 @@ def test_onnx_answers_as_recorded(name, tmp_path):
     assert json.loads(metadata["labels"]) == list(RECORDS[name].dataset.classes)
     assert json.loads(metadata["mean"]) == [0.4914, 0.4822, 0.4465]
     assert metadata["sha256"] == RECORDS[name].sha256
-    assert str(CHECKOUT).encode() not in file.read_bytes()
+    assert not re.search(rb"\.py\b|site-packages", file.read_bytes())  # of stack traces
 
 
 def test_a_file_with_preprocessing_takes_pixels(tmp_path):
@@ -61,11 +62,21 @@ def test_a_file_with_preprocessing_takes_pixels(tmp_path):
 @pytest.mark.slow
 def test_the_snippet_of_the_docs_needs_no_torch(tmp_path):
     export("convmixer_cifar", tmp_path, with_preprocessing=True)
+    wide = Image.open(IMAGES / "cat.png").resize((64, 64)).crop((0, 8, 64, 56))
+    wide.save(tmp_path / "cat.png")
     [snippet] = re.findall("```python\n(.*?)```", (CHECKOUT / "docs/export.md").read_text(), re.S)
     code = "import sys; sys.modules |= {'torch': None, 'timm': None, 'convmixer_hub': None}\n"
-    code += snippet.replace("DIR", str(tmp_path))
+    code += snippet.replace("DIR", str(tmp_path)).replace("tests/images", str(tmp_path))
+    code += "print(*logits[0].round(3))\n"
+    model = timm.create_model("convmixer_cifar", pretrained=True).eval()
+    transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
+    with torch.no_grad():
+        expected = model(transform(wide)[None])[0].numpy()
     command = [sys.executable, "-c", code]
-    assert subprocess.check_output(command, text=True, cwd=CHECKOUT) == "cat\n"
+    label, logits = subprocess.check_output(command, text=True, cwd=CHECKOUT).splitlines()
+    assert label == "cat"
+    # The middle is cut out before the picture is scaled, and not after it.
+    numpy.testing.assert_allclose(numpy.array(logits.split(), float), expected, atol=0.3)
 
 
 def test_pt2_answers_as_torch_does(tmp_path, batch):
@@ -75,7 +86,7 @@ def test_pt2_answers_as_torch_does(tmp_path, batch):
     model = timm.create_model(SMALL, pretrained=True).eval()
     with torch.no_grad():
         torch.testing.assert_close(program.module()(batch), model(batch), atol=1e-4, rtol=1e-4)
-    assert str(CHECKOUT).encode() not in file.read_bytes()
+    assert not re.search(rb"\.py\b|site-packages", file.read_bytes())  # of stack traces
     assert json.loads(extra["metadata.json"])["labels"] == list(CIFAR10.classes)
 
 
@@ -86,7 +97,8 @@ def test_int8_is_smaller_and_measured(options, cifar_sample, tmp_path):
     result = CliRunner().invoke(main, [*command, *options], catch_exceptions=False)
     assert result.exit_code == 0, result.output
     file = output / "model_int8.onnx"
-    assert re.fullmatch(rf"{file}: 0\.\d\d MB, top-1 [\d.]+ %, in fp32 [\d.]+ %\n", result.output)
+    line = rf"{file}: 0\.\d\d MB, top-1 [\d.]+ %, in fp32 [\d.]+ % \(10 test images\)\n"
+    assert re.fullmatch(line, result.output)
     assert file.stat().st_size < 0.5 * export(SMALL, output).file.stat().st_size
     assert [f.name for f in sorted(output.iterdir())] == ["model.onnx", "model_int8.onnx"]
 
@@ -121,12 +133,38 @@ def test_what_cannot_be_exported_is_one_line(cifar_sample, tmp_path, monkeypatch
         export(SMALL, tmp_path)
 
 
-def test_an_export_that_answers_something_else_is_not_kept(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    "options", [{"in_chans": 1}, {"in_chans": 4}, {"label_names": ["a", "b"]}, {"num_classes": 3}]
+)
+def test_other_models_can_be_exported(options, tmp_path):
+    model = timm.create_model(SMALL, **options)
+    size = (model.in_chans, 24, 40)
+    model.pretrained_cfg["input_size"] = size
+    save_model(model, tmp_path / "run", {})
+    done = export(tmp_path / "run", tmp_path, with_preprocessing=True)
+    session = onnxruntime.InferenceSession(done.file)
+    assert session.get_inputs()[0].shape[1:] == [24, 40, model.in_chans]
+    labels = json.loads(session.get_modelmeta().custom_metadata_map["labels"])
+    assert labels == options.get("label_names", labels)
+
+
+def test_what_fails_in_an_exporter_is_one_line(tmp_path, monkeypatch):
+    def fail(*_):
+        raise TypeError("no such operator\nfor long reasons")
+
+    monkeypatch.setitem(RUNTIMES, "onnx", (fail, None))
+    message = r"^convmixer_cifar: cannot be exported as onnx \(no such operator\); try another --f"
+    with pytest.raises(CheckpointError, match=message):
+        export("convmixer_cifar", tmp_path / "out")
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_an_export_with_other_logits_is_not_kept(tmp_path, monkeypatch):
     monkeypatch.setitem(
         RUNTIMES, "onnx", (write_onnx, lambda file: lambda x: torch.ones(len(x), 10))
     )
     with pytest.raises(
-        CheckpointError, match="exported as onnx it answers something else, by [12]e"
+        CheckpointError, match="exported as onnx, its logits differ from torch's by [12]e"
     ):
         export(SMALL, tmp_path / "out")
     assert not list((tmp_path / "out").iterdir())

@@ -12,7 +12,7 @@ import zipfile
 
 import pytest
 
-from .conftest import CHECKOUT
+from .conftest import CHECKOUT, IMAGES
 
 PACKAGE = CHECKOUT / "convmixer_hub"
 MODULES = {
@@ -83,6 +83,7 @@ def test_every_folder_is_installed():
     setup = configparser.ConfigParser()
     setup.read(CHECKOUT / "setup.cfg")
     packages = set(setup["options"]["packages"].split()) - {
+        "convmixer_hub.examples",
         "convmixer_hub.weights",
         "convmixer_cli",
     }
@@ -128,6 +129,7 @@ def test_the_wheel_has_every_module_and_the_weights(distributions):
     names = set(zipfile.ZipFile(wheel).namelist())
     expected = {f"convmixer_hub/{file.relative_to(PACKAGE)}" for file in MODULES.values()}
     expected |= {"convmixer_hub/model/cpu.cpp", "convmixer_hub/release/card.md"}
+    expected |= {f"convmixer_hub/examples/{file.name}" for file in IMAGES.glob("*.png")}
     for folder in (CHECKOUT / "weights").iterdir():
         expected.add(f"convmixer_hub/weights/{folder.name}/model.safetensors")
     assert expected <= names

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -16,7 +17,6 @@ from torch import nn
 
 from ..checkpoints.runtimes import (
     Network,
-    check_onnx_libraries,
     open_onnx,
     store_weights_in_int8,
     write_onnx,
@@ -48,6 +48,11 @@ class AnswerSpeed:
     difference: float
 
 
+def find_variants() -> list[str]:
+    """Give the variants for which all is installed."""
+    return [name for name in VARIANTS if all(map(find_spec, NEEDED.get(name, ())))]
+
+
 def _compile(model: nn.Module) -> nn.Module:
     model = model.to(memory_format=torch.channels_last)
     model.compile()
@@ -55,7 +60,6 @@ def _compile(model: nn.Module) -> nn.Module:
 
 
 def _write(model: nn.Module, ours: ConvMixer, folder: str) -> Path:
-    check_onnx_libraries()
     file = Path(folder, "model.onnx")
     write_onnx(model, torch.zeros(2, *get_config(ours)["input_size"]), {}, file)
     return file
@@ -91,13 +95,20 @@ VARIANTS: dict[str, Callable[[ConvMixer, nn.Module], Network]] = {
     "exported": lambda ours, timms: _in_onnxruntime(ours, ours),
     "exported-int8": lambda ours, timms: _in_onnxruntime(ours, ours, int8=True),
 }
+# What a variant needs beside torch and timm.
+NEEDED = {
+    "timm-onnxruntime": ("onnx", "onnxscript", "onnxruntime"),
+    "timm-openvino": ("onnx", "onnxscript", "onnxruntime", "openvino"),
+    "exported": ("onnx", "onnxscript", "onnxruntime"),
+    "exported-int8": ("onnx", "onnxscript", "onnxruntime"),
+}
 # What takes images whose channels come last in memory.
 CHANNELS_LAST = ("timm-channels-last", "timm-compiled")
 
 
 def bench_inference(
     name: str,
-    variants: Sequence[str] = tuple(VARIANTS),
+    variants: Sequence[str] = (),
     batch_size: int = 64,
     rounds: int = 7,
     progress: bool = True,
@@ -106,8 +117,9 @@ def bench_inference(
 
     Args:
         name: A trained model's name, or an arch, whose weights are then random.
-        variants: Keys of `VARIANTS`. `timm` is as a user gets it; `prepared` is what
-            `prepare_for_inference` gives, `exported` what `export` writes, in onnxruntime.
+        variants: Keys of `VARIANTS`; by default those of `find_variants`. `timm` is as a user gets
+            it; `prepared` is what `prepare_for_inference` gives, `exported` what `export` writes,
+            in onnxruntime.
         batch_size: Images a call.
         rounds: Turns of each variant that count, after two that do not.
         progress: Show a progress bar, if there is a terminal.
@@ -117,7 +129,10 @@ def bench_inference(
     """
     if not timm.is_model(name.partition(".")[0]) or not isinstance(_load(name), ConvMixer):
         raise TrainingError(f"{name}: is no ConvMixer of this package; name one of its models")
-    makers = {variant: partial(_make_turn, name, variant, batch_size) for variant in variants}
+    makers = {
+        variant: partial(_make_turn, name, variant, batch_size)
+        for variant in variants or find_variants()
+    }
     timings = time_in_turns(makers, rounds, progress=progress)
     images = max(IMAGES_A_TURN, batch_size) // batch_size * batch_size
     return [

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.fx import GraphModule
 
 from ..errors import CheckpointError
 
@@ -38,13 +39,14 @@ def check_onnx_libraries() -> None:
 @contextlib.contextmanager
 def _quietly() -> Iterator[None]:
     """Keep what exporters say of themselves from a user who cannot act on it."""
+    disabled = logging.root.manager.disable
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")
-        logging.disable(logging.WARNING)
+        logging.disable(max(disabled, logging.WARNING))
         try:
             yield
         finally:
-            logging.disable(logging.NOTSET)
+            logging.disable(disabled)
 
 
 def write_onnx(network: nn.Module, images: Tensor, metadata: dict[str, Any], file: Path) -> None:
@@ -84,7 +86,7 @@ def open_onnx(file: Path) -> Network:
 
 
 def store_weights_in_int8(file: Path) -> None:
-    """Store the weights of an ONNX file in int8, each channel with a scale of its own, in place.
+    """Store the weights of an ONNX file in int8, each row with a scale of its own, in place.
 
     Runtimes turn them into floats when they load the file (for a DequantizeLinear, which has the
     same result, onnxruntime does so at each call). Products in int8 would not be faster here, with
@@ -95,9 +97,10 @@ def store_weights_in_int8(file: Path) -> None:
 
     model = onnx.load(file)
     graph = model.graph
-    weights = {node.input[1] for node in graph.node if node.op_type in ("Conv", "Gemm")}
+    products = ("Conv", "Gemm", "MatMul")
+    weights = {node.input[1] for node in graph.node if node.op_type in products}
     for initializer in [i for i in graph.initializer if i.name in weights]:
-        name, values = initializer.name, numpy_helper.to_array(initializer)  # [out, in, …]
+        name, values = initializer.name, numpy_helper.to_array(initializer)
         scale = abs(values).max(axis=tuple(range(1, values.ndim)), keepdims=True).clip(1e-12) / 127
         graph.initializer.remove(initializer)
         graph.initializer.extend(
@@ -116,10 +119,12 @@ def store_weights_in_int8(file: Path) -> None:
 def write_pt2(network: nn.Module, images: Tensor, metadata: dict[str, Any], file: Path) -> None:
     """Write a network for `torch.export.load`; as `write_onnx`, with the metadata in a file."""
     dynamic_shapes = ({0: torch.export.Dim("batch")},)
-    program = torch.export.export(network, (images,), dynamic_shapes=dynamic_shapes)
-    for node in program.graph.nodes:
-        node.meta.pop("stack_trace", None)  # with the paths of this machine
-    torch.export.save(program, file, extra_files={METADATA_FILE: json.dumps(metadata)})
+    with _quietly():
+        program = torch.export.export(network, (images,), dynamic_shapes=dynamic_shapes)
+        for module in program.graph_module.modules():
+            for node in module.graph.nodes if isinstance(module, GraphModule) else []:
+                node.meta.pop("stack_trace", None)  # with the paths of this machine
+        torch.export.save(program, file, extra_files={METADATA_FILE: json.dumps(metadata)})
 
 
 def open_pt2(file: Path) -> Network:

@@ -28,7 +28,7 @@ SECTIONS = {
             "use",
             "Measure the top-1 accuracy of a model on the test images of a dataset",
         ),
-        "demo": ("use", "Try models on a page in the browser"),
+        "demo": ("use", "Serve a page to try models on, to this machine alone"),
         "info": ("use", "Describe a checkpoint"),
         "verify": ("use", "Check that a model computes on this machine what it should"),
         "doctor": ("use", "Check whether models can be loaded on this machine, and if not, why"),
@@ -48,7 +48,10 @@ SECTIONS = {
     "Share": {
         "card": ("share", "Write a model card with its figures and reference logits"),
         "publish": ("share", "Upload a model to the Hub in one commit, and pull it back to check"),
-        "export": ("share", "Write a model for other runtimes: ONNX, in int8 as well, or pt2"),
+        "export": (
+            "share",
+            "Write a model for other runtimes, and compare its logits with torch's",
+        ),
         "convert": (
             "share",
             "Write a checkpoint as safetensors, in the layout of another implementation",

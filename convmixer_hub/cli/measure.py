@@ -13,7 +13,7 @@ import torch
 
 from ..bench.ablation import CHANGES, Outcome, compare_changes
 from ..bench.inference import VARIANTS as ANSWERS
-from ..bench.inference import bench_inference, bench_load
+from ..bench.inference import bench_inference, bench_load, find_variants
 from ..bench.training import VARIANTS, bench_train
 from ..bench.transfer import bench_finetune
 from ..hub.find import locate
@@ -105,9 +105,10 @@ def bench_inference_command(
     exported-int8: what convmixer export writes, in onnxruntime. The difference is that of the
     logits, as a share of the largest one.
     """
-    rows = [["batch", "variant", "images/s", f"× {(variants or tuple(ANSWERS))[0]}", "difference"]]
+    variants = variants or tuple(find_variants())
+    rows = [["batch", "variant", "images/s", f"× {variants[0]}", "difference"]]
     for batch_size in batch_sizes:
-        speeds = bench_inference(name, variants or tuple(ANSWERS), batch_size, rounds)
+        speeds = bench_inference(name, variants, batch_size, rounds)
         for speed in speeds:
             ratio = speed.images_per_second / speeds[0].images_per_second
             rows.append(
@@ -121,6 +122,10 @@ def bench_inference_command(
             )
     click.echo(f"{name}, median of {rounds} turns, {_describe_setting()}")
     print_table(rows)
+    if missing := [variant for variant in ANSWERS if variant not in find_variants()]:
+        click.echo(
+            f"left out: {', '.join(missing)}; pip install onnx onnxscript onnxruntime openvino"
+        )
 
 
 @bench_command.command("load")

@@ -90,8 +90,8 @@ def publish_command(name: str, repo_id: str, private: bool, tag: str | None, dry
     "--max-loss",
     default=0.3,
     show_default=True,
-    type=float,
-    help="Points of top-1 that int8 may cost.",
+    type=click.FloatRange(min=0),
+    help="Percentage points of top-1 that int8 may cost.",
 )
 @optional_data_options
 def export_command(
@@ -103,10 +103,10 @@ def export_command(
     int8: bool,
     max_loss: float,
 ) -> None:
-    """Write a model for other runtimes, and compare its answers with torch's.
+    """Write a model for other runtimes, and compare its logits with torch's.
 
     NAME is as in evaluate. The file, model.onnx, model_int8.onnx or model.pt2, takes batches of any
-    size.
+    size. One that is there is replaced.
     """
     if int8 != (open_data is not None):
         raise click.UsageError("--int8 and --data go together: give both, or none")
@@ -115,7 +115,9 @@ def export_command(
     )
     text = f"{done.file}: {done.file.stat().st_size / 1e6:.2f} MB"
     if done.top1:
-        click.echo(f"{text}, top-1 {done.top1[1]:.2f} %, in fp32 {done.top1[0]:.2f} %")
+        click.echo(
+            f"{text}, top-1 {done.top1[1]:.2f} %, in fp32 {done.top1[0]:.2f} % ({done.images})"
+        )
     else:
         click.echo(f"{text}, logits as in torch but for {done.difference:.0e} of the largest")
 

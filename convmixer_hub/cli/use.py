@@ -43,10 +43,11 @@ from .options import (
 @click.argument("names", metavar="[NAME]...", nargs=-1)
 @click.option("--port", default=7860, show_default=True, type=click.IntRange(1, 65535))
 def demo_command(names: tuple[str, ...], port: int) -> None:
-    """Try models on a page in the browser, of this machine alone.
+    """Serve a page to try models on, to this machine alone.
 
-    NAME is as in evaluate; all trained models by default. Needs gradio.
+    NAME is as in evaluate; all trained models by default. Needs gradio. Ctrl-C ends it.
     """
+    click.echo(f"http://127.0.0.1:{port}")
     run_demo(names or tuple(RECORDS), port)
 
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Sequence
-from functools import cache
-from importlib.util import find_spec
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING
 
+from packaging.version import Version
 from PIL import Image
 from timm.data import resolve_input_data_config
 from torch import nn
@@ -16,7 +19,7 @@ from torchvision.transforms.functional import to_pil_image
 
 from ..checkpoints.resolve import resolve
 from ..data.images import eval_transform, open_image
-from ..errors import DataError
+from ..errors import ConvMixerHubError, DataError, first_line
 from ..load import load_trained
 from ..model.config import check_classifies, get_label_names
 from ..predict import predict
@@ -29,74 +32,62 @@ HEIGHT = 320  # of a picture on the page, in pixels
 SHOWN_SIDE = 256  # of what the model sees
 
 
-@cache
-def _load(name: str) -> nn.Module:
-    model = load_trained(name).eval()
+def _find_examples() -> list[Path]:
+    """Find the ten pictures that come with the package, or are in the clone."""
+    package = Path(__file__).parents[1]
+    folders = package / "examples", package.parent / "tests" / "images"
+    return next((sorted(f.glob("*.png")) for f in folders if f.is_dir()), [])
+
+
+@dataclass(frozen=True)
+class _Choice:
+    """A model on the page."""
+
+    model: nn.Module
+    description: str  # Markdown
+
+    def classify(self, file: str) -> tuple[dict[str, float], Image.Image]:
+        """Give the most likely classes of an image file, and what the model sees of it."""
+        image = open_image(file, Path(file).name)
+        [predictions] = predict(self.model, [image], TOP_K)
+        config = resolve_input_data_config(self.model)
+        seen = to_pil_image(eval_transform(config, normalize=False)(image))
+        scale = SHOWN_SIDE / max(seen.size)
+        size = (round(seen.width * scale), round(seen.height * scale))
+        probabilities = {p.label: p.probability for p in predictions}
+        return probabilities, seen.resize(size, Image.Resampling.NEAREST)
+
+
+def _load(name: str) -> _Choice:
+    source = resolve(name)
+    model = load_trained(source).eval()
     check_classifies(model)
-    return model
-
-
-def _describe(name: str) -> str:
-    """Say what a model is, in Markdown."""
-    record, model = resolve(name).record, _load(name)
-    classes = get_label_names(model)
-    text = f"**{name}** tells {model.num_classes} classes apart"
+    classes, record = get_label_names(model), source.record
+    text = f"**{name}** has {model.num_classes} classes"
     text += f": {', '.join(classes)}." if classes else "."
     if record:
         text += (
             f" Top-1 {record.top1:.2f} %, expected calibration error {record.ece:.2f} %, on the "
             f"test images of {record.dataset.name}."
         )
-    return text
+    return _Choice(model, text)
 
 
-def _answer(name: str, file: str | None) -> tuple[dict[str, float] | None, Any]:
-    """Classify an image file; also give what the model sees of it."""
+def _build(choices: dict[str, _Choice]) -> gradio.Blocks:
     import gradio
 
-    if file is None:
-        return None, None
-    model = _load(name)
-    try:
-        image = open_image(file, Path(file).name)
-        [predictions] = predict(model, [image], TOP_K)
-        pixels = eval_transform(resolve_input_data_config(model), normalize=False)(image)
-    except DataError as error:
-        raise gradio.Error(str(error), print_exception=False) from None
-    seen = to_pil_image(pixels)
-    scale = SHOWN_SIDE / max(seen.size)
-    size = (round(seen.width * scale), round(seen.height * scale))
-    seen = seen.resize(size, Image.Resampling.NEAREST)
-    return {p.label: p.probability for p in predictions}, seen
+    def answer(name: str, file: str | None) -> tuple[dict[str, float] | None, Image.Image | None]:
+        if file is None:
+            return None, None
+        try:
+            return choices[name].classify(file)
+        except DataError as error:
+            raise gradio.Error(str(error), print_exception=False) from None
 
-
-def find_examples() -> list[Path]:
-    """Find the ten pictures that come with the package, or are in the clone."""
-    package = Path(__file__).parents[1]
-    folders = package / "examples", package.parent / "tests" / "images"
-    return sorted(file for folder in folders for file in folder.glob("*.png"))
-
-
-def build_demo(names: Sequence[str]) -> gradio.Blocks:
-    """Build a gradio page that asks no address outside the machine.
-
-    Args:
-        names: Models to choose from, as in `load_trained`; the first is loaded at once.
-
-    Raises:
-        DataError: If gradio is not installed.
-        UnknownModelError: If the first model does not exist.
-        CheckpointError: If it cannot be loaded.
-    """
-    if find_spec("gradio") is None:
-        raise DataError("the demo needs gradio: pip install gradio")
-    os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
-    import gradio
-
-    description = _describe(names[0])
+    first = next(iter(choices))
     with gradio.Blocks(title="ConvMixer", analytics_enabled=False) as page:
         gradio.Markdown("# ConvMixer\nDrop, paste or choose a picture.")
-        name = gradio.Dropdown(list(names), value=names[0], label="Model", visible=len(names) > 1)
+        name = gradio.Dropdown(list(choices), value=first, label="Model", visible=len(choices) > 1)
         with gradio.Row():
             picture = gradio.Image(
                 type="filepath",
@@ -109,27 +100,54 @@ def build_demo(names: Sequence[str]) -> gradio.Blocks:
                 interactive=False, label="What the model sees", height=HEIGHT, buttons=["download"]
             )
             label = gradio.Label(num_top_classes=TOP_K, label="Prediction")
-        gradio.Examples([str(file) for file in find_examples()], picture)
-        about = gradio.Markdown(description)
-        name.change(_describe, name, about)
+        gradio.Examples([str(file) for file in _find_examples()], picture)
+        about = gradio.Markdown(choices[first].description)
+        name.change(lambda name: choices[name].description, name, about)
         for event in (picture.change, name.change):
-            event(_answer, [name, picture], [label, seen])
+            event(answer, [name, picture], [label, seen])
     return page
 
 
 def run_demo(names: Sequence[str], port: int) -> None:
-    """Serve the page to this machine alone, until Ctrl-C.
+    """Serve a page to this machine alone, until Ctrl-C; it asks no address outside the machine.
+
+    Args:
+        names: Models to choose from, as in `load_trained`.
+        port: Where.
 
     Raises:
-        DataError: If the port is in use, or as in `build_demo`.
+        ConvMixerHubError: If gradio 6 is not installed, or the port cannot be used.
+        UnknownModelError: If a model does not exist.
+        CheckpointError: If one cannot be loaded.
     """
-    page = build_demo(names)
-    import gradio
-
-    theme = gradio.themes.Default(font="sans-serif", font_mono="monospace")  # none from elsewhere
     try:
-        page.launch(
-            theme=theme, server_name="127.0.0.1", server_port=port, share=False, show_error=True
+        found = Version(version("gradio")).major >= 6
+    except PackageNotFoundError:
+        found = False
+    if not found:
+        raise ConvMixerHubError("the demo needs gradio 6: pip install 'gradio>=6'")
+    choices = {name: _load(name) for name in names}
+    try:
+        with socket.create_server(("127.0.0.1", port)):
+            pass
+    except OSError as error:
+        raise ConvMixerHubError(
+            f"port {port} cannot be used ({first_line(error)}); give another --port"
+        ) from None
+    with TemporaryDirectory() as folder:
+        # Pictures do not stay on the disk, nobody is told of them, and no proxy is asked for what
+        # is on this machine.
+        os.environ |= {"GRADIO_TEMP_DIR": folder, "GRADIO_ANALYTICS_ENABLED": "False"}
+        for variable in ("NO_PROXY", "no_proxy"):
+            os.environ[variable] = ",".join(filter(None, [os.environ.get(variable), "127.0.0.1"]))
+        import gradio
+
+        theme = gradio.themes.Default(font="sans-serif", font_mono="monospace")  # fonts from here
+        _build(choices).launch(
+            theme=theme,
+            server_name="127.0.0.1",
+            server_port=port,
+            share=False,
+            show_error=True,
+            quiet=True,
         )
-    except OSError:
-        raise DataError(f"port {port} is in use; give another --port") from None

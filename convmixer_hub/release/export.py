@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from timm.data import resolve_input_data_config
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torchvision import transforms
+from tqdm import tqdm
 
 from ..checkpoints.resolve import resolve
 from ..checkpoints.runtimes import (
-    Network,
     check_onnx_libraries,
     open_onnx,
     open_pt2,
@@ -42,13 +43,15 @@ class Export:
     Attributes:
         file: The file.
         difference: The largest difference of a logit from torch's, as a share of the largest logit,
-            before the quantization.
-        top1: Top-1 on the test images in fp32 and with weights in int8, in percent; None without.
+            before weights are stored in int8.
+        top1: Top-1 in fp32 and with weights in int8, in percent; None without.
+        images: What that was measured on, in words.
     """
 
     file: Path
     difference: float
     top1: tuple[float, float] | None = None
+    images: str = ""
 
 
 class _FromPixels(nn.Module):
@@ -89,7 +92,7 @@ def export(
             model's size, instead of normalized floats `[batch, channels, height, width]`.
         int8: A dataset: store the weights in int8, a third of the size, and measure on the test
             images what that costs. Only for ONNX.
-        largest_loss: How many points of top-1 it may cost.
+        largest_loss: How many percentage points of top-1 it may cost.
 
     Returns:
         The export, `model.onnx`, `model_int8.onnx` or `model.pt2`.
@@ -114,56 +117,81 @@ def export(
     if with_preprocessing:
         network = _FromPixels(model, config["mean"], config["std"]).eval()
         images = (images * 64 + 125).byte().permute(0, 2, 3, 1)
+    pixels = "uint8 [batch, height, width, channels]"
+    floats = "normalized float32 [batch, channels, height, width]"
     metadata = {
+        "input": pixels if with_preprocessing else floats,
         "labels": get_label_names(model),
         "input_size": [channels, height, width],
         "interpolation": config["interpolation"],
         "crop_pct": config["crop_pct"],
+        "crop_mode": config["crop_mode"],
         "mean": None if with_preprocessing else config["mean"],
         "std": None if with_preprocessing else config["std"],
         "architecture": get_config(model).get("architecture"),
         "sha256": hash_file(source.file),
     }
+    test = None
+    if int8:
+        transform = eval_transform(config, normalize=not with_preprocessing)
+        if with_preprocessing:
+            transform = transforms.Compose([transform, _put_channels_last])
+        test = prepare_test_images(model, int8).seen_through(transform)
     file = output / f"model{'_int8' if int8 else ''}.{format}"
     try:
         output.mkdir(parents=True, exist_ok=True)
         with replacing(file) as temporary:
-            write, reopen = RUNTIMES[format]
-            write(network, images, metadata, temporary)
-            difference = _compare(network, reopen(temporary), images)
+            difference = _write(name, network, images, metadata, format, temporary)
             if not difference <= TOLERANCE:
                 raise CheckpointError(
-                    f"{name}: exported as {format} it answers something else, by {difference:.0e} "
-                    "of the largest logit; please report it, with the versions of torch and onnx"
+                    f"{name}: exported as {format}, its logits differ from torch's by "
+                    f"{difference:.0e} of the largest; please report it, with the versions of "
+                    "torch and onnx"
                 )
-            top1 = None
-            if int8:
-                transform = eval_transform(config, normalize=not with_preprocessing)
-                if with_preprocessing:
-                    transform = transforms.Compose([transform, _put_channels_last])
-                test = prepare_test_images(model, int8).seen_through(transform)
-                in_fp32 = _measure(temporary, test)
-                store_weights_in_int8(temporary)
-                top1 = in_fp32, _measure(temporary, test)
-                if top1[0] - top1[1] > largest_loss:
-                    raise CheckpointError(
-                        f"{name}: int8 has {top1[1]:.2f} % top-1, fp32 {top1[0]:.2f} %; "
-                        "--max-loss allows more"
-                    )
+            if test is None:
+                return Export(file, difference)
+            in_fp32 = _measure(temporary, test)
+            store_weights_in_int8(temporary)
+            in_int8 = _measure(temporary, test)
+            if in_fp32 - in_int8 > largest_loss + 1e-9:
+                raise CheckpointError(
+                    f"{name}: int8 has {in_int8:.2f} % top-1, fp32 {in_fp32:.2f} %; "
+                    "--max-loss allows more"
+                )
     except OSError as error:
         raise DataError(
             f"{file}: cannot be written ({first_line(error)}); make room, or name another --output"
         ) from None
-    return Export(file, difference, top1)
+    assert int8 is not None
+    split = f"{len(test)} {int8.test_split} images"
+    return Export(file, difference, (in_fp32, in_int8), split)
 
 
-@torch.inference_mode()
-def _compare(network: nn.Module, exported: Network, images: Tensor) -> float:
-    """Give the largest difference of a logit, for one image and for several."""
+def _write(
+    name: str | Path,
+    network: nn.Module,
+    images: Tensor,
+    metadata: dict[str, Any],
+    format: str,
+    file: Path,
+) -> float:
+    """Write a file; give the largest difference of a logit, for several images and for one."""
+    write, reopen = RUNTIMES[format]
     differences = []
-    for batch in (images, images[:1]):
-        expected = network(batch)
-        differences.append((exported(batch) - expected).abs().max() / expected.abs().max())
+    try:
+        write(network, images, metadata, file)
+        exported = reopen(file)
+        with torch.inference_mode():
+            for batch in (images, images[:1]):
+                expected = network(batch)
+                differences.append((exported(batch) - expected).abs().max() / expected.abs().max())
+    except OSError:
+        raise
+    except Exception as error:  # of exporters and runtimes, each has its own
+        raise CheckpointError(
+            f"{name}: cannot be exported as {format} ({first_line(error)}); try another --format, "
+            "or newer versions of torch, onnx, onnxscript and onnxruntime"
+        ) from None
     return torch.stack(differences).max().item()
 
 
@@ -175,6 +203,7 @@ def _measure(file: Path, images: LabeledImages) -> float:
     """Give the top-1 of an ONNX file on images, in percent."""
     run = open_onnx(file)
     correct = 0
-    for batch, labels in read_batches(DataLoader(images, batch_size=64)):
+    loader = DataLoader(images, batch_size=64)
+    for batch, labels in tqdm(read_batches(loader), "test", len(loader), False, disable=None):
         correct += int((run(batch).argmax(dim=1) == labels).sum())
     return 100.0 * correct / len(images)
