@@ -22,7 +22,7 @@ from PIL import Image
 from pyarrow import parquet
 
 import convmixer_hub  # noqa: F401  (registers the models)
-from convmixer_hub.hub.records import CIFAR10
+from convmixer_hub.hub.records import CIFAR10, get_record
 
 from .hub_server import HubServer
 
@@ -30,6 +30,7 @@ T = TypeVar("T")
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 IMAGES = CHECKOUT / "tests" / "images"
+REVISION = get_record("convmixer_cifar.cifar10").revision
 # Of a model, as timm resolves it for its data.
 CONFIG = {
     "input_size": (3, 32, 32),
@@ -168,5 +169,6 @@ def hub(tmp_path, monkeypatch):
         use_endpoint(monkeypatch, server.url)
         for folder in (CHECKOUT / "weights").iterdir():
             files = {file.name: file.read_bytes() for file in folder.iterdir()}
-            server.repositories[f"convmixer-hub/{folder.name}"] = {"main": files, "v1": files}
+            revision = get_record(folder.name).revision
+            server.repositories[f"convmixer-hub/{folder.name}"] = {"main": files, revision: files}
         yield server

@@ -396,9 +396,12 @@ if __name__ == "__main__":
     import sys
     from pathlib import Path
 
+    from convmixer_hub.hub.records import get_record
+
     with HubServer() as hub:
         for folder in map(Path, sys.argv[1:]):
             contents = {file.name: file.read_bytes() for file in folder.iterdir()}
-            hub.repositories[f"convmixer-hub/{folder.name}"] = {"v1": contents}
+            revision = get_record(folder.name).revision
+            hub.repositories[f"convmixer-hub/{folder.name}"] = {revision: contents}
         print(f"export HF_ENDPOINT={hub.url}", flush=True)
         threading.Event().wait()

@@ -10,7 +10,7 @@ from huggingface_hub import constants
 from convmixer_hub import find_checkpoint
 from convmixer_hub.cli.main import main
 
-from .conftest import CHECKOUT, as_ordinary_user, use_endpoint
+from .conftest import CHECKOUT, REVISION, as_ordinary_user, use_endpoint
 from .hub_server import error, headers, other_body
 
 NAME = "convmixer_cifar.cifar10"
@@ -71,10 +71,12 @@ def test_pull_of_anything_else_downloads_nothing(hub, convmixer, arguments, stat
 
 
 def test_pull_that_fails_is_one_line(hub, convmixer):
-    hub.repositories[REPOSITORY].pop("v1")
+    hub.repositories[REPOSITORY].pop(REVISION)
     status, output = convmixer("pull", NAME)
     assert status == 1
-    assert output.startswith(f"Error: {NAME}: {hub.url}/{REPOSITORY} has no revision 'v1'; check ")
+    assert output.startswith(
+        f"Error: {NAME}: {hub.url}/{REPOSITORY} has no revision '{REVISION}'; check "
+    )
     assert output.count("\n") == 1
 
 
@@ -213,9 +215,9 @@ def bad_source(hub, monkeypatch):
         ),
         (bad_source, NAME, "unknown source of weights 'ftp'; set CONVMIXER_HUB_SOURCE to one of "),
         (
-            lambda hub, _: hub.repositories[REPOSITORY].pop("v1"),
+            lambda hub, _: hub.repositories[REPOSITORY].pop(REVISION),
             NAME,
-            "hub: http://127.0.0.1:.* has no revision 'v1'; ",
+            f"hub: http://127.0.0.1:.* has no revision '{REVISION}'; ",
         ),
         (lambda hub, _: hub.order(error(500)), NAME, r"hub: http://127.0.0.1:.* \(HTTP 500 "),
         (

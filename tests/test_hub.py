@@ -25,13 +25,13 @@ from packaging.version import Version
 from convmixer_hub import CheckpointError, find_checkpoint, get_record
 from convmixer_hub.hub.find import locate
 
-from .conftest import CHECKOUT, as_ordinary_user, use_endpoint
+from .conftest import CHECKOUT, REVISION, as_ordinary_user, use_endpoint
 from .hub_server import HubServer, cut, drip, error, headers, other_body, redirect
 from .test_doctor import PULL
 
 NAME = "convmixer_cifar.cifar10"
 REPOSITORY = f"convmixer-hub/{NAME}"
-FILE = f"/{REPOSITORY}/resolve/v1/model.safetensors"
+FILE = f"/{REPOSITORY}/resolve/{REVISION}/model.safetensors"
 WEIGHTS = (CHECKOUT / "weights" / NAME / "model.safetensors").read_bytes()
 FLIPPED = WEIGHTS[:1000] + bytes([WEIGHTS[1000] ^ 1]) + WEIGHTS[1001:]
 DIGESTS = (
@@ -82,7 +82,7 @@ def stall(hub, monkeypatch):
 def rename(hub, monkeypatch):
     """Send on whoever asks for the old name, which is there no longer."""
     hub.repositories["new/name"] = hub.repositories.pop(REPOSITORY)
-    onward = redirect("/new/name/resolve/v1/model.safetensors")
+    onward = redirect(f"/new/name/resolve/{REVISION}/model.safetensors")
     hub.order(lambda answer: onward(answer) if answer.status == 401 else None)
 
 
@@ -131,11 +131,11 @@ FAULTS = {
         "CONVMIXER_HUB_NAMESPACE and HF_ENDPOINT, or ",
     ),
     "missing revision": (
-        lambda hub, monkeypatch: hub.repositories[REPOSITORY].pop("v1"),
-        rf"/{REPOSITORY} has no revision 'v1'; check CONVMIXER_HUB_NAMESPACE and HF_ENDPOINT, or ",
+        lambda hub, monkeypatch: hub.repositories[REPOSITORY].pop(REVISION),
+        rf"/{REPOSITORY} has no revision '{REVISION}'; check CONVMIXER_HUB_NAMESPACE and HF_",
     ),
     "missing file": (
-        lambda hub, monkeypatch: hub.repositories[REPOSITORY]["v1"].pop("model.safetensors"),
+        lambda hub, monkeypatch: hub.repositories[REPOSITORY][REVISION].pop("model.safetensors"),
         rf"/{REPOSITORY} has no file 'model.safetensors'; check CONVMIXER_HUB_NAMESPACE and ",
     ),
     "404 from something else": (
@@ -248,7 +248,7 @@ def test_a_token_is_not_sent_on_to_another_host(hub, monkeypatch, host):
 
 def test_a_squatted_namespace_is_refused(hub, monkeypatch):
     monkeypatch.setenv("CONVMIXER_HUB_NAMESPACE", "squatter")
-    hub.repositories[f"squatter/{NAME}"] = {"v1": {"model.safetensors": FLIPPED}}
+    hub.repositories[f"squatter/{NAME}"] = {REVISION: {"model.safetensors": FLIPPED}}
     with pytest.raises(CheckpointError, match=rf"/squatter/{NAME} gives another .*\({DIGESTS}\);"):
         timm.create_model(NAME, pretrained=True)
 
@@ -270,11 +270,11 @@ def assert_loaded(model, content):
     torch.testing.assert_close(model.state_dict(), expected, atol=0, rtol=0)
 
 
-@pytest.mark.parametrize("revision", ["", "@v1"])
+@pytest.mark.parametrize("revision", ["", f"@{REVISION}"])
 def test_timms_own_name_of_a_recorded_repository_gives_the_recorded_file(revision, hub):
     put_on_main(hub, "model.safetensors", FLIPPED)
     assert_loaded(timm.create_model(f"hf-hub:{REPOSITORY}{revision}", pretrained=True), WEIGHTS)
-    hub.repositories[REPOSITORY]["v1"] = hub.repositories[REPOSITORY]["main"]
+    hub.repositories[REPOSITORY][REVISION] = hub.repositories[REPOSITORY]["main"]
     shutil.rmtree(constants.HF_HUB_CACHE)
     with pytest.raises(CheckpointError, match=rf"is not to be trusted \({DIGESTS}\);"):
         timm.create_model(f"hf-hub:{REPOSITORY}{revision}", pretrained=True)
@@ -349,7 +349,7 @@ def test_cached_weights_are_loaded_without_a_socket_and_without_writing(hub, tmp
 def damaged(request, hub, monkeypatch):
     """A file that the client put into the cache, with or without links, with one byte flipped."""
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_SYMLINKS", request.param)
-    file = Path(hf_hub_download(REPOSITORY, "model.safetensors", revision="v1"))
+    file = Path(hf_hub_download(REPOSITORY, "model.safetensors", revision=REVISION))
     assert file.is_symlink() is not request.param
     file.resolve().write_bytes(FLIPPED)
     hub.requests.clear()
@@ -373,7 +373,7 @@ def test_a_damaged_file_in_the_cache_is_named_where_no_other_can_be_had(damaged,
 
 
 def test_a_cache_that_the_client_filled_without_us_is_used(hub):
-    file = hf_hub_download(REPOSITORY, "model.safetensors", revision="v1")
+    file = hf_hub_download(REPOSITORY, "model.safetensors", revision=REVISION)
     hub.requests.clear()
     assert find_checkpoint(NAME) == Path(file)
     assert hub.requests == []

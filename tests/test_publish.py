@@ -21,7 +21,7 @@ from convmixer_hub.load import load_trained
 from convmixer_hub.release.golden import write_golden
 from convmixer_hub.release.publish import list_uploads, publish
 
-from .conftest import as_ordinary_user, use_endpoint
+from .conftest import REVISION, as_ordinary_user, use_endpoint
 from .hub_server import error, headers, other_body
 
 NAME = "convmixer_cifar.cifar10"
@@ -85,11 +85,11 @@ def test_a_shipped_model_is_published_whole_and_found_there(writable, monkeypatc
     folder = find_embedded(RECORDS[NAME]).parent
     status, output = convmixer("publish", NAME, "--repo-id", f"someone/{NAME}")
     files = {file.name: file.read_bytes() for file in folder.iterdir()}
-    assert writable.repositories[f"someone/{NAME}"] == {"main": files, "v1": files}
+    assert writable.repositories[f"someone/{NAME}"] == {"main": files, REVISION: files}
     digest = hashlib.sha256(files["model.safetensors"]).hexdigest()
     first, second, third = output.splitlines()[-3:]
     assert (status, first) == (0, f"someone/{NAME}: {len(files)} files, published")
-    assert re.fullmatch("revision [0-9a-f]{40}, tag v1", second)
+    assert re.fullmatch(rf"revision [0-9a-f]{{40}}, tag {REVISION}", second)
     assert third == f"SHA-256 of model.safetensors {digest}, pulled back and checked"
     monkeypatch.setenv("CONVMIXER_HUB_NAMESPACE", "someone")
     assert find_checkpoint(NAME, "hub").read_bytes() == files["model.safetensors"]
