@@ -23,7 +23,7 @@ from convmixer_hub.hub import find
 from convmixer_hub.load import load_trained
 from convmixer_hub.model.config import get_label_names
 
-from .conftest import use_endpoint
+from .conftest import REVISION, use_endpoint
 from .hub_server import error
 
 NAME = "convmixer_cifar.cifar10"
@@ -53,11 +53,11 @@ def test_a_repository_is_described(prefix, revision, somebodys):
     assert info["size"].endswith("7 classes")
 
 
-@pytest.mark.parametrize("name", ["hf-hub:convmixer-hub/{}", "convmixer-hub/{}@v1"])
+@pytest.mark.parametrize("name", ["hf-hub:convmixer-hub/{}", f"convmixer-hub/{{}}@{REVISION}"])
 def test_a_repository_on_record_is_verified(name, hub):
     info = describe(name.format(NAME))
     assert info["sha256"] == f"{get_record(NAME).sha256}, on record for {NAME}"
-    hub.repositories[f"convmixer-hub/{NAME}"]["v1"]["model.safetensors"] = b"another"
+    hub.repositories[f"convmixer-hub/{NAME}"][REVISION]["model.safetensors"] = b"another"
     shutil.rmtree(constants.HF_HUB_CACHE)
     with pytest.raises(CheckpointError, match="not to be trusted"):
         describe(name.format(NAME))
