@@ -10,6 +10,11 @@ from torch.nn import functional as F
 import convmixer_hub  # noqa: F401  (registers the models)
 from convmixer_hub.model.convmixer import ConvMixer
 from convmixer_hub.model.gpu import FastOnGPU, _gelu, can_speed_up
+from convmixer_hub.training.network import build_network
+from convmixer_hub.training.settings import TrainingSettings
+from convmixer_hub.training.step import TrainingStep
+
+on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 
 
 def train_step(network, model, images, labels):
@@ -69,7 +74,7 @@ def test_evaluates_as_the_model_does():
 def test_computes_gelu_in_fp32_as_exactly_as_torch():
     z = torch.linspace(-8, 8, 10001, dtype=torch.float64)
     exact = F.gelu(z)
-    [gelu] = _gelu(z.float()[None], torch.zeros(1))
+    [[gelu]] = _gelu(z.float()[None, None], torch.zeros(1))
     assert (gelu - exact).abs().max() < 1e-6
 
 
@@ -86,3 +91,46 @@ def test_computes_gelu_in_fp32_as_exactly_as_torch():
 )
 def test_leaves_other_models_alone(options, fits):
     assert can_speed_up(timm.create_model("convmixer_cifar", **options)) is fits
+
+
+@on_gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_on_a_gpu_gives_logits_and_gradients_at_many_sizes(dtype, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    torch.manual_seed(0)
+    model = ConvMixer(64, 2, kernel_size=5, patch_size=2, num_classes=5).cuda()
+    reference = copy.deepcopy(model).double()
+    labels = torch.arange(16, device="cuda") % 5
+    tolerance = 1e-4 if dtype is torch.float32 else 0.1
+    for side in (8, 12, 16, 24, 32):  # more kinds than torch.compile takes unless told otherwise
+        images = torch.randn(16, 3, side, side, device="cuda")
+        for each in (model, reference):
+            each.zero_grad()
+        with torch.autocast("cuda", dtype, enabled=dtype is not torch.float32):
+            logits, grads = train_step(FastOnGPU(model), model, images, labels)
+        expected, expected_grads = train_step(reference, reference, images.double(), labels)
+        assert (logits - expected).norm() < tolerance * expected.norm()
+        for name, grad in grads.items():
+            difference = (grad - expected_grads[name]).norm()
+            assert difference < tolerance * (1e-3 + expected_grads[name].norm()), (side, name)
+
+
+@on_gpu
+def test_on_a_gpu_replays_the_steps_that_it_captured():
+    results = []
+    for captures in (False, True):
+        torch.manual_seed(0)
+        settings = TrainingSettings("convmixer_cifar", pretrained=True, learning_rate=1e-3)
+        device = torch.device("cuda")
+        network = build_network(settings, settings.model, [*"0123456789"], device)
+        network.module.train()
+        step = TrainingStep(network, settings, torch.bfloat16, device)
+        step.captures = captures
+        numbers = []
+        for number in range(12):
+            side = 24 if number < 6 else 32
+            images = torch.randn(32, 3, side, side, device=device)
+            labels = torch.randint(10, (32,), device=device)
+            numbers.append(step(images, labels, labels, (number + 1) / 12))
+        results.append(torch.stack(numbers).cpu())
+    assert torch.allclose(*results, rtol=0.02)

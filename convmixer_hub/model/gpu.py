@@ -32,16 +32,23 @@ from .convmixer import ConvMixer, ConvMixerLayer, name_activation
 MOST_PLACES = 1024
 # Matrix products are faster where rows have a multiple of this length.
 ALIGNMENT = 8
+# How many sums a GPU computes at a time, at least.
+PARTS = 1024
+# For how many shapes a function is compiled: three sizes of images in training and evaluation, with
+# and without a residual, each with a smaller last batch, are 24.
+MOST_SHAPES = 64
 
 _logger = logging.getLogger(__package__)
-
 
 _compiling = True
 
 
 def _compiled_on_gpu(function: Callable) -> Callable:
     """Let torch.compile fuse a function of tensors on a GPU; elsewhere it stays as it is."""
-    compiled = torch.compile(function, dynamic=False)
+
+    @cache
+    def compile() -> Callable:
+        return torch.compile(function, dynamic=False)
 
     @wraps(function)
     def call(x: Tensor, *others: Any) -> Any:
@@ -49,7 +56,9 @@ def _compiled_on_gpu(function: Callable) -> Callable:
         if not (x.is_cuda and _compiling):
             return function(x, *others)
         try:
-            return compiled(x, *others)
+            # By default torch.compile gives up after 8 shapes, quietly.
+            with torch._dynamo.config.patch(recompile_limit=MOST_SHAPES):
+                return compile()(x, *others)
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:  # torch.compile has no public error of its own
@@ -78,15 +87,31 @@ def _normal_cdf(z: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _gelu(z: Tensor, bias: Tensor) -> Tensor:
-    z = z.to(bias.dtype) + bias[:, None]
+    """Compute GELU(z + bias), of `[channels, parts, values]`."""
+    z = z.to(bias.dtype) + bias[:, None, None]
     return z * _normal_cdf(z)[0]
+
+
+def _split(rows: Tensor) -> Tensor:
+    """View rows as `[channels, parts, values]`.
+
+    A sum over few long rows keeps little of a GPU busy, and torch.compile's own way to split them
+    writes all that is summed.
+    """
+    channels, values = rows.shape
+    parts = 2 ** max(0, math.ceil(math.log2(PARTS / channels)))
+    return rows.unflatten(1, (math.gcd(values, parts), -1))
+
+
+def _sum_all(x: Tensor) -> Tensor:
+    return x.sum(2).sum(1)
 
 
 @_compiled_on_gpu
 def _sum(z: Tensor, bias: Tensor, center: Tensor) -> tuple[Tensor, Tensor]:
     """Sum GELU(z + bias) - center, and its squares, over each row of `[channels, values]`."""
-    h = _gelu(z, bias) - center[:, None]
-    return h.sum(1), (h * h).sum(1)
+    h = _gelu(_split(z), bias) - center[:, None, None]
+    return _sum_all(h), _sum_all(h * h)
 
 
 @_compiled_on_gpu
@@ -104,7 +129,7 @@ def _normalize(
     from_center = sums[0] / z.shape[1]
     variance = sums[1] / z.shape[1] - from_center * from_center
     mean = center + from_center
-    h = _gelu(z, bias) - mean[:, None]
+    h = _gelu(z[:, None], bias)[:, 0] - mean[:, None]
     y = h * (weight * (variance + eps).rsqrt())[:, None] + shift[:, None]
     if residual is not None:
         y = y + residual
@@ -114,9 +139,9 @@ def _normalize(
 @_compiled_on_gpu
 def _sum_gradient(grad: Tensor, z: Tensor, bias: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
     """Sum the gradient, and its product with GELU(z + bias) - mean, over each row."""
-    h = _gelu(z, bias) - mean[:, None]
-    grad = grad.to(bias.dtype)
-    return grad.sum(1), (grad * h).sum(1)
+    h = _gelu(_split(z), bias) - mean[:, None, None]
+    grad = _split(grad).to(bias.dtype)
+    return _sum_all(grad), _sum_all(grad * h)
 
 
 @_compiled_on_gpu
@@ -132,15 +157,15 @@ def _input_gradient(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Give the gradients of z, of the bias, and of the weight of BatchNorm."""
     rstd = (variance + eps).rsqrt()
-    biased = z.to(bias.dtype) + bias[:, None]
-    cdf, density = _normal_cdf(biased)
-    slope = cdf + biased * density * (2.0 * math.pi) ** -0.5
-    h = biased * cdf - mean[:, None]
     from_mean = sums[0] / z.shape[1]
     from_variance = sums[1] * rstd * rstd / z.shape[1]
-    grad_h = grad.to(bias.dtype) - from_mean[:, None] - h * from_variance[:, None]
-    grad_z = grad_h * (weight * rstd)[:, None] * slope
-    return grad_z.to(z.dtype), grad_z.sum(1), sums[1] * rstd
+    biased = _split(z).to(bias.dtype) + bias[:, None, None]
+    cdf, density = _normal_cdf(biased)
+    slope = cdf + biased * density * (2.0 * math.pi) ** -0.5
+    h = biased * cdf - mean[:, None, None]
+    grad = _split(grad).to(bias.dtype) - from_mean[:, None, None]
+    grad_z = (grad - h * from_variance[:, None, None]) * (weight * rstd)[:, None, None] * slope
+    return grad_z.to(z.dtype).view_as(z), _sum_all(grad_z), sums[1] * rstd
 
 
 def _multiply(x: Tensor, matrix: Tensor) -> tuple[Tensor, Tensor | None]:

@@ -85,6 +85,12 @@ class TrainingSettings:
     )
     warmup_epochs: float = _setting(1.0, "Epochs of linear warmup from 0.", *_AT_LEAST_0)
     small_crop_size: int = _setting(24, "Side of the smaller crops, in pixels.", *_AT_LEAST_1)
+    first_crop_size: int = _setting(
+        0,
+        "Side of still smaller crops in the first half of the epochs before full resolution; 0 for "
+        "the same ones.",
+        *_AT_LEAST_0,
+    )
 
     # Optimizer
     batch_size: int = _setting(
@@ -229,7 +235,12 @@ class TrainingSettings:
 
     def choose_crop_size(self, epoch: int, image_size: tuple[int, ...]) -> tuple[int, ...]:
         """Give height and width of the crops in an epoch, counted from 0."""
-        return image_size if self.shows_whole_images(epoch) else (self.small_crop_size,) * 2
+        if self.shows_whole_images(epoch):
+            return image_size
+        is_first = epoch < (self.epochs - self.whole_epochs) // 2
+        return (
+            self.first_crop_size if is_first and self.first_crop_size else self.small_crop_size,
+        ) * 2
 
     def augments(self, epoch: int) -> bool:
         """Tell whether RandAugment, erasing, mixup and cutmix are applied in an epoch, from 0."""
