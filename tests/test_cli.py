@@ -381,7 +381,7 @@ def plain_terminal(tmp_path):
 @pytest.mark.slow
 def test_a_terminal_that_does_not_know_all_characters_is_no_hindrance(plain_terminal, tmp_path):
     status, printed, errors = plain_terminal("list")
-    assert status == 0 and "3×32×32" in printed and "\\u2013" in printed and not errors
+    assert status == 0 and "3×32×32" in printed and not errors
     names = [b"caf\xff.png", "Kätzchen 熊.png".encode(), b"two\nlines.png", b"100$ $cat$.png"]
     for name in names:
         shutil.copy(IMAGES / "cat.png", os.fsencode(tmp_path) + b"/" + name)

@@ -201,7 +201,6 @@ def test_both_optimizers_take_layer_decay():
     ("change", "error", "message"),
     [
         ({"name": "convmixer_cifr"}, UnknownModelError, "no trained weights are named 'convmixer_"),
-        ({"name": "convmixer_256_8_ks9_p1"}, UnknownModelError, "no trained weights are named 'c"),
         ({"layer_decay": 0.0}, TrainingError, "layer_decay is 0.0: give above 0 and at most 1"),
         ({"batch_size": 0}, TrainingError, "batch_size is 0: give at least 2"),
         ({"held_out": 0}, TrainingError, "has no validation images to choose the best epoch by; "),

@@ -73,7 +73,7 @@ def test_list_models_matches_the_registry():
     assert [(model.name, bool(model.record)) for model in list_models()] == [
         ("convmixer_cifar.cifar10", True),
         ("convmixer_cifar.cifar100", True),
-        ("convmixer_256_8_ks9_p1", False),
+        ("convmixer_256_8_ks9_p1.cifar10", True),
         ("convmixer_96_8_ks5_p1.cifar10", True),
     ]
 
@@ -178,9 +178,10 @@ def test_a_pickle_is_refused_by_name(tampered_folder, tmp_path):
 def test_an_arch_without_weights_says_so():
     with pytest.raises(
         UnknownModelError,
-        match="convmixer_256_8_ks9_p1 has no trained weights; use pretrained=False, or one of: ",
+        match="convmixer_cifar has no trained weights; use pretrained=False, or one of: ",
     ):
-        timm.create_model("convmixer_256_8_ks9_p1", pretrained=True)
+        overlay = {"hf_hub_id": None}
+        timm.create_model("convmixer_cifar", pretrained=True, pretrained_cfg_overlay=overlay)
 
 
 @pytest.mark.parametrize(

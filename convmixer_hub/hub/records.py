@@ -152,6 +152,14 @@ RECORDS: dict[str, CheckpointRecord] = {
             ece=2.22,
         ),
         CheckpointRecord(
+            name="convmixer_256_8_ks9_p1.cifar10",
+            sha256="6f3b439447e0d275fee3715d407e5a4705f377046e8b90376e36f2c076a1a76f",
+            size=2873480,
+            dataset=CIFAR10,
+            top1=95.55,
+            ece=0.41,
+        ),
+        CheckpointRecord(
             name="convmixer_96_8_ks5_p1.cifar10",
             sha256="e698bfd511f23b64c9e8efb5480eda36d795f9dd5ba282c6588cfe527cb848ad",
             size=421488,
