@@ -31,6 +31,7 @@ T = TypeVar("T")
 CHECKOUT = Path(__file__).resolve().parent.parent
 IMAGES = CHECKOUT / "tests" / "images"
 REVISION = get_record("convmixer_cifar.cifar10").revision
+on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 # Of a model, as timm resolves it for its data.
 CONFIG = {
     "input_size": (3, 32, 32),

@@ -14,7 +14,7 @@ from convmixer_hub.training.network import build_network
 from convmixer_hub.training.settings import TrainingSettings
 from convmixer_hub.training.step import TrainingStep
 
-on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+from .conftest import on_gpu
 
 
 def train_step(network, model, images, labels):

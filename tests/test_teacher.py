@@ -18,7 +18,7 @@ from convmixer_hub.training.settings import TrainingSettings
 from convmixer_hub.training.step import TrainingStep
 from convmixer_hub.training.teacher import Teacher
 
-from .conftest import CHECKOUT
+from .conftest import CHECKOUT, on_gpu
 
 CLASSES = list(CIFAR10.classes)
 CPU = torch.device("cpu")
@@ -37,7 +37,8 @@ def resnet(tmp_path):
     return model.eval(), tmp_path / "resnet"
 
 
-def test_gives_the_mean_logits_of_models_for_other_images(resnet, batch):
+@pytest.mark.parametrize("device", [CPU, pytest.param(torch.device("cuda"), marks=on_gpu)])
+def test_gives_the_mean_logits_of_models_for_other_images(resnet, batch, device):
     model, folder = resnet
     mean, std = (torch.tensor(OURS[name]).view(3, 1, 1) for name in ("mean", "std"))
     pixels = batch * std + mean
@@ -46,7 +47,8 @@ def test_gives_the_mean_logits_of_models_for_other_images(resnet, batch):
     ours = timm.create_model("convmixer_cifar", pretrained=True).eval()
     with torch.no_grad():
         expected = (model(own.transforms[-1](images)) + ours(batch)) / 2
-        logits = Teacher([str(folder), "convmixer_cifar"], CLASSES, OURS, CPU)(batch)
+        teacher = Teacher([str(folder), "convmixer_cifar"], CLASSES, OURS, device)
+        logits = teacher(batch.to(device)).cpu()
     torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4)
 
 

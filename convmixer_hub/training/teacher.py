@@ -49,11 +49,12 @@ class Teacher(nn.Module):
             except (UnknownModelError, CheckpointError) as error:
                 raise type(error)(f"teacher {name}: {error}") from None
             _check_fit(name, model, classes, data_config)
+            own = resolve_input_data_config(model)
             if device.type == "cpu":
                 model = prepare_if_possible(model)
             elif isinstance(model, ConvMixer) and can_speed_up(model):
                 model = FastOnGPU(model)
-            self.models.append(ForOtherImages(model, resolve_input_data_config(model), data_config))
+            self.models.append(ForOtherImages(model, own, data_config))
         self.eval().requires_grad_(False).to(device)
 
     @torch.no_grad()
