@@ -285,6 +285,12 @@ def test_the_moving_average_is_what_a_run_gives(cifar_sample, tmp_path, weights_
     torch.testing.assert_close(weights_after(folder)[key], average)
 
 
+def test_crops_grow(cifar_sample, tmp_path):
+    settings = replace(SETTINGS, epochs=8, first_crop_size=8)
+    rows = read_metrics(run(settings, cifar_sample, tmp_path / "run"))
+    assert [row["crop_size"] for row in rows] == ["8"] * 2 + ["16"] * 2 + ["32"] * 4
+
+
 LATE = {"late_augmentation": True, "cutmix": 0.5, "rand_augment": "rand-m9-n2"}
 
 
@@ -590,6 +596,7 @@ def test_settings_that_cannot_be_are_refused(change, message):
             {"model": "convmixer_cifar", "small_crop_size": 1},
             "small_crop_size is 1: convmixer_cifar takes images of 32 pixels in patches of 2; giv",
         ),
+        ({"first_crop_size": 48}, "first_crop_size is 48: convmixer_96_8_ks5_p1 takes images of"),
         (
             {"train_images": 33},
             "train_images is 33: 30 are there that are not held out; give at most that",

@@ -32,10 +32,11 @@ def card_command(name: str, open_data: OpenData, output: Path | None, license: s
     the dataset; NOTES.md in the folder is appended. The record to add for a model of the package
     is printed.
     """
-    card = write_card(resolve_folder(name).folder, open_data(), output, license=license)
+    folder = resolve_folder(name).folder
+    card = write_card(folder, open_data(), output, license=license)
     click.echo(card)
     record = propose_record(card)
-    if record and name.partition(".")[0] in VARIANTS:
+    if record and folder.resolve().name.partition(".")[0] in VARIANTS:
         click.echo(f"its record, for convmixer_hub/hub/records.py:\n{record}")
 
 
