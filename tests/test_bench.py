@@ -5,7 +5,7 @@ import timm
 import torch
 
 from convmixer_hub import TrainingError
-from convmixer_hub.bench.inference import bench_inference, bench_load
+from convmixer_hub.bench.inference import bench_inference, bench_load, find_variants
 from convmixer_hub.bench.training import _make_sequential, bench_train, make_timms
 from convmixer_hub.model.cpu import speed_up_on_cpu
 
@@ -62,3 +62,10 @@ def test_answers_are_timed_in_turns_and_are_the_same():
     assert all(speed.images_per_second > 0 and speed.difference < 1e-5 for speed in speeds)
     with pytest.raises(TrainingError, match="resnet18: is no ConvMixer of this package; name one"):
         bench_inference("resnet18")
+
+
+@pytest.mark.slow
+def test_answers_in_bfloat16_are_nearly_the_same():
+    speeds = bench_inference(ARCH, batch_size=2, rounds=1, bf16=True, progress=False)
+    assert [speed.variant for speed in speeds] == find_variants(bf16=True)
+    assert all(0 < speed.difference < 0.1 for speed in speeds)

@@ -23,6 +23,7 @@ from ..checkpoints.runtimes import (
 )
 from ..errors import TrainingError
 from ..hub.records import get_record
+from ..machine import find_device
 from ..model.config import get_config
 from ..model.convmixer import ConvMixer
 from ..model.inference import prepare_for_inference
@@ -48,8 +49,10 @@ class AnswerSpeed:
     difference: float
 
 
-def find_variants() -> list[str]:
-    """Give the variants for which all is installed."""
+def find_variants(bf16: bool = False) -> list[str]:
+    """Give the variants for which all is installed; on a GPU, or in bfloat16, those in torch."""
+    if bf16 or find_device().type == "cuda":
+        return [name for name in VARIANTS if name not in NEEDED]
     return [name for name in VARIANTS if all(map(find_spec, NEEDED.get(name, ())))]
 
 
@@ -111,9 +114,10 @@ def bench_inference(
     variants: Sequence[str] = (),
     batch_size: int = 64,
     rounds: int = 7,
+    bf16: bool = False,
     progress: bool = True,
 ) -> list[AnswerSpeed]:
-    """Time the answers of a model, and of timm's with the same weights, in fp32 on the CPU.
+    """Time the answers of a model, and of timm's with the same weights, on the GPU if there is one.
 
     Args:
         name: A trained model's name, or an arch, whose weights are then random.
@@ -122,6 +126,7 @@ def bench_inference(
             in onnxruntime.
         batch_size: Images a call.
         rounds: Turns of each variant that count, after two that do not.
+        bf16: Compute in bfloat16, by autocast, instead of float32.
         progress: Show a progress bar, if there is a terminal.
 
     Raises:
@@ -130,8 +135,8 @@ def bench_inference(
     if not timm.is_model(name.partition(".")[0]) or not isinstance(_load(name), ConvMixer):
         raise TrainingError(f"{name}: is no ConvMixer of this package; name one of its models")
     makers = {
-        variant: partial(_make_turn, name, variant, batch_size)
-        for variant in variants or find_variants()
+        variant: partial(_make_turn, name, variant, batch_size, bf16)
+        for variant in variants or find_variants(bf16)
     }
     timings = time_in_turns(makers, rounds, progress=progress)
     images = max(IMAGES_A_TURN, batch_size) // batch_size * batch_size
@@ -146,26 +151,33 @@ def _load(name: str) -> nn.Module:
     return timm.create_model(name, pretrained="." in name).eval()
 
 
-def _make_turn(name: str, variant: str, batch_size: int) -> tuple[Callable[[], float], str]:
-    ours = _load(name)
+def _make_turn(
+    name: str, variant: str, batch_size: int, bf16: bool
+) -> tuple[Callable[[], float], str]:
+    device = find_device()
+    ours = _load(name).to(device)
     assert isinstance(ours, ConvMixer)
-    timms = make_timms(ours).eval()
+    timms = make_timms(ours).eval().to(device)
     # The same tensors in the same order.
     timms.load_state_dict(dict(zip(timms.state_dict(), ours.state_dict().values(), strict=True)))
-    images = torch.randn(batch_size, *get_config(ours)["input_size"])
+    images = torch.randn(batch_size, *get_config(ours)["input_size"], device=device)
     with torch.inference_mode():
         expected = timms(images)
     network = VARIANTS[variant](ours, timms)
     if variant in CHANNELS_LAST:
         images = images.contiguous(memory_format=torch.channels_last)
-    with torch.inference_mode():
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=bf16)
+    with torch.inference_mode(), autocast:
         difference = (network(images) - expected).abs().max() / expected.abs().max()
 
     @torch.inference_mode()
     def turn() -> float:
         start = time.perf_counter()
-        for _ in range(max(IMAGES_A_TURN, batch_size) // batch_size):
-            network(images)
+        with autocast:
+            for _ in range(max(IMAGES_A_TURN, batch_size) // batch_size):
+                network(images)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
         return time.perf_counter() - start
 
     return turn, str(difference.item())

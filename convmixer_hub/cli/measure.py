@@ -94,21 +94,22 @@ def bench_train_command(
 )
 @click.option("--rounds", default=7, show_default=True, type=POSITIVE, help="Turns that count.")
 @_variant_option(ANSWERS)
+@click.option("--bf16", is_flag=True, help="Compute in bfloat16, by autocast, instead of float32.")
 def bench_inference_command(
-    name: str, batch_sizes: tuple[int, ...], rounds: int, variants: tuple[str, ...]
+    name: str, batch_sizes: tuple[int, ...], rounds: int, variants: tuple[str, ...], bf16: bool
 ) -> None:
     """Time the answers of NAME and of timm's ConvMixer with the same weights, in turns.
 
-    In fp32 on the CPU. timm: as a user gets it; timm-channels-last and timm-compiled: with that
-    memory format, the latter with torch.compile, too; timm-onnxruntime and timm-openvino: exported
-    to ONNX; ours: this package's model; prepared: what prepare_for_inference makes of it; exported,
-    exported-int8: what convmixer export writes, in onnxruntime. The difference is that of the
-    logits, as a share of the largest one.
+    On the GPU if there is one. timm: as a user gets it; timm-channels-last and timm-compiled: with
+    that memory format, the latter with torch.compile, too; timm-onnxruntime and timm-openvino:
+    exported to ONNX; ours: this package's model; prepared: what prepare_for_inference makes of it;
+    exported, exported-int8: what convmixer export writes, in onnxruntime. The difference is that of
+    the logits, as a share of the largest one.
     """
-    variants = variants or tuple(find_variants())
+    variants = variants or tuple(find_variants(bf16))
     rows = [["batch", "variant", "images/s", f"× {variants[0]}", "difference"]]
     for batch_size in batch_sizes:
-        speeds = bench_inference(name, variants, batch_size, rounds)
+        speeds = bench_inference(name, variants, batch_size, rounds, bf16)
         for speed in speeds:
             ratio = speed.images_per_second / speeds[0].images_per_second
             rows.append(
@@ -122,7 +123,8 @@ def bench_inference_command(
             )
     click.echo(f"{name}, median of {rounds} turns, {_describe_setting()}")
     print_table(rows)
-    if missing := [variant for variant in ANSWERS if variant not in find_variants()]:
+    missing = [variant for variant in ANSWERS if variant not in find_variants(bf16)]
+    if missing and not bf16 and find_device().type == "cpu":
         click.echo(
             f"left out: {', '.join(missing)}; pip install onnx onnxscript onnxruntime openvino"
         )
