@@ -79,6 +79,15 @@ def test_finding_weights_needs_no_timm():
             assert "import timm" not in file.read_text() and "from timm" not in file.read_text()
 
 
+def test_the_package_loads_little_but_timm():
+    code = (
+        "import sys, timm; before = {*sys.modules}; import convmixer_hub; "
+        "print(*{name.partition('.')[0] for name in {*sys.modules} - before})"
+    )
+    output = subprocess.check_output([sys.executable, "-c", code], cwd=CHECKOUT, text=True)
+    assert {*output.split()} <= {"convmixer_hub", "packaging"}
+
+
 def test_every_folder_is_installed():
     setup = configparser.ConfigParser()
     setup.read(CHECKOUT / "setup.cfg")
