@@ -215,6 +215,17 @@ def test_the_card_of_a_model_trained_further_gives_its_command(run, cifar_sample
     assert "see whole images" not in text  # as they do from the start
 
 
+def test_the_card_tells_when_crops_grow(run, cifar_sample):
+    crops = {"final_share": 0.5, "whole_share": 0.5, "first_crop_size": 16}
+    config = json.loads((run / "config.json").read_text())
+    training = asdict(replace(SETTINGS, epochs=12, **crops))
+    (run / "config.json").write_text(json.dumps(config | {"training": training}))
+    assert (
+        "; from epoch 5 on, crops have 24 pixels a side instead of 16; the last 3 epochs see whole "
+        "images."
+    ) in write_card(run, cifar_sample).read_text()
+
+
 def test_the_card_of_a_model_trained_by_the_recipe_gives_the_shortest_command(run, cifar_sample):
     config = json.loads((run / "config.json").read_text())
     training = asdict(TrainingSettings(ARCH, **RECIPE))

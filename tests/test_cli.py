@@ -4,6 +4,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import safetensors.torch
@@ -16,7 +17,7 @@ from convmixer_hub.checkpoints.files import check_safetensors
 from convmixer_hub.cli.main import COMMANDS, SECTIONS, main
 from convmixer_hub.data.images import open_image
 from convmixer_hub.hub.records import CIFAR10, RECORDS
-from convmixer_hub.zoo import default_cfgs, list_models
+from convmixer_hub.zoo import ModelInfo, default_cfgs, list_models
 
 from .conftest import CHECKOUT, IMAGES
 
@@ -47,9 +48,16 @@ def test_list_shows_every_model_in_aligned_columns(convmixer):
     assert [NAME, "643,338", "3×32×32", "CIFAR-10", *figures, "embedded"] in rows
     assert {name for name, *_ in rows if name in RECORDS} == set(RECORDS)
     assert {name.partition(".")[0] for name, *_ in rows} == set(default_cfgs)
-    assert all((row[-1] == "untrained") == (row[0] not in RECORDS) for row in rows)
     starts = {line.index("%") for line in result.output.splitlines() if "%" in line}
     assert len(starts) == 1  # the columns are aligned
+
+
+def test_list_shows_an_arch_without_weights(convmixer, monkeypatch):
+    new = ModelInfo("convmixer_new", 123456, (3, 32, 32), None)
+    monkeypatch.setattr("convmixer_hub.cli.use.list_models", lambda: [new])
+    assert "convmixer_new  123,456     3×32×32  –        –      –    –     untrained" in (
+        convmixer("list").output
+    )
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -184,6 +192,20 @@ def test_card_is_written_for_a_name(convmixer, cifar_sample, tmp_path):
     assert convmixer("card", "nothing", "--data", cifar_sample).stderr.startswith(
         "Error: no file or folder, and no trained weights are named 'nothing'; known are"
     )
+
+
+def test_the_record_of_a_folder_with_the_name_of_a_model_is_printed(
+    convmixer, cifar_sample, tmp_path, monkeypatch
+):
+    sample = replace(CIFAR10, test_images=10)
+    monkeypatch.setattr("convmixer_hub.release.card.DATASETS", [sample])
+    folder = tmp_path / NAME
+    folder.mkdir()
+    for file in ("config.json", "model.safetensors"):
+        shutil.copy(CHECKOUT / "weights" / NAME / file, folder / file)
+    record = get_record(NAME)
+    printed = convmixer("card", folder, "--data", cifar_sample).stdout
+    assert f'CheckpointRecord(\n    name="{NAME}",\n    sha256="{record.sha256}",' in printed
 
 
 @pytest.mark.parametrize("command", ["card", "publish"])

@@ -596,7 +596,10 @@ def test_settings_that_cannot_be_are_refused(change, message):
             {"model": "convmixer_cifar", "small_crop_size": 1},
             "small_crop_size is 1: convmixer_cifar takes images of 32 pixels in patches of 2; giv",
         ),
-        ({"first_crop_size": 48}, "first_crop_size is 48: convmixer_96_8_ks5_p1 takes images of"),
+        (
+            {"first_crop_size": 17},
+            "first_crop_size is 17: give 0, or a number from the patch size, 1, to small_crop_si",
+        ),
         (
             {"train_images": 33},
             "train_images is 33: 30 are there that are not held out; give at most that",

@@ -38,7 +38,8 @@ def resnet(tmp_path):
 
 
 @pytest.mark.parametrize("device", [CPU, pytest.param(torch.device("cuda"), marks=on_gpu)])
-def test_gives_the_mean_logits_of_models_for_other_images(resnet, batch, device):
+def test_gives_the_mean_logits_of_models_for_other_images(resnet, batch, device, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     model, folder = resnet
     mean, std = (torch.tensor(OURS[name]).view(3, 1, 1) for name in ("mean", "std"))
     pixels = batch * std + mean

@@ -40,8 +40,8 @@ class AnswerSpeed:
     Attributes:
         variant: Its name.
         images_per_second: Median over the rounds.
-        difference: Largest difference of its logits from the first variant's, as a share of the
-            largest logit.
+        difference: Largest difference of its logits from those of timm's model in float32, as a
+            share of the largest one.
     """
 
     variant: str
@@ -49,11 +49,13 @@ class AnswerSpeed:
     difference: float
 
 
-def find_variants(bf16: bool = False) -> list[str]:
-    """Give the variants for which all is installed; on a GPU, or in bfloat16, those in torch."""
-    if bf16 or find_device().type == "cuda":
-        return [name for name in VARIANTS if name not in NEEDED]
-    return [name for name in VARIANTS if all(map(find_spec, NEEDED.get(name, ())))]
+def explain_absence(variant: str, bf16: bool = False) -> str:
+    """Say why a variant cannot be timed here; empty if it can."""
+    needed = NEEDED.get(variant, ())
+    if needed and (bf16 or find_device().type == "cuda"):
+        return "is timed in float32 on a CPU alone"
+    missing = [name for name in needed if not find_spec(name)]
+    return f"needs {' '.join(missing)}: pip install {' '.join(missing)}" if missing else ""
 
 
 def _compile(model: nn.Module) -> nn.Module:
@@ -121,22 +123,26 @@ def bench_inference(
 
     Args:
         name: A trained model's name, or an arch, whose weights are then random.
-        variants: Keys of `VARIANTS`; by default those of `find_variants`. `timm` is as a user gets
-            it; `prepared` is what `prepare_for_inference` gives, `exported` what `export` writes,
-            in onnxruntime.
+        variants: Keys of `VARIANTS`; by default those that can be timed here. `timm` is as a user
+            gets it; `prepared` is what `prepare_for_inference` gives, `exported` what `export`
+            writes, in onnxruntime.
         batch_size: Images a call.
         rounds: Turns of each variant that count, after two that do not.
-        bf16: Compute in bfloat16, by autocast, instead of float32.
+        bf16: Compute in bfloat16, by autocast, instead of float32 (on a GPU, in what torch uses
+            for that, which for convolutions is TF32 by default).
         progress: Show a progress bar, if there is a terminal.
 
     Raises:
-        TrainingError: If it is no ConvMixer of this package, or a variant fails.
+        TrainingError: If it is no ConvMixer of this package, or a variant cannot be timed here.
     """
     if not timm.is_model(name.partition(".")[0]) or not isinstance(_load(name), ConvMixer):
         raise TrainingError(f"{name}: is no ConvMixer of this package; name one of its models")
+    for variant in variants:
+        if absence := explain_absence(variant, bf16):
+            raise TrainingError(f"{variant}: {absence}; or leave it out")
     makers = {
         variant: partial(_make_turn, name, variant, batch_size, bf16)
-        for variant in variants or find_variants(bf16)
+        for variant in variants or [v for v in VARIANTS if not explain_absence(v, bf16)]
     }
     timings = time_in_turns(makers, rounds, progress=progress)
     images = max(IMAGES_A_TURN, batch_size) // batch_size * batch_size

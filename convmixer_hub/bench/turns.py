@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import multiprocessing
 import statistics
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
@@ -18,6 +19,8 @@ from tqdm import tqdm
 from ..errors import TrainingError, first_line
 
 SECONDS_TO_END = 10.0
+# Between turns: threads of the last one, such as onnxruntime's, go on looking for work for a while.
+SECONDS_TO_REST = 0.3
 
 # What makes a program ready: it gives what takes one turn and tells its seconds, and a remark.
 Maker = Callable[[], tuple[Callable[[], float], str]]
@@ -69,6 +72,7 @@ def time_in_turns(
             for _ in range(turns):
                 for name, connection, _ in workers:
                     bar.set_description(name)
+                    time.sleep(SECONDS_TO_REST)
                     seconds[name].append(_ask(name, connection, "turn"))
                     bar.update()
         return {

@@ -13,7 +13,7 @@ import torch
 
 from ..bench.ablation import CHANGES, Outcome, compare_changes
 from ..bench.inference import VARIANTS as ANSWERS
-from ..bench.inference import bench_inference, bench_load, find_variants
+from ..bench.inference import bench_inference, bench_load, explain_absence
 from ..bench.training import VARIANTS, bench_train
 from ..bench.transfer import bench_finetune
 from ..hub.find import locate
@@ -104,12 +104,12 @@ def bench_inference_command(
     that memory format, the latter with torch.compile, too; timm-onnxruntime and timm-openvino:
     exported to ONNX; ours: this package's model; prepared: what prepare_for_inference makes of it;
     exported, exported-int8: what convmixer export writes, in onnxruntime. The difference is that of
-    the logits, as a share of the largest one.
+    the logits from timm's in fp32, as a share of the largest one.
     """
-    variants = variants or tuple(find_variants(bf16))
-    rows = [["batch", "variant", "images/s", f"× {variants[0]}", "difference"]]
+    rows: list[list[str]] = []
     for batch_size in batch_sizes:
         speeds = bench_inference(name, variants, batch_size, rounds, bf16)
+        rows = rows or [["batch", "variant", "images/s", f"× {speeds[0].variant}", "difference"]]
         for speed in speeds:
             ratio = speed.images_per_second / speeds[0].images_per_second
             rows.append(
@@ -121,13 +121,12 @@ def bench_inference_command(
                     f"{speed.difference:.0e}",
                 ]
             )
-    click.echo(f"{name}, median of {rounds} turns, {_describe_setting()}")
+    dtype = "bf16" if bf16 else "fp32"
+    click.echo(f"{name} in {dtype}, median of {rounds} turns, {_describe_setting()}")
     print_table(rows)
-    missing = [variant for variant in ANSWERS if variant not in find_variants(bf16)]
-    if missing and not bf16 and find_device().type == "cpu":
-        click.echo(
-            f"left out: {', '.join(missing)}; pip install onnx onnxscript onnxruntime openvino"
-        )
+    for variant in ANSWERS if not variants else ():
+        if absence := explain_absence(variant, bf16):
+            click.echo(f"left out: {variant}, which {absence}")
 
 
 @bench_command.command("load")

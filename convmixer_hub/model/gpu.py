@@ -32,10 +32,10 @@ from .convmixer import ConvMixer, ConvMixerLayer, name_activation
 MOST_PLACES = 1024
 # Matrix products are faster where rows have a multiple of this length.
 ALIGNMENT = 8
-# How many sums a GPU computes at a time, at least.
+# How many sums a GPU is given at a time, where rows can be split into so many.
 PARTS = 1024
-# For how many shapes a function is compiled: three sizes of images in training and evaluation, with
-# and without a residual, each with a smaller last batch, are 24.
+# For how many shapes a function is compiled at most. Three sizes of images in a run and in its
+# teacher, with and without a residual, are 12.
 MOST_SHAPES = 64
 
 _logger = logging.getLogger(__package__)
@@ -47,7 +47,7 @@ def _compiled_on_gpu(function: Callable) -> Callable:
     """Let torch.compile fuse a function of tensors on a GPU; elsewhere it stays as it is."""
 
     @cache
-    def compile() -> Callable:
+    def compile_it() -> Callable:  # not before there is a need, as it takes a second to import
         return torch.compile(function, dynamic=False)
 
     @wraps(function)
@@ -56,9 +56,10 @@ def _compiled_on_gpu(function: Callable) -> Callable:
         if not (x.is_cuda and _compiling):
             return function(x, *others)
         try:
-            # By default torch.compile gives up after 8 shapes, quietly.
-            with torch._dynamo.config.patch(recompile_limit=MOST_SHAPES):
-                return compile()(x, *others)
+            # By default torch.compile gives up after 8 shapes. Since torch 2.7 this is another name
+            # of recompile_limit.
+            with torch._dynamo.config.patch(cache_size_limit=MOST_SHAPES):
+                return compile_it()(x, *others)
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:  # torch.compile has no public error of its own

@@ -6,6 +6,7 @@ in `NOTES.md` beside the weights and is appended as it is.
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
@@ -291,8 +292,14 @@ def _describe_curve(plan: TrainingSettings | None, image_size: int) -> str:
     augments = plan.mixes or plan.rand_augment or plan.random_erasing
     if plan.peak_epochs and plan.late_augmentation and augments:
         caption += " and images are augmented more"
-    if 0 < plan.whole_epochs < plan.epochs and plan.small_crop_size < image_size:
-        caption += f"; the last {plan.whole_epochs} epochs see whole images"
+    sizes = [plan.choose_crop_size(epoch, (image_size,))[0] for epoch in range(plan.epochs)]
+    for epoch, (before, size) in enumerate(itertools.pairwise(sizes), start=2):
+        if size > before and size < image_size:
+            caption += (
+                f"; from epoch {epoch} on, crops have {size} pixels a side instead of {before}"
+            )
+        elif size > before:
+            caption += f"; the last {plan.whole_epochs} epochs see whole images"
     return f"{caption}."
 
 

@@ -193,14 +193,22 @@ class _Run:
     def _check_crops(self, input_size: tuple[int, int, int]) -> None:
         settings, side = self.settings, min(input_size[1:])
         patch_size = self.network.model.patch_emb.patch_size
-        for name in ("small_crop_size", "first_crop_size"):
-            size = getattr(settings, name)
-            needed = size and not settings.shows_whole_images(0)
-            if needed and not patch_size <= size <= side:
-                raise TrainingError(
-                    f"{name} is {size}: {settings.model} takes images of {side} pixels in patches "
-                    f"of {patch_size}; give a number between them"
-                )
+        if settings.shows_whole_images(0):
+            return
+        if not patch_size <= settings.small_crop_size <= side:
+            raise TrainingError(
+                f"small_crop_size is {settings.small_crop_size}: {settings.model} takes images of "
+                f"{side} pixels in patches of {patch_size}; give a number between them"
+            )
+        if (
+            not patch_size
+            <= (settings.first_crop_size or settings.small_crop_size)
+            <= settings.small_crop_size
+        ):
+            raise TrainingError(
+                f"first_crop_size is {settings.first_crop_size}: give 0, or a number from the "
+                f"patch size, {patch_size}, to small_crop_size, {settings.small_crop_size}"
+            )
 
     def _choose_precision(self, data_config: Mapping[str, Any]) -> str:
         """Name this run's type, which stays the same wherever the run is resumed."""

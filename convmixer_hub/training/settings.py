@@ -87,8 +87,8 @@ class TrainingSettings:
     small_crop_size: int = _setting(24, "Side of the smaller crops, in pixels.", *_AT_LEAST_1)
     first_crop_size: int = _setting(
         0,
-        "Side of still smaller crops in the first half of the epochs before full resolution; 0 for "
-        "the same ones.",
+        "Side of the crops in the first half of the epochs with smaller crops; 0 for "
+        "small_crop_size.",
         *_AT_LEAST_0,
     )
 
@@ -238,9 +238,7 @@ class TrainingSettings:
         if self.shows_whole_images(epoch):
             return image_size
         is_first = epoch < (self.epochs - self.whole_epochs) // 2
-        return (
-            self.first_crop_size if is_first and self.first_crop_size else self.small_crop_size,
-        ) * 2
+        return ((is_first and self.first_crop_size) or self.small_crop_size,) * 2
 
     def augments(self, epoch: int) -> bool:
         """Tell whether RandAugment, erasing, mixup and cutmix are applied in an epoch, from 0."""
