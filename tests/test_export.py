@@ -1,5 +1,6 @@
 import json
 import re
+import shutil
 import subprocess
 import sys
 
@@ -88,6 +89,17 @@ def test_pt2_answers_as_torch_does(tmp_path, batch):
         torch.testing.assert_close(program.module()(batch), model(batch), atol=1e-4, rtol=1e-4)
     assert not re.search(rb"\.py\b|site-packages", file.read_bytes())  # of stack traces
     assert json.loads(extra["metadata.json"])["labels"] == list(CIFAR10.classes)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("g++"), reason="there is no C++ compiler")
+def test_pt2_is_compiled_by_aot_inductor(tmp_path, batch):
+    program = torch.export.load(export(SMALL, tmp_path, "pt2").file)
+    compiled = tmp_path / "compiled.pt2"
+    torch._inductor.aoti_compile_and_package(program, package_path=str(compiled))
+    expected = timm.create_model(SMALL, pretrained=True).eval()(batch)
+    logits = torch._inductor.aoti_load_package(str(compiled))(batch)
+    torch.testing.assert_close(logits, expected, atol=1e-3, rtol=1e-4)
 
 
 @pytest.mark.parametrize("options", [[], ["--with-preprocessing"]])

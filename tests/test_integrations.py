@@ -124,25 +124,3 @@ with learner.no_bar(), learner.no_logging():
 """)
     before, after = map(float, losses.splitlines()[-1].split())
     assert after < before
-
-
-def test_torch_export_gives_the_logits(images, tmp_path):
-    model = timm.create_model(NAME, pretrained=True).eval()
-    program = torch.export.export(model, (images,))
-    torch.export.save(program, tmp_path / "model.pt2")
-    loaded = torch.export.load(tmp_path / "model.pt2").module()
-    with torch.no_grad():
-        torch.testing.assert_close(loaded(images), model(images))
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not shutil.which("g++"), reason="there is no C++ compiler")
-def test_aot_inductor_gives_the_logits(images, tmp_path):
-    model = timm.create_model(NAME, pretrained=True).eval()
-    with torch.no_grad():
-        program = torch.export.export(model, (images,))
-        file = torch._inductor.aoti_compile_and_package(
-            program, package_path=str(tmp_path / "model.pt2")
-        )
-        logits = torch._inductor.aoti_load_package(file)(images)
-        torch.testing.assert_close(logits, model(images), atol=1e-4, rtol=1e-4)
