@@ -3,6 +3,8 @@
 Each message is one line: what failed, on what, and what to do next.
 """
 
+import re
+
 
 class ConvMixerHubError(Exception):
     """Base of all errors that this package raises on purpose."""
@@ -38,5 +40,6 @@ def printable(text: object) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """Shorten another library's error to one line."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+    """Shorten another library's error to one line, without colors."""
+    text = re.sub(r"\x1b\[[\d;]*m", "", str(error)).strip()
+    return (text or type(error).__name__).splitlines()[0].rstrip(".")
