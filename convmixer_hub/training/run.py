@@ -160,7 +160,8 @@ class _Run:
         self.network = build_network(settings, start, dataset.classes, device)
         data_config = resolve_input_data_config(self.network.model)
         if state.epoch < settings.epochs:  # a finished run is only written out again
-            self._check_crops(data_config["input_size"])
+            side = min(data_config["input_size"][1:])
+            settings.check_crops(side, self.network.model.patch_emb.patch_size)
             here = f"{describe_machine(device)}, {self._choose_precision(data_config)}"
             before = state.machine or here
             state.machine = before if before.endswith(here) else f"{before}, then {here}"
@@ -189,26 +190,6 @@ class _Run:
     def dtype(self) -> torch.dtype:
         """The type that most of a step computes in."""
         return DTYPES[self.state.precision or "fp32"]
-
-    def _check_crops(self, input_size: tuple[int, int, int]) -> None:
-        settings, side = self.settings, min(input_size[1:])
-        patch_size = self.network.model.patch_emb.patch_size
-        if settings.shows_whole_images(0):
-            return
-        if not patch_size <= settings.small_crop_size <= side:
-            raise TrainingError(
-                f"small_crop_size is {settings.small_crop_size}: {settings.model} takes images of "
-                f"{side} pixels in patches of {patch_size}; give a number between them"
-            )
-        if (
-            not patch_size
-            <= (settings.first_crop_size or settings.small_crop_size)
-            <= settings.small_crop_size
-        ):
-            raise TrainingError(
-                f"first_crop_size is {settings.first_crop_size}: give 0, or a number from the "
-                f"patch size, {patch_size}, to small_crop_size, {settings.small_crop_size}"
-            )
 
     def _choose_precision(self, data_config: Mapping[str, Any]) -> str:
         """Name this run's type, which stays the same wherever the run is resumed."""

@@ -240,6 +240,30 @@ class TrainingSettings:
         is_first = epoch < (self.epochs - self.whole_epochs) // 2
         return ((is_first and self.first_crop_size) or self.small_crop_size,) * 2
 
+    def check_crops(self, side: int, patch_size: int) -> None:
+        """Refuse crops that do not fit a model.
+
+        Args:
+            side: The shorter side of the images that the model takes.
+            patch_size: Side of its patches.
+
+        Raises:
+            TrainingError: If they are larger than the images, or smaller than a patch.
+        """
+        if self.shows_whole_images(0):
+            return
+        if not patch_size <= self.small_crop_size <= side:
+            raise TrainingError(
+                f"small_crop_size is {self.small_crop_size}: {self.model} takes images of {side} "
+                f"pixels in patches of {patch_size}; give a number between them"
+            )
+        first = self.first_crop_size or self.small_crop_size
+        if not patch_size <= first <= self.small_crop_size:
+            raise TrainingError(
+                f"first_crop_size is {first}: give 0, or a number from the patch size, "
+                f"{patch_size}, to small_crop_size, {self.small_crop_size}"
+            )
+
     def augments(self, epoch: int) -> bool:
         """Tell whether RandAugment, erasing, mixup and cutmix are applied in an epoch, from 0."""
         return epoch >= self.peak_epochs or not self.late_augmentation
