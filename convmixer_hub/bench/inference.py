@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from ..checkpoints.runtimes import (
+    ONNX_LIBRARIES,
     Network,
     open_onnx,
     store_weights_in_int8,
@@ -102,10 +103,10 @@ VARIANTS: dict[str, Callable[[ConvMixer, nn.Module], Network]] = {
 }
 # What a variant needs beside torch and timm.
 NEEDED = {
-    "timm-onnxruntime": ("onnx", "onnxscript", "onnxruntime"),
-    "timm-openvino": ("onnx", "onnxscript", "onnxruntime", "openvino"),
-    "exported": ("onnx", "onnxscript", "onnxruntime"),
-    "exported-int8": ("onnx", "onnxscript", "onnxruntime"),
+    "timm-onnxruntime": ONNX_LIBRARIES,
+    "timm-openvino": (*ONNX_LIBRARIES, "openvino"),
+    "exported": ONNX_LIBRARIES,
+    "exported-int8": ONNX_LIBRARIES,
 }
 # What takes images whose channels come last in memory.
 CHANNELS_LAST = ("timm-channels-last", "timm-compiled")

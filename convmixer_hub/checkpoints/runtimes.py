@@ -22,6 +22,9 @@ METADATA_FILE = "metadata.json"  # in a .pt2 file
 
 Network = Callable[[Tensor], Tensor]
 
+# What writes and runs ONNX.
+ONNX_LIBRARIES = ("onnx", "onnxscript", "onnxruntime")
+
 
 def check_onnx_libraries() -> None:
     """Check that what writes and runs ONNX is installed.
@@ -29,10 +32,10 @@ def check_onnx_libraries() -> None:
     Raises:
         CheckpointError: If a library is missing, naming it.
     """
-    for library in ("onnx", "onnxscript", "onnxruntime"):
+    for library in ONNX_LIBRARIES:
         if find_spec(library) is None:
             raise CheckpointError(
-                f"exporting to ONNX needs {library}: pip install onnx onnxscript onnxruntime"
+                f"exporting to ONNX needs {library}: pip install {' '.join(ONNX_LIBRARIES)}"
             )
 
 
