@@ -199,7 +199,7 @@ def test_other_kernel_sizes_keep_their_gradient(kernel_size):
     ("compiler", "reason"),
     [
         ("nowhere", "nowhere"),
-        ("false", "false failed without a word"),
+        ("false", "false failed without a message"),
         ("./broken", "error: no space"),
     ],
 )
@@ -222,9 +222,9 @@ def test_without_a_compiler_training_works_and_says_why_it_is_slow(
     assert not any(isinstance(module, GELUBatchNorm2d) for module in model.modules())
     [message] = [record.getMessage() for record in caplog.records]
     assert re.fullmatch(
-        r"training takes several times as long here as it need: cpu.cpp cannot be compiled "
-        rf"\(.*{reason}.*\); install a C\+\+ compiler such as g\+\+, or name one in CXX, and a "
-        "folder that can be written to in XDG_CACHE_HOME",
+        r"training is several times slower than it could be: cpu.cpp cannot be compiled "
+        rf"\(.*{reason}.*\); install a C\+\+ compiler such as g\+\+ or name one in CXX, and if "
+        "its folder cannot be written to, name another in XDG_CACHE_HOME",
         message,
     )
 

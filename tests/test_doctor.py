@@ -202,7 +202,7 @@ def bad_source(hub, monkeypatch):
         (
             nothing_and_offline,
             NAME,
-            r"hub: http\S+ may not be asked for what the Hub's cache lacks \(HF_HUB_OFFLINE\);",
+            r"hub: http\S+ is not in the Hub's cache, and HF_HUB_OFFLINE is set; unset it",
         ),
         (no_network, NAME, rf"hub: http://127.0.0.1:1/{REPOSITORY} cannot be read \("),
         (no_embedded_copy, NAME, f"embedded: {NAME}: this installation carries no copy of the "),

@@ -201,8 +201,8 @@ def test_both_optimizers_take_layer_decay():
     ("change", "error", "message"),
     [
         ({"name": "convmixer_cifr"}, UnknownModelError, "no trained weights are named 'convmixer_"),
-        ({"layer_decay": 0.0}, TrainingError, "layer_decay is 0.0: give above 0 and at most 1"),
-        ({"batch_size": 0}, TrainingError, "batch_size is 0: give at least 2"),
+        ({"layer_decay": 0.0}, TrainingError, "layer_decay is 0.0: must be above 0 and at most 1"),
+        ({"batch_size": 0}, TrainingError, "batch_size is 0: must be at least 2"),
         ({"held_out": 0}, TrainingError, "has no validation images to choose the best epoch by; "),
         ({"batch_size": 30}, DataError, "16 training images are less than one batch of 30; give"),
     ],
@@ -224,7 +224,7 @@ def test_other_classes_for_validation_are_refused(split_photos, tmp_path):
 
 def test_one_class_alone_is_refused(photos, tmp_path):
     shutil.rmtree(photos / "machine")
-    with pytest.raises(DataError, match="photos: has one class alone, animal; there is nothing to"):
+    with pytest.raises(DataError, match="photos: has only one class, animal; add images of ano"):
         run(choose("convmixer_cifar", photos), photos, tmp_path / "run")
 
 

@@ -53,7 +53,7 @@ def test_shipped_models_compute_what_they_should(name, dtype):
 def test_a_run_computes_what_it_should(run):
     status, output = verify_command(str(run))
     assert (status, output.count("\n")) == (0, 1)
-    assert output.startswith(f"{run}: computes what it should; largest difference ")
+    assert output.startswith(f"{run}: its logits match the reference; largest difference ")
     assert " of the largest logit, tolerance 2e-05 (float32, torch " in output
     status, output = verify_command(str(run), "--dtype", "bfloat16")
     assert status == 0 and "tolerance 2e-01 (bfloat16, " in output

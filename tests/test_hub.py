@@ -103,8 +103,8 @@ FAULTS = {
     ),
     "offline": (
         lambda hub, monkeypatch: monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True),
-        rf"{REPOSITORY} may not be asked for what the Hub's cache lacks \(HF_HUB_OFFLINE\); unset "
-        "that, or copy the Hub's cache folder from a machine where "
+        rf"{REPOSITORY} is not in the Hub's cache, and HF_HUB_OFFLINE is set; unset "
+        "it, or copy the Hub's cache folder from a machine where "
         f"`convmixer pull {NAME}` was run, or {OWN_COPY}",
     ),
     "wrong token": (

@@ -127,7 +127,7 @@ def offline(hub, monkeypatch):
         (
             "hf-hub:somebody/small",
             offline,
-            "may not be asked for what the Hub's cache lacks \\(HF_HUB_OFFLINE\\); unset that$",
+            "is not in the Hub's cache, and HF_HUB_OFFLINE is set; unset it$",
         ),
         (
             "hf-hub:somebody/small",

@@ -90,7 +90,7 @@ def test_a_shipped_model_is_published_whole_and_found_there(writable, monkeypatc
     first, second, third = output.splitlines()[-3:]
     assert (status, first) == (0, f"someone/{NAME}: {len(files)} files, published")
     assert re.fullmatch(rf"revision [0-9a-f]{{40}}, tag {REVISION}", second)
-    assert third == f"SHA-256 of model.safetensors {digest}, pulled back and checked"
+    assert third == f"SHA-256 of model.safetensors {digest}, downloaded again and compared"
     monkeypatch.setenv("CONVMIXER_HUB_NAMESPACE", "someone")
     assert find_checkpoint(NAME, "hub").read_bytes() == files["model.safetensors"]
 

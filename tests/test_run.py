@@ -426,7 +426,7 @@ def test_ctrl_c_keeps_the_last_epoch(cifar_sample, tmp_path):
         process.kill()
     assert process.returncode == 130
     last_line = errors.read_text().strip().splitlines()[-1]
-    assert last_line.startswith(f"stopped; {output} keeps all but the last minute, and the same")
+    assert last_line.startswith(f"stopped; {output} keeps all but the last minute; the same")
     assert "Traceback" not in errors.read_text()
     load_trained(str(output))
 
@@ -556,27 +556,27 @@ def test_a_finished_run_stays_as_it_is(cifar_sample, tmp_path, write_parquet, mo
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"epochs": 0}, "epochs is 0: give at least 1"),
-        ({"final_share": 1.5}, "final_share is 1.5: give 0 to 1"),
-        ({"whole_share": 1.5}, "whole_share is 1.5: give 0 to 1"),
-        ({"optimizer": "sgd"}, "optimizer is sgd: give muon or adamw"),
-        ({"rand_augment": "m9"}, "rand_augment is m9: give one such as rand-m9-n2-inc1"),
-        ({"random_erasing": 2.0}, "random_erasing is 2.0: give 0 to 1"),
-        ({"mixup": -1.0}, "mixup is -1.0: give at least 0"),
-        ({"ema_decay": 1.0}, "ema_decay is 1.0: give at least 0 and below 1"),
-        ({"batch_size": 1}, "batch_size is 1: give at least 2"),
-        ({"learning_rate": 0.0}, "learning_rate is 0.0: give above 0"),
-        ({"weight_decay": -1.0}, "weight_decay is -1.0: give at least 0"),
-        ({"clip_grad": 0.0}, "clip_grad is 0.0: give above 0"),
-        ({"warmup_epochs": -1.0}, "warmup_epochs is -1.0: give at least 0"),
-        ({"held_out": -1}, "held_out is -1: give at least 0"),
-        ({"train_images": -1}, "train_images is -1: give at least 0"),
+        ({"epochs": 0}, "epochs is 0: must be at least 1"),
+        ({"final_share": 1.5}, "final_share is 1.5: must be from 0 to 1"),
+        ({"whole_share": 1.5}, "whole_share is 1.5: must be from 0 to 1"),
+        ({"optimizer": "sgd"}, "optimizer is sgd: must be muon or adamw"),
+        ({"rand_augment": "m9"}, "rand_augment is m9: must be one like rand-m9-n2-inc1"),
+        ({"random_erasing": 2.0}, "random_erasing is 2.0: must be from 0 to 1"),
+        ({"mixup": -1.0}, "mixup is -1.0: must be at least 0"),
+        ({"ema_decay": 1.0}, "ema_decay is 1.0: must be at least 0 and below 1"),
+        ({"batch_size": 1}, "batch_size is 1: must be at least 2"),
+        ({"learning_rate": 0.0}, "learning_rate is 0.0: must be above 0"),
+        ({"weight_decay": -1.0}, "weight_decay is -1.0: must be at least 0"),
+        ({"clip_grad": 0.0}, "clip_grad is 0.0: must be above 0"),
+        ({"warmup_epochs": -1.0}, "warmup_epochs is -1.0: must be at least 0"),
+        ({"held_out": -1}, "held_out is -1: must be at least 0"),
+        ({"train_images": -1}, "train_images is -1: must be at least 0"),
         (
             {"covariance_init": True, "pretrained": True},
-            "covariance_init is True: give False for pretrained weights",
+            "covariance_init is True: must be False for pretrained weights",
         ),
-        ({"flip": "never"}, "flip is never: give alternating or random"),
-        ({"seed": -1}, "seed is -1: give 0 to 2147483647"),
+        ({"flip": "never"}, "flip is never: must be alternating or random"),
+        ({"seed": -1}, "seed is -1: must be from 0 to 2147483647"),
     ],
 )
 def test_settings_that_cannot_be_are_refused(change, message):
@@ -598,7 +598,7 @@ def test_settings_that_cannot_be_are_refused(change, message):
         ),
         (
             {"first_crop_size": 17},
-            "first_crop_size is 17: give 0, or a number from the patch size, 1, to small_crop_si",
+            "first_crop_size is 17: must be 0, or a number from the patch size, 1, to small_cr",
         ),
         (
             {"train_images": 33},
@@ -606,7 +606,7 @@ def test_settings_that_cannot_be_are_refused(change, message):
         ),
         (
             {"cutmix": 0.5, "batch_size": 9},
-            "batch_size is 9: give a multiple of 2 for 1 processes",
+            "batch_size is 9: must be a multiple of 2, for 1 processes and images mixed in",
         ),
     ],
 )
@@ -648,7 +648,7 @@ def test_statistics_that_processes_do_not_share_are_refused(cifar_sample, tmp_pa
     save_model(model, tmp_path / "relu", {})
     monkeypatch.setattr(network_module, "get_world_size", lambda: 2)
     settings = replace(SETTINGS, model=str(tmp_path / "relu"), pretrained=True)
-    with pytest.raises(TrainingError, match="relu: has another activation than GELU, and on CPUs"):
+    with pytest.raises(TrainingError, match="relu: several processes on CPUs share the statistics"):
         run(settings, cifar_sample, tmp_path / "run")
 
 

@@ -196,11 +196,11 @@ REFUSED = {
     ),
     "no column of images": (
         {"a.parquet": make_bare(label=[0, 1], text=["a", "b"])},
-        ": has the columns label, text; needed is one of images, named image or img",
+        ": has the columns label, text, not one of images; name it image or img",
     ),
     "images of another kind": (
         {"a.parquet": make_bare(image=[0.5, 1.5], label=[0, 1])},
-        r": its column 'image' holds Value\('float64'\); needed are images as the dataset",
+        r": its column 'image' holds Value\('float64'\); save the images as the dataset",
     ),
     "no column of classes": (
         {"a.parquet": make_bare(image=STRUCT, animal=["cat", "dog"])},
@@ -212,11 +212,11 @@ REFUSED = {
     ),
     "classes of another kind": (
         {"a.parquet": make_bare(image=STRUCT, label=[0.5, 1.5])},
-        r": its column 'label' holds Value\('float64'\); needed are names or numbers of classes; n",
+        r": its column 'label' holds Value\('float64'\), not names or numbers of classes; n",
     ),
     "several classes an image": (
         {"a.parquet": make_bare(image=STRUCT, label=[[0, 1], [1]])},
-        r": its column 'label' holds List\(.*\); needed are names or numbers of classes; name anot",
+        r": its column 'label' holds List\(.*\), not names or numbers of classes; name anot",
     ),
     "no rows": (
         {"train.parquet": make_table([])},

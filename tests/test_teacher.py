@@ -94,7 +94,9 @@ def test_refuses_what_is_no_model(resnet):
     with pytest.raises(UnknownModelError, match="^teacher convmixer: no file or folder, and no tr"):
         Teacher(["convmixer"], CLASSES, OURS, CPU)
     for names in (",", "a,", "a,,b", " "):
-        with pytest.raises(TrainingError, match="^teacher is .*: give names or folders of trained"):
+        with pytest.raises(
+            TrainingError, match="^teacher is .*: must be names or folders of trained"
+        ):
             replace(SETTINGS, teacher=names)
 
 

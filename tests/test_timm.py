@@ -130,7 +130,7 @@ def test_features_are_those_of_the_layers_asked_for(out_indices, layers, batch):
 
 
 def test_another_format_of_features_is_refused(batch):
-    message = "^output_fmt is 'NLC': ConvMixer features are 'NCHW'$"
+    message = "^output_fmt is 'NLC': ConvMixers give 'NCHW' only$"
     with pytest.raises(ModelSizeError, match=message):
         timm.create_model(ARCH).forward_intermediates(batch, output_fmt="NLC")
 

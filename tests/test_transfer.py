@@ -46,7 +46,7 @@ def test_fine_tuning_is_compared_on_the_same_images_and_steps(photos, monkeypatc
 
 
 def test_too_few_images_to_compare_on_are_named(photos, tmp_path):
-    with pytest.raises(DataError, match="photos: has 8 training images of machine; 12 are needed"):
+    with pytest.raises(DataError, match="photos: has 8 training images of machine; give no more"):
         next(bench_finetune("convmixer_cifar", photos, 12))
     train = open_dataset(tmp_path / "photos" / "train")
     with pytest.raises(DataError, match="train: has images for train, but none for test; give the"):

@@ -1,1 +1,1 @@
-"""Measurements of what is claimed: speed, and what choices in training are worth."""
+"""Benchmarks: speed, fine-tuning and ablations."""

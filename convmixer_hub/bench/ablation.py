@@ -85,7 +85,7 @@ def compare_changes(
         CheckpointError: If the `metrics.csv` of a run was damaged.
     """
     if not common.get("held_out"):
-        raise TrainingError("held_out is 0: give at least 1, for the runs to be compared on")
+        raise TrainingError("held_out is 0: must be at least 1, for the runs to be compared on")
     for change in changes:
         settings = TrainingSettings(model, **(common | CHANGES[change]))
         run = train(settings, dataset, Path(output) / change, progress=progress)

@@ -28,9 +28,9 @@ SECTIONS = {
             "use",
             "Measure the top-1 accuracy of a model on the test images of a dataset",
         ),
-        "demo": ("use", "Serve a page to try models on, to this machine alone"),
+        "demo": ("use", "Serve a web page to try models on, on localhost only"),
         "info": ("use", "Describe a checkpoint"),
-        "verify": ("use", "Check that a model computes on this machine what it should"),
+        "verify": ("use", "Compare the logits of a model with reference logits"),
         "doctor": ("use", "Check whether models can be loaded on this machine, and if not, why"),
         "pull": ("use", "Download weights into the Hub's cache, for later use without network"),
         "run-script": (
@@ -47,7 +47,7 @@ SECTIONS = {
     },
     "Share": {
         "card": ("share", "Write a model card with its figures and reference logits"),
-        "publish": ("share", "Upload a model to the Hub in one commit, and pull it back to check"),
+        "publish": ("share", "Upload a model to the Hub, and download it again to compare"),
         "export": (
             "share",
             "Write a model for other runtimes, and compare its logits with torch's",
@@ -60,7 +60,7 @@ SECTIONS = {
     "Measure": {
         "bench": (
             "measure",
-            "Measure what is claimed: speed, memory, and what choices in training are worth",
+            "Run the benchmarks: speed, memory, fine-tuning, ablations",
         ),
     },
 }

@@ -1,4 +1,4 @@
-"""The commands `convmixer bench ...`: they measure on this machine what is claimed."""
+"""The commands `convmixer bench ...`: benchmarks on this machine."""
 
 from __future__ import annotations
 
@@ -41,13 +41,15 @@ def _variant_option(names: Iterable[str]) -> Callable[[Callable], Callable]:
 
 @click.group("bench")
 def bench_command() -> None:
-    """Measure what is claimed: speed, memory, and what choices in training are worth."""
+    """Run the benchmarks: speed, memory, fine-tuning, ablations."""
 
 
 @bench_command.command("train")
 @click.argument("model", default=DEFAULT_MODEL)
 @click.option("--batch-size", default=128, show_default=True, type=click.IntRange(min=2))
-@click.option("--rounds", default=5, show_default=True, type=POSITIVE, help="Steps that count.")
+@click.option(
+    "--rounds", default=5, show_default=True, type=POSITIVE, help="Timed steps per variant."
+)
 @_variant_option(VARIANTS)
 def bench_train_command(
     model: str, batch_size: int, rounds: int, variants: tuple[str, ...]
@@ -90,15 +92,17 @@ def bench_train_command(
     show_default=True,
     multiple=True,
     type=POSITIVE,
-    help="Images a call; may be repeated.",
+    help="Images per call; may be repeated.",
 )
-@click.option("--rounds", default=7, show_default=True, type=POSITIVE, help="Turns that count.")
+@click.option(
+    "--rounds", default=7, show_default=True, type=POSITIVE, help="Timed turns per variant."
+)
 @_variant_option(ANSWERS)
 @click.option("--bf16", is_flag=True, help="Compute in bfloat16, by autocast, instead of float32.")
 def bench_inference_command(
     name: str, batch_sizes: tuple[int, ...], rounds: int, variants: tuple[str, ...], bf16: bool
 ) -> None:
-    """Time the answers of NAME and of timm's ConvMixer with the same weights, in turns.
+    """Time inference with NAME and with timm's ConvMixer of the same weights, in turns.
 
     On the GPU if there is one. timm: as a user gets it; timm-channels-last and timm-compiled: with
     that memory format, the latter with torch.compile, too; timm-onnxruntime and timm-openvino:
@@ -154,7 +158,7 @@ def bench_load_command(name: str, rounds: int) -> None:
     default=20000,
     show_default=True,
     type=NOT_NEGATIVE,
-    help="Train on so many of those that are not held out; 0 for all.",
+    help="Training images to use, without those held out; 0 for all.",
 )
 @click.option("--held-out", default=5000, show_default=True, type=POSITIVE)
 @click.option(
@@ -162,14 +166,14 @@ def bench_load_command(name: str, rounds: int) -> None:
     "changes",
     multiple=True,
     type=click.Choice(list(CHANGES)),
-    help="Only this one; may be repeated. The others are compared with the first.",
+    help="Only this change; may be repeated. The others are compared with the first.",
 )
 def bench_recipe_command(
     model: str, open_data: OpenData, output: Path, changes: tuple[str, ...], **common: Any
 ) -> None:
-    """Train MODEL with plain settings and with single changes to them, such as the recipe has.
+    """Train MODEL with plain settings, then with one change at a time (ablation).
 
-    The same command goes on where it was interrupted; the table has the runs that are finished.
+    The same command resumes what was interrupted; the table has the runs that are finished.
     """
     outcomes: list[Outcome] = []
     try:

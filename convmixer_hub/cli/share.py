@@ -24,7 +24,7 @@ from .options import DEFAULT_MODEL, OpenData, data_options, optional_data_option
 @click.option(
     "--output", type=click.Path(path_type=Path), help="Folder to write to, the model's by default."
 )
-@click.option("--license", help="As the Hub names it, such as mit; nothing says it otherwise.")
+@click.option("--license", help="The Hub's id of the license, such as mit.")
 def card_command(name: str, open_data: OpenData, output: Path | None, license: str | None) -> None:
     """Write a model card with its figures and reference logits.
 
@@ -42,15 +42,15 @@ def card_command(name: str, open_data: OpenData, output: Path | None, license: s
 
 @click.command("publish")
 @click.argument("name", metavar="NAME|RUN")
-@click.option("--repo-id", required=True, metavar="OWNER/REPO", help="Made if there is none.")
-@click.option("--private", is_flag=True, help="Let nobody else read it.")
+@click.option("--repo-id", required=True, metavar="OWNER/REPO", help="Created if missing.")
+@click.option("--private", is_flag=True, help="Create it as a private repository.")
 @click.option(
     "--tag",
-    help="A tag for the commit; of a model on record, its revision by default.",
+    help="Tag for the commit; for a model of this package, its recorded revision by default.",
 )
-@click.option("--dry-run", is_flag=True, help="Say what would be uploaded; ask no network.")
+@click.option("--dry-run", is_flag=True, help="List the files, without using the network.")
 def publish_command(name: str, repo_id: str, private: bool, tag: str | None, dry_run: bool) -> None:
-    """Upload a model to the Hub in one commit, and pull it back to check.
+    """Upload a model to the Hub in one commit, and download it again to compare.
 
     Weights, configuration, card, figures and metrics go there; the states of a run do not.
     """
@@ -66,7 +66,7 @@ def publish_command(name: str, repo_id: str, private: bool, tag: str | None, dry
         click.echo(f"{repo_id}: {len(uploads)} files, {done}")
         click.echo(f"revision {publication.revision}{tagged}")
         [digest] = [u.sha256 for u in uploads if u.file.name == WEIGHTS_FILE]
-        click.echo(f"SHA-256 of {WEIGHTS_FILE} {digest}, pulled back and checked")
+        click.echo(f"SHA-256 of {WEIGHTS_FILE} {digest}, downloaded again and compared")
     if CARD_FILE not in [upload.file.name for upload in uploads]:
         click.echo(f"there is no model card; `convmixer card {name} --data DIR` writes one")
 
@@ -120,7 +120,9 @@ def export_command(
             f"{text}, top-1 {done.top1[1]:.2f} %, in fp32 {done.top1[0]:.2f} % ({done.images})"
         )
     else:
-        click.echo(f"{text}, logits as in torch but for {done.difference:.0e} of the largest")
+        click.echo(
+            f"{text}, largest difference from torch {done.difference:.0e} of the largest logit"
+        )
 
 
 @click.command("convert")
@@ -130,7 +132,7 @@ def export_command(
 @click.option(
     "--activation",
     type=click.Choice(list(ACTIVATIONS)),
-    help="Needed where neither IN nor its architecture tells it.",
+    help="Needed if neither IN nor its architecture tells it.",
 )
 def convert_command(name: str, output: Path, layout: str, activation: str | None) -> None:
     """Write a checkpoint as safetensors, in the layout of another implementation.

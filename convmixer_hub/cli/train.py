@@ -69,8 +69,10 @@ def _stopping_at(run: Path) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        kept = "keeps all but the last minute" if (run / STATE_FILE).exists() else "is empty"
-        click.echo(f"\nstopped; {run} {kept}, and the same command resumes it", err=True)
+        after = "has nothing yet; the same command begins again"
+        if (run / STATE_FILE).exists():
+            after = "keeps all but the last minute; the same command resumes it"
+        click.echo(f"\nstopped; {run} {after}", err=True)
         sys.exit(130)
 
 

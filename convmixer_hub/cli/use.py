@@ -43,7 +43,7 @@ from .options import (
 @click.argument("names", metavar="[NAME]...", nargs=-1)
 @click.option("--port", default=7860, show_default=True, type=click.IntRange(1, 65535))
 def demo_command(names: tuple[str, ...], port: int) -> None:
-    """Serve a page to try models on, to this machine alone.
+    """Serve a web page to try models on, on localhost only.
 
     NAME is as in evaluate; all trained models by default. Needs gradio. Ctrl-C ends it.
     """
@@ -78,7 +78,13 @@ def list_command(markdown: bool) -> None:
 
 @click.command("predict")
 @click.argument("images", nargs=-1, required=True, type=click.Path(path_type=Path))
-@click.option("--model", "name", default=DEFAULT_MODEL, show_default=True, help="Name or folder.")
+@click.option(
+    "--model",
+    "name",
+    default=DEFAULT_MODEL,
+    show_default=True,
+    help="A model, a run folder, a file of weights, or a repository of the Hub.",
+)
 @click.option("--top-k", default=3, show_default=True, type=POSITIVE)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON, one object an image.")
 @click.option("--figure", type=click.Path(path_type=Path), help="Also draw them into this PNG.")
@@ -186,16 +192,18 @@ def doctor_command(name: str | None) -> None:
     help="What to compute in.",
 )
 def verify_command(name: str, dtype: str) -> None:
-    """Check that a model computes on this machine what it should.
+    """Compare the logits of a model with reference logits.
 
     The logits of NAME, a model or a folder, for a fixed input are compared with those recorded
     beside the weights, which `convmixer card` writes. The exit status is 1 if they differ by more
     than the tolerance.
     """
     result = verify(name, dtype)
-    verdict = "computes what it should"
+    verdict = "its logits match the reference"
     if not result.holds:
-        verdict = "does NOT compute what it should (try another version of torch, and report it)"
+        verdict = (
+            "its logits do NOT match the reference (try another version of torch, and report it)"
+        )
     click.echo(
         f"{name}: {verdict}; largest difference {result.difference:.1e} of the largest logit, "
         f"tolerance {result.tolerance:.0e} ({dtype}, torch {torch.__version__}, "

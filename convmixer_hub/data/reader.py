@@ -124,7 +124,7 @@ class ImageDataset:
             DataError: If there are none.
         """
         if split not in self.splits:
-            remedy = f"name their folder or file {split}"
+            remedy = f"name the folder or file of these {split}"
             if any(Path(self.source).resolve().name.lower() in names for names in SPLITS.values()):
                 remedy = "give the folder above it, with all splits"
             raise DataError(

@@ -212,8 +212,8 @@ def _read_table(
         images = images.cast_column(column, datasets.Image(decode=False))
     except Exception:  # of pyarrow, of datasets
         raise DataError(
-            f"{source}: its column '{column}' holds {features[column]}; needed are images as the "
-            "datasets library writes them"
+            f"{source}: its column '{column}' holds {features[column]}; save the images as "
+            "the datasets library does, as datasets.Image"
         ) from None
 
     columns = [name for name in LABEL_COLUMNS if name in features]
@@ -230,8 +230,8 @@ def _read_table(
     kind = features[label_column]
     if not re.match("u?int|string|large_string|bool", getattr(kind, "dtype", "")):
         raise DataError(
-            f"{source}: its column '{label_column}' holds {kind}; needed are names or numbers of "
-            "classes; name another one with --label-column"
+            f"{source}: its column '{label_column}' holds {kind}, not names or "
+            "numbers of classes; name another one with --label-column"
         )
     labels = table.select_columns([label_column]).with_format("arrow")[:][label_column].to_pylist()
     return RawSplit(
@@ -247,8 +247,8 @@ def _find_image_column(datasets: ModuleType, features: Mapping[str, Any], source
     columns = columns or [n for n, kind in features.items() if isinstance(kind, datasets.Image)]
     if len(columns) != 1:
         raise DataError(
-            f"{source}: has the columns {', '.join(features)}; needed is one of images, named "
-            f"{' or '.join(IMAGE_COLUMNS)}"
+            f"{source}: has the columns {', '.join(features)}, not one of images; name "
+            f"it {' or '.join(IMAGE_COLUMNS)}"
         )
     return columns[0]
 

@@ -112,8 +112,8 @@ class Repository:
             return self._explain_answer(error, name)
         if isinstance(error, OfflineModeIsEnabled):
             return (
-                f"{self.address} may not be asked for what the Hub's cache lacks "
-                f"(HF_HUB_OFFLINE); unset that{self.offline}{self.otherwise}"
+                f"{self.address} is not in the Hub's cache, and HF_HUB_OFFLINE is set; unset it"
+                f"{self.offline}{self.otherwise}"
             )
         if isinstance(error, HFValidationError):
             return f"no repository is named {self.repo_id!r}; {self.naming}"

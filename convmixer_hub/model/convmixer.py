@@ -325,7 +325,7 @@ class ConvMixer(nn.Module):
             intermediates_only: Return the collected outputs alone.
         """
         if output_fmt != "NCHW":
-            raise ModelSizeError(f"output_fmt is '{output_fmt}': ConvMixer features are 'NCHW'")
+            raise ModelSizeError(f"output_fmt is '{output_fmt}': ConvMixers give 'NCHW' only")
         take, last = feature_take_indices(len(self.conv_mixer_layers), indices)
         layers = self.conv_mixer_layers
         if stop_early and not torch.jit.is_scripting():  # TorchScript does not slice modules

@@ -66,9 +66,9 @@ def load_passes() -> bool:
         torch.ops.load_library(str(library))
     except (OSError, RuntimeError) as error:  # the latter where there is no home folder
         _logger.warning(
-            "training takes several times as long here as it need: cpu.cpp cannot be compiled (%s);"
-            " install a C++ compiler such as g++, or name one in CXX, and a folder that can be "
-            "written to in XDG_CACHE_HOME",
+            "training is several times slower than it could be: cpu.cpp cannot be compiled (%s); "
+            "install a C++ compiler such as g++ or name one in CXX, and if its folder cannot be "
+            "written to, name another in XDG_CACHE_HOME",
             first_line(error),
         )
         return False
@@ -80,7 +80,7 @@ def _run_compiler(command: list[str]) -> None:
         subprocess.run(command, check=True, capture_output=True, text=True)
     except subprocess.CalledProcessError as error:
         lines = [line for line in error.stderr.splitlines() if "error" in line] or [error.stderr]
-        raise OSError(lines[0] or f"{command[0]} failed without a word") from None
+        raise OSError(lines[0] or f"{command[0]} failed without a message") from None
 
 
 def _describe_processor() -> str:

@@ -65,8 +65,8 @@ def _compiled_on_gpu(function: Callable) -> Callable:
         except RuntimeError as error:  # torch.compile has no public error of its own
             _compiling = False
             _logger.warning(
-                "training takes twice as long here as it need: torch.compile fails (%s); it wants "
-                "Triton and a C compiler such as gcc",
+                "training is half as fast as it could be: torch.compile fails (%s); install Triton "
+                "and a C compiler such as gcc",
                 first_line(getattr(error, "inner_exception", error)),
             )
             return function(x, *others)

@@ -64,7 +64,7 @@ from .golden import write_golden
 
 NOTES_FILE = "NOTES.md"
 PREDICTIONS_CAPTION = (
-    "Images by their file names, above the three most likely classes for each: "
+    "Each image under its file name, with the three most likely classes: "
     "`convmixer predict IMAGES --figure predictions.png`"
 )
 
@@ -285,7 +285,7 @@ def _read_plan(settings: Mapping[str, Any]) -> TrainingSettings | None:
 
 def _describe_curve(plan: TrainingSettings | None, image_size: int) -> str:
     """Say what the curve shows, and why it jumps where it does."""
-    caption = "Loss and top-1 by epoch, the latter in training on augmented images."
+    caption = "Training loss and top-1 by epoch; training images are augmented."
     if plan is None:
         return caption
     caption += f" From epoch {plan.peak_epochs + 1} on, the learning rate falls"

@@ -155,8 +155,8 @@ def export(
             in_int8 = _measure(temporary, test)
             if in_fp32 - in_int8 > largest_loss + 1e-9:
                 raise CheckpointError(
-                    f"{name}: int8 has {in_int8:.2f} % top-1, fp32 {in_fp32:.2f} %; "
-                    "--max-loss allows more"
+                    f"{name}: int8 lowers the top-1 from {in_fp32:.2f} to {in_int8:.2f} %; give a "
+                    "larger --max-loss, or leave --int8 out"
                 )
     except OSError as error:
         raise DataError(

@@ -102,8 +102,9 @@ def build_network(
         plain = any(type(module) is nn.BatchNorm2d for module in model.modules())
         if get_world_size() > 1 and plain and not settings.freeze_batch_norm:
             raise TrainingError(
-                f"{settings.model}: has another activation than GELU, and on CPUs processes "
-                "share the statistics of BatchNorm after GELU alone; give one process, or GPUs"
+                f"{settings.model}: several processes on CPUs share the statistics of BatchNorm "
+                "only with cpu.cpp, after GELU, in multiples of 16 channels; start one process, or "
+                "use GPUs"
             )
     elif get_world_size() > 1:
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)

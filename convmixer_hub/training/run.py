@@ -91,13 +91,12 @@ def train(
     unit = get_world_size() * (2 if settings.mixes else 1)
     if settings.batch_size % unit:
         raise TrainingError(
-            f"batch_size is {settings.batch_size}: give a multiple of {unit} for "
-            f"{get_world_size()} processes"
+            f"batch_size is {settings.batch_size}: must be a multiple of {unit}, for "
+            f"{get_world_size()} processes{' and images mixed in pairs' if settings.mixes else ''}"
         )
     if len(dataset.classes) < 2:
         raise DataError(
-            f"{dataset.source}: has one class alone, {dataset.classes[0]}; there is nothing to "
-            "tell apart"
+            f"{dataset.source}: has only one class, {dataset.classes[0]}; add images of another one"
         )
     images, chosen = dataset.get("train"), choose_images(settings, dataset)
     if images.folder and images.folder.resolve() in folder.resolve().parents:

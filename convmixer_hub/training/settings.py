@@ -55,7 +55,7 @@ def _setting(
 
 _AT_LEAST_0 = ("at least 0", lambda value: 0 <= value < math.inf)
 _AT_LEAST_1 = ("at least 1", lambda value: value >= 1)
-_SHARE = ("0 to 1", lambda value: 0 <= value <= 1)
+_SHARE = ("from 0 to 1", lambda value: 0 <= value <= 1)
 _BELOW_1 = ("at least 0 and below 1", lambda value: 0 <= value < 1)
 
 
@@ -116,7 +116,7 @@ class TrainingSettings:
     rand_augment: str = _setting(
         "",
         "timm's description of a RandAugment, such as rand-m9-n2-mstd0.5-inc1.",
-        "one such as rand-m9-n2-inc1",
+        "one like rand-m9-n2-inc1",
         is_rand_augment,
     )
     random_erasing: float = _setting(
@@ -192,7 +192,7 @@ class TrainingSettings:
         0,
         "Seed of the initial weights, of the choice and order of images, and of their "
         "augmentation.",
-        "0 to 2147483647",
+        "from 0 to 2147483647",
         lambda value: 0 <= value < 2**31,
     )
 
@@ -200,9 +200,11 @@ class TrainingSettings:
         for setting in fields(self)[1:]:  # all but the model
             value = getattr(self, setting.name)
             if not setting.metadata["fits"](value):
-                raise TrainingError(f"{setting.name} is {value}: give {setting.metadata['range']}")
+                raise TrainingError(
+                    f"{setting.name} is {value}: must be {setting.metadata['range']}"
+                )
         if self.covariance_init and self.pretrained:
-            raise TrainingError("covariance_init is True: give False for pretrained weights")
+            raise TrainingError("covariance_init is True: must be False for pretrained weights")
 
     @property
     def teachers(self) -> list[str]:
@@ -260,7 +262,7 @@ class TrainingSettings:
         first = self.first_crop_size or self.small_crop_size
         if not patch_size <= first <= self.small_crop_size:
             raise TrainingError(
-                f"first_crop_size is {first}: give 0, or a number from the patch size, "
+                f"first_crop_size is {first}: must be 0, or a number from the patch size, "
                 f"{patch_size}, to small_crop_size, {self.small_crop_size}"
             )
 
