@@ -163,7 +163,8 @@ class TestLabelNames:
     def test_a_folder_remembers_them_and_can_be_adapted_again(self, tmp_path, batch, said):
         model = timm.create_model(NAME, pretrained=True, label_names=ANIMALS).eval()
         save_model(model, tmp_path, {})
-        assert json.loads((tmp_path / "config.json").read_text())["num_classes"] == 3
+        config = json.loads((tmp_path / "config.json").read_text())
+        assert config["num_classes"] == 3 and "tag" not in config["pretrained_cfg"]
         said_before = len(said())
         loaded = load_trained(str(tmp_path)).eval()
         assert get_label_names(loaded) == list(ANIMALS)

@@ -131,16 +131,21 @@ def save_model(model: nn.Module, folder: Path, extra_config: Mapping[str, Any]) 
             model_args=arguments,
             safe_serialization=True,
         )
-        _drop_repeated_arguments(Path(temporary, CONFIG_FILE))
+        _correct_config(Path(temporary, CONFIG_FILE))
         for name in (WEIGHTS_FILE, CONFIG_FILE):
             Path(temporary, name).chmod(0o644)  # safetensors lets nobody but the writer read
             with replacing(folder / name) as file:
                 Path(temporary, name).rename(file)
 
 
-def _drop_repeated_arguments(file: Path) -> None:
-    """Say once what the classes are: transformers fails where `model_args` repeats it."""
+def _correct_config(file: Path) -> None:
+    """Leave out what timm writes but is wrong here.
+
+    transformers fails where `model_args` repeats what the classes are, and the tag is that of the
+    weights that the model began with.
+    """
     config = json.loads(file.read_text(encoding="utf-8"))
+    config["pretrained_cfg"].pop("tag", None)
     for name in ("num_classes", "label_names"):
         config.get("model_args", {}).pop(name, None)
     file.write_text(json.dumps(config, indent=2), encoding="utf-8")
