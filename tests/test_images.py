@@ -1,3 +1,4 @@
+import io
 import tracemalloc
 
 import numpy as np
@@ -80,6 +81,16 @@ def test_exif_rotation_is_applied():
     exif = Image.Exif()
     exif[0x0112] = 6  # turned by 90 degrees
     assert open_image(encode(image, "JPEG", exif=exif)).size == (2, 4)
+
+
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP"])
+def test_broken_exif_data_does_not_cost_an_image(format):
+    image = Image.new("RGB", (4, 2), "red")
+    content = encode(image, format, exif=b"Exif\0\0no header", dpi=(72, 72))
+    with pytest.raises(SyntaxError, match="not a TIFF file"):
+        Image.open(io.BytesIO(content)).getexif()
+    red, green, blue = open_image(content).getpixel((1, 1))
+    assert red > 250 and green < 5 and blue < 5
 
 
 @pytest.mark.parametrize(

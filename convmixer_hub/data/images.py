@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import warnings
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,9 @@ def to_rgb(image: Image.Image) -> Image.Image:
     Raises:
         DataError: If a gray value is negative.
     """
-    image = ImageOps.exif_transpose(image)
+    image.load()  # pixels that cannot be read are an error; EXIF data that cannot be, are not
+    with suppress(Exception):
+        image = ImageOps.exif_transpose(image)
     if image.mode == "F" or image.mode.startswith("I"):
         values = np.nan_to_num(np.asarray(image, np.float64), nan=0.0, posinf=0.0, neginf=0.0)
         if values.min() < 0:
