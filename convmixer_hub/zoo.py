@@ -6,7 +6,7 @@ timm finds `default_cfgs` by that name in the module of the `@register_model` fu
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -33,7 +33,7 @@ from .hub.records import (
     WEIGHTS_FILE,
     CheckpointRecord,
 )
-from .model.config import CLASSIFIER, FIRST_CONV
+from .model.config import CLASSIFIER, FIRST_CONV, order_names
 from .model.convmixer import ConvMixer
 
 _logger = logging.getLogger(__package__)
@@ -206,12 +206,7 @@ def _list_names(label_names: Any) -> list[str] | None:
         ModelSizeError: If it is something else, such as a set, which has no order, or a name stands
             twice.
     """
-    names = label_names
-    if hasattr(names, "tolist"):  # numpy, pandas
-        names = names.tolist()
-    elif isinstance(names, Mapping):
-        numbers = {str(number): name for number, name in names.items()}
-        names = [numbers.get(str(i)) for i in range(len(numbers))]
+    names = label_names.tolist() if hasattr(label_names, "tolist") else order_names(label_names)
     if names is None:
         return None
     if (
@@ -231,7 +226,7 @@ def _choose_labels(
 ) -> Sequence[str] | None:
     """Set the number of classes by their names; None if these are those of the checkpoint."""
     saved = kwargs.get("pretrained_model_args") or {}
-    if not label_names or list(label_names) == saved.get("label_names"):
+    if not label_names or list(label_names) == order_names(saved.get("label_names")):
         return None
     if kwargs.get("num_classes") not in (None, saved.get("num_classes"), len(label_names)):
         raise ModelSizeError(
@@ -239,7 +234,8 @@ def _choose_labels(
             "names: give as many, or leave num_classes out"
         )
     kwargs["num_classes"] = len(label_names)
-    return None if list(label_names) == list(trained.label_names or ()) else label_names
+    known = order_names(trained.label_names) or ()
+    return None if list(label_names) == list(known) else label_names
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..errors import CheckpointError
 from ..hub.records import WEIGHTS_FILE
-from ..model.config import CLASSIFIER, FIRST_CONV
+from ..model.config import CLASSIFIER, FIRST_CONV, order_names
 from ..model.convmixer import ConvMixer, name_activation
 from ..model.layouts import OURS, check_fit, convert_layout, detect_layout
 from .files import check_finite, check_safetensors
@@ -139,7 +139,7 @@ def _keep_rows(
     label_names: Sequence[str],
 ) -> int:
     """Replace the head by the model's fresh one with the rows of the classes that stay; count."""
-    known = trained.label_names or ()
+    known = order_names(trained.label_names) or ()
     rows = {name: row for row, name in enumerate(known) if len(known) == trained.num_classes}
     kept = [name for name in label_names if name in rows]
     for key, fresh in model.get_classifier().state_dict(prefix=f"{CLASSIFIER}.").items():

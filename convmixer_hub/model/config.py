@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, cast
 
 from torch import nn
@@ -19,8 +20,16 @@ def get_config(model: nn.Module) -> dict[str, Any]:
 
 def get_label_names(model: nn.Module) -> list[str] | None:
     """Name the classes of a model by index; None if its configuration is not about its classes."""
-    names = get_config(model).get("label_names")
+    names = order_names(get_config(model).get("label_names"))
     return list(names) if names and len(names) == model.num_classes else None
+
+
+def order_names(label_names: Any) -> Any:
+    """List names of classes that are given by number, such as transformers' `id2label`."""
+    if not isinstance(label_names, Mapping):
+        return label_names
+    by_number = {str(number): name for number, name in label_names.items()}
+    return [by_number.get(str(i)) for i in range(len(by_number))]
 
 
 def check_classifies(model: nn.Module) -> None:
