@@ -6,6 +6,7 @@ from timm.models.convmixer import ConvMixer as TimmConvMixer
 from torch import nn
 
 from convmixer_hub import (
+    CheckpointError,
     ClassificationHead,
     ConvMixer,
     ConvMixerLayer,
@@ -127,6 +128,14 @@ def test_scripted_and_traced_models_give_the_same_logits(act_layer, batch):
 def test_a_quantized_model_loads_its_own_state():
     model = torch.ao.quantization.quantize_dynamic(ConvMixer(48, 2, 3, 2), {nn.Linear})
     model.load_state_dict(model.state_dict())
+
+
+def test_a_model_with_a_counter_loads_its_own_state():
+    model = ConvMixer(8, 1, 3, 2)
+    model.register_buffer("steps", torch.tensor(7))
+    model.load_state_dict(model.state_dict())
+    with pytest.raises(CheckpointError, match="torch.int8, not floating point"):
+        model.load_state_dict({k: t.to(torch.int8) for k, t in model.state_dict().items()})
 
 
 def test_only_exact_gelu_is_called_gelu():

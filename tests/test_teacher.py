@@ -118,18 +118,19 @@ def test_a_step_learns_labels_and_answers(batch):
     assert norm > 0
 
 
-def test_a_run_names_its_teacher_without_its_path(cifar_sample, resnet, tmp_path):
-    settings = replace(SETTINGS, teacher=f"{resnet[1]}, convmixer_cifar", mixup=0.5)
+def test_a_run_names_its_teachers_without_their_paths(cifar_sample, resnet, tmp_path, monkeypatch):
+    monkeypatch.chdir(resnet[1])
+    settings = replace(SETTINGS, teacher=f"{resnet[1]}, ., convmixer_cifar", mixup=0.5)
     folder = train(settings, open_dataset(cifar_sample), tmp_path / "run", progress=False)
     training = json.loads((folder / "config.json").read_text())["training"]
-    assert training["teacher"] == "resnet,convmixer_cifar"
+    assert training["teacher"] == "resnet,resnet,convmixer_cifar"
 
 
 @pytest.mark.slow
 def test_the_script_of_the_docs_trains_a_teacher(cifar_sample, tmp_path):
     command = [sys.executable, str(CHECKOUT / "docs" / "train_teacher.py")]
     command += [str(cifar_sample), str(tmp_path / "teacher"), "--epochs", "1", "--held-out", "10"]
-    command += ["--batch-size", "10", "--image-size", "32"]
+    command += ["--model", "test_resnet", "--batch-size", "10", "--image-size", "32"]
     done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=CHECKOUT)
     assert done.stdout.startswith("epoch 1  train_loss ")
     logits = Teacher([str(tmp_path / "teacher")], CLASSES, OURS, CPU)(torch.zeros(1, 3, 32, 32))

@@ -130,7 +130,9 @@ def _import_datasets(place: object) -> ModuleType:
     """Import the datasets library, which only those need who read with it."""
     try:
         import datasets
-    except ImportError:
+
+        datasets.load_dataset  # noqa: B018 - a folder of this name can be imported, too
+    except (ImportError, AttributeError):
         raise DataError(
             f"{place}: reading it needs the datasets library: pip install datasets"
         ) from None

@@ -57,8 +57,8 @@ def load_passes() -> bool:
     made_of = [source.read_text(), *compiler, *flags, torch.__version__, _describe_processor()]
     digest = hashlib.sha256("\0".join(made_of).encode()).hexdigest()
     try:
-        cache = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
-        library = cache / "convmixer_hub" / f"cpu_{digest[:16]}.so"
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+        library = folder / "convmixer_hub" / f"cpu_{digest[:16]}.so"
         if not library.exists():
             library.parent.mkdir(parents=True, exist_ok=True)
             with replacing(library) as temporary:
@@ -236,8 +236,8 @@ def choose_dtype(
     """
     if device.type == "cuda":
         if torch.cuda.is_bf16_supported(including_emulation=False):
-            return torch.bfloat16, "bf16, which this GPU has"
-        return torch.float32, "fp32, as this GPU has no bf16"
+            return torch.bfloat16, "bf16: this GPU has it"
+        return torch.float32, "fp32: this GPU has no bf16"
     layer = copy.deepcopy(model.conv_mixer_layers[0]).train()
     side = image_size // model.patch_emb.patch_size
     x = torch.rand(max(2, 8192 // side**2), model.num_features, side, side)

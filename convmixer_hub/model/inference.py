@@ -9,7 +9,7 @@ it; and a batch goes through in parts that are small enough to stay there.
 from __future__ import annotations
 
 import copy
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -72,11 +72,11 @@ class _Convolution(nn.Module):
         self.act = act
         self.stride, self.padding, self.groups = conv.stride, conv.padding, conv.groups
         bias = torch.zeros_like(conv.weight[:, 0, 0, 0]) if conv.bias is None else conv.bias
-        bias = bias.detach().double()
+        bias = bias.detach().cpu().double()  # not every device has this type
         if shift is not None:
-            bias = bias + conv.weight.detach().double().flatten(1) @ shift.flatten()
+            bias = bias + conv.weight.detach().cpu().double().flatten(1) @ shift.flatten()
         self.register_buffer("weight", conv.weight.detach().clone(), persistent=False)
-        self.register_buffer("bias", bias.to(conv.weight.dtype), persistent=False)
+        self.register_buffer("bias", bias.to(conv.weight), persistent=False)
         self._packed: Tensor | None = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -112,10 +112,10 @@ class _Layer(nn.Module):
         scale2, shift2 = _read_norm(layer.norm2)
         self.depth_wise = _Convolution(layer.depth_wise_conv, act)
         self.point_wise = _Convolution(layer.point_wise_conv, act, shift1)
-        dtype = self.point_wise.weight.dtype
-        self.register_buffer("scale1", scale1.to(dtype), persistent=False)
-        self.register_buffer("scale2", scale2.to(dtype), persistent=False)
-        self.register_buffer("shift2", shift2.to(dtype), persistent=False)
+        weight = self.point_wise.weight
+        self.register_buffer("scale1", scale1.to(weight), persistent=False)
+        self.register_buffer("scale2", scale2.to(weight), persistent=False)
+        self.register_buffer("shift2", shift2.to(weight), persistent=False)
 
     def forward(self, x: Tensor, fused: bool) -> Tensor:
         """Map `[batch, d_model, height, width]` to the same shape."""
@@ -139,8 +139,8 @@ class InferenceConvMixer(nn.Module):
         act = None if name_activation(model) == "gelu" else copy.deepcopy(stem.act).eval()
         scale, shift = _read_norm(stem.norm)
         self.stem = _Convolution(stem.conv, act)
-        self.register_buffer("stem_scale", scale.to(stem.conv.weight.dtype), persistent=False)
-        self.register_buffer("stem_shift", shift.to(stem.conv.weight.dtype), persistent=False)
+        self.register_buffer("stem_scale", scale.to(stem.conv.weight), persistent=False)
+        self.register_buffer("stem_shift", shift.to(stem.conv.weight), persistent=False)
         self.layers = nn.ModuleList(_Layer(layer, act) for layer in model.conv_mixer_layers)
         self.classification = copy.deepcopy(model.classification)
         self.requires_grad_(False)
@@ -153,7 +153,10 @@ class InferenceConvMixer(nn.Module):
     def train(self, mode: bool = True) -> InferenceConvMixer:
         """Refuse to be trained."""
         if mode:
-            _refuse_training()
+            raise ModelSizeError(
+                "a model that is prepared for inference cannot be trained: train the one it was "
+                "made from"
+            )
         return super().train(False)
 
     def forward_features(self, x: Tensor) -> Tensor:
@@ -216,13 +219,8 @@ class InferenceConvMixer(nn.Module):
 def _read_norm(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
     """Give what BatchNorm multiplies by and then adds in evaluation, each `[channels, 1, 1]`."""
     assert norm.running_var is not None and norm.running_mean is not None
-    variance, mean = norm.running_var.double(), norm.running_mean.double()
-    scale = norm.weight.detach().double() * (variance + norm.eps).rsqrt()
-    shift = norm.bias.detach().double() - mean * scale
+    tensors = (norm.running_mean, norm.running_var, norm.weight, norm.bias)
+    mean, variance, weight, bias = (tensor.detach().cpu().double() for tensor in tensors)
+    scale = weight * (variance + norm.eps).rsqrt()
+    shift = bias - mean * scale
     return scale.view(-1, 1, 1), shift.view(-1, 1, 1)
-
-
-def _refuse_training() -> NoReturn:
-    raise ModelSizeError(
-        "a model that is prepared for inference cannot be trained: train the one it was made from"
-    )

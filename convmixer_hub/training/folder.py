@@ -87,8 +87,9 @@ class RunState:
         }
 
 
-def lock_run(folder: Path) -> IO[str]:
-    """Keep other processes out of a run folder for as long as the file that this gives is open.
+@contextmanager
+def lock_run(folder: Path) -> Iterator[None]:
+    """Keep other processes out of a run folder.
 
     Raises:
         TrainingError: If the folder cannot be made or written to, or another process trains in it.
@@ -100,18 +101,28 @@ def lock_run(folder: Path) -> IO[str]:
         raise TrainingError(
             f"{folder}: cannot be made or written to ({first_line(error)}); name another --output"
         ) from None
+    with file:
+        try:
+            _lock(file)
+        except BlockingIOError:
+            raise TrainingError(
+                f"{folder}: another process trains in it; wait for that, or name another --output"
+            ) from None
+        try:
+            yield
+        finally:
+            _lock(file, release=True)  # to close it is not enough while a forked worker lives
+
+
+def _lock(file: IO[str], release: bool = False) -> None:
     try:
         import fcntl  # not on Windows
 
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(file, fcntl.LOCK_UN if release else fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        file.close()
-        raise TrainingError(
-            f"{folder}: another process trains in it; wait for that, or name another --output"
-        ) from None
+        raise
     except (ImportError, OSError):
         pass  # some file systems of clusters know no locks
-    return file
 
 
 def open_run(folder: Path, new: RunState) -> RunState:
@@ -206,7 +217,10 @@ def save_results(folder: Path, model: nn.Module, state: RunState) -> None:
         config["temperature"] = state.temperature
     with _naming_failures(folder):
         save_model(model, folder, config)
-        with replacing(folder / METRICS_FILE) as temporary, temporary.open("w", newline="") as file:
+        with (
+            replacing(folder / METRICS_FILE) as temporary,
+            temporary.open("w", encoding="utf-8", newline="") as file,
+        ):
             writer = csv.DictWriter(file, fieldnames=list(state.metrics[0]))
             writer.writeheader()
             writer.writerows(state.metrics)
@@ -214,8 +228,9 @@ def save_results(folder: Path, model: nn.Module, state: RunState) -> None:
 
 def _without_path(model: str) -> str:
     """Give the name of a folder alone: the rest of the path is of this machine."""
-    is_repository = Repository.parse(model) and not os.path.exists(model)
-    return model if is_repository else Path(model).name
+    if not model or (Repository.parse(model) and not os.path.exists(model)):
+        return model
+    return os.path.basename(os.path.abspath(model))
 
 
 def read_metrics(file: Path) -> dict[str, list[float]]:
@@ -228,7 +243,7 @@ def read_metrics(file: Path) -> dict[str, list[float]]:
         return {}
     names = ["epoch", "train_loss", "train_top1", "seconds"]
     try:
-        with file.open(newline="") as lines:
+        with file.open(encoding="utf-8", newline="") as lines:
             rows = list(csv.DictReader(lines))
         if not rows:
             raise ValueError("no epochs")
