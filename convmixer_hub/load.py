@@ -10,14 +10,13 @@ from typing import Any
 import timm
 from torch import nn
 
-from .checkpoints.convert import build_like, read_checkpoint
+from .checkpoints.convert import read_checkpoint
 from .checkpoints.files import check_safetensors
 from .checkpoints.resolve import Source, resolve
 from .errors import CheckpointError, ConvMixerHubError, first_line
 from .files import hash_file
 from .hub.records import CONFIG_FILE, RECORDS, suggest
 from .model.config import get_config
-from .model.layouts import convert_layout
 from .zoo import VARIANTS, Variant, default_cfgs
 
 
@@ -82,9 +81,8 @@ def _load_file(source: Source) -> nn.Module:
     digest = hash_file(source.file) if source.file.is_file() else ""
     if known := [record for record in RECORDS.values() if record.sha256 == digest]:
         return load_trained(replace(source, record=known[0]))
-    checkpoint = read_checkpoint(str(source.file.absolute()))
-    tensors = convert_layout(checkpoint.tensors)
-    like = build_like(tensors, str(source.file))
+    checkpoint = read_checkpoint(source.file)
+    like = checkpoint.model
     sizes = Variant(
         like.num_features, len(like.conv_mixer_layers), like.kernel_size, like.patch_emb.patch_size
     )
@@ -106,6 +104,6 @@ def _load_file(source: Source) -> nn.Module:
         global_pool=like.global_pool,
         act_layer=checkpoint.activation,
     )
-    model.load_state_dict(tensors)
+    model.load_state_dict(checkpoint.tensors)
     get_config(model)["label_names"] = None
     return model

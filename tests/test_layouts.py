@@ -9,7 +9,7 @@ from timm.models.convmixer import ConvMixer as TimmConvMixer
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
-from convmixer_hub import CheckpointError, ConvMixer, ModelSizeError, UnknownModelError
+from convmixer_hub import CheckpointError, ConvMixer, DataError, ModelSizeError, UnknownModelError
 from convmixer_hub.checkpoints.convert import convert
 from convmixer_hub.checkpoints.files import save_model
 from convmixer_hub.load import load_trained
@@ -334,13 +334,24 @@ class TestActivation:
             convert(str(output), file, "ours", "gelu")
 
     @pytest.mark.parametrize(
-        ("arch", "activation"), [("convmixer_768_32", "relu"), ("convmixer_1536_20", "gelu")]
+        ("arch", "activation"),
+        [("convmixer_768_32", "relu"), ("convmixer_1536_20", "gelu")],
     )
-    def test_the_arch_in_a_training_checkpoint_tells_it(self, arch, activation, tmp_path, output):
-        content = {"arch": arch, "state_dict": make("timm").state_dict()}
+    @pytest.mark.parametrize("tag", ["", ".in1k"])
+    def test_the_arch_in_a_training_checkpoint_tells_it(
+        self, arch, tag, activation, tmp_path, output
+    ):
+        content = {"arch": f"{arch}{tag}", "state_dict": make("timm").state_dict()}
         torch.save(content, tmp_path / "in.pth.tar")
         written = convert(str(tmp_path / "in.pth.tar"), output, "ours")
         assert (written.arch, written.activation) == (arch, activation)
+
+    def test_the_arch_of_another_network_tells_nothing(self, tmp_path, output):
+        content = {"arch": "resnet18", "state_dict": make("timm").state_dict()}
+        torch.save(content, tmp_path / "in.pth.tar")
+        with pytest.raises(CheckpointError, match="in.pth.tar: nothing in it tells the activation"):
+            convert(str(tmp_path / "in.pth.tar"), output, "ours")
+        assert convert(str(tmp_path / "in.pth.tar"), output, "ours", "gelu").arch is None
 
     def test_a_trained_model_tells_it(self, output):
         assert convert("convmixer_cifar", output, "timm").activation == "gelu"
@@ -413,5 +424,5 @@ def test_what_is_not_there_is_named(tmp_path, output):
         convert(str(tmp_path), output, "timm")
     with pytest.raises(CheckpointError, match="out.pth: is written as safetensors; give it a name"):
         convert("convmixer_cifar", tmp_path / "out.pth", "timm")
-    with pytest.raises(CheckpointError, match=r"cannot be written \(.*\); make room, or name anot"):
+    with pytest.raises(DataError, match=r"cannot be written \(.*\); make room, or name another"):
         convert("convmixer_cifar", tmp_path / "none" / "out.safetensors", "timm")

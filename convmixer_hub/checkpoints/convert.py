@@ -12,11 +12,11 @@ import numpy as np
 import safetensors.torch
 import timm
 import torch
-from safetensors import SafetensorError
-from torch import Tensor
+from timm.models.convmixer import ConvMixer as TimmConvMixer
+from torch import Tensor, nn
 
 from ..errors import CheckpointError, first_line
-from ..files import replacing
+from ..files import write_file
 from ..hub.records import CONFIG_FILE
 from ..model.convmixer import ACTIVATIONS, ConvMixer, name_activation
 from ..model.layouts import (
@@ -55,6 +55,7 @@ class Checkpoint:
         source: The file.
         tensors: The state dict, in its own layout.
         layout: A key of `LAYOUTS`.
+        model: A model of these sizes, on the meta device, with GELU.
         part: Where in the file the state dict is, such as `model_ema`; empty if it is all of it.
         arch: The architecture, if a name, a configuration, the file or its metadata tells it.
         activation: A key of `ACTIVATIONS`, if metadata or the architecture tells it.
@@ -64,6 +65,7 @@ class Checkpoint:
     source: Source
     tensors: dict[str, Tensor]
     layout: str
+    model: ConvMixer
     part: str = ""
     arch: str | None = None
     activation: str | None = None
@@ -71,18 +73,18 @@ class Checkpoint:
 
     @property
     def parameters(self) -> int:
-        """The number of parameters: of all numbers but the statistics of norms."""
-        statistics = ("running_mean", "running_var", "num_batches_tracked")
-        return sum(t.numel() for key, t in self.tensors.items() if not key.endswith(statistics))
+        """The number of parameters."""
+        return sum(parameter.numel() for parameter in self.model.parameters())
 
 
-def read_checkpoint(name: str) -> Checkpoint:
+def read_checkpoint(name: str | Path) -> Checkpoint:
     """Read the weights of a trained model, a folder, a file or a repository, in any layout.
 
     Args:
         name: A trained model's name, a folder with `config.json` and `model.safetensors`, such a
             repository of the Hub (`hf-hub:OWNER/NAME[@REVISION]`, or without the prefix), or a
-            file: safetensors, or of `torch.save`, which is opened with `weights_only=True`.
+            file: safetensors, or of `torch.save`, which is opened with `weights_only=True`. A
+            `Path` is always a path.
 
     Raises:
         UnknownModelError: If there is nothing of this name.
@@ -107,11 +109,11 @@ def read_checkpoint(name: str) -> Checkpoint:
     [(prefix, tensors)] = networks.items()
     part = ".".join(filter(None, (part, prefix)))
     arch = config.get("architecture") or content.get("arch") or metadata.get("arch")
-    if not isinstance(arch, str) or not timm.is_model(arch):
-        arch = None
+    arch = str(arch).partition(".")[0]
+    network = _build_convmixer(arch)
     activation = metadata.get("activation") or (config.get("model_args") or {}).get("act_layer")
-    if activation is None and arch is not None:
-        activation = name_activation(timm.create_model(arch, device="meta"))
+    if activation is None and network:
+        activation = name_activation(network)
     if activation not in (None, *ACTIVATIONS):
         raise CheckpointError(
             f"{file}: is said to have the activation {activation!r}, which is none of "
@@ -124,11 +126,21 @@ def read_checkpoint(name: str) -> Checkpoint:
             f"give a state dict in one of the layouts {', '.join(LAYOUTS)}"
         )
     converted = convert_layout(tensors)
-    model = build_like(converted, str(file))
+    model = _build_like(converted, str(file))
     shapes = {key: tensor.shape for key, tensor in model.state_dict().items()}
     check_fit(converted, shapes, str(file), tensors)
     check_finite(tensors, str(file))
-    return Checkpoint(source, tensors, layout, part, arch, activation, metadata)
+    return Checkpoint(
+        source, tensors, layout, model, part, arch if network else None, activation, metadata
+    )
+
+
+def _build_convmixer(arch: str) -> nn.Module | None:
+    """Build the ConvMixer of this name, ours or timm's, on the meta device; None if it is none."""
+    if not timm.is_model(arch):
+        return None
+    model = timm.create_model(arch, device="meta")
+    return model if isinstance(model, (ConvMixer, TimmConvMixer)) else None
 
 
 def _unpickle(file: Path) -> dict[str, Any]:
@@ -177,16 +189,8 @@ def _unwrap(file: Path, content: Mapping[str, Any]) -> tuple[str, dict[str, Tens
     return ".".join(path), dict(content)
 
 
-def build_like(state_dict: Mapping[str, Tensor], source: str) -> ConvMixer:
-    """Build the model that a state dict in our layout is of, on the meta device, with GELU.
-
-    Args:
-        state_dict: Tensors by key.
-        source: Where the state dict comes from, for the message.
-
-    Raises:
-        CheckpointError: If a tensor is missing, or is of no possible ConvMixer.
-    """
+def _build_like(state_dict: Mapping[str, Tensor], source: str) -> ConvMixer:
+    """Build the model that a state dict in our layout is of, on the meta device, with GELU."""
     stem, kernel = "patch_emb.conv.weight", "conv_mixer_layers.0.depth_wise_conv.weight"
     head = state_dict.get("classification.linear.weight")
     dimensions = {stem: 4, kernel: 4}
@@ -213,16 +217,8 @@ def build_like(state_dict: Mapping[str, Tensor], source: str) -> ConvMixer:
     )
 
 
-def choose_activation(checkpoint: Checkpoint, activation: str | None) -> str:
-    """Tell the activation of a checkpoint: no tensor does, and it is never guessed.
-
-    Args:
-        checkpoint: What was read.
-        activation: What the caller says, if anything.
-
-    Raises:
-        CheckpointError: If nothing tells it, or the caller says another than the checkpoint.
-    """
+def _choose_activation(checkpoint: Checkpoint, activation: str | None) -> str:
+    """Tell the activation of a checkpoint: no tensor does, and it is never guessed."""
     file = checkpoint.source.file
     if activation and checkpoint.activation and activation != checkpoint.activation:
         raise CheckpointError(
@@ -254,8 +250,8 @@ def convert(name: str, output: Path, layout: str, activation: str | None = None)
 
     Raises:
         UnknownModelError: If there is nothing of this name.
-        CheckpointError: If the checkpoint is no whole ConvMixer, its activation is not known, or
-            the file cannot be written.
+        CheckpointError: If the checkpoint is no whole ConvMixer, or its activation is not known.
+        DataError: If the file cannot be written.
     """
     if output.suffix != ".safetensors":
         raise CheckpointError(
@@ -266,7 +262,7 @@ def convert(name: str, output: Path, layout: str, activation: str | None = None)
     metadata = {
         "format": "pt",
         "layout": layout,
-        "activation": choose_activation(checkpoint, activation),
+        "activation": _choose_activation(checkpoint, activation),
     }
     if checkpoint.arch:
         metadata["arch"] = checkpoint.arch
@@ -274,13 +270,7 @@ def convert(name: str, output: Path, layout: str, activation: str | None = None)
         key: tensor.clone(memory_format=torch.contiguous_format)
         for key, tensor in convert_layout(checkpoint.tensors, layout).items()
     }
-    try:
-        with replacing(output) as temporary:
-            temporary.write_bytes(safetensors.torch.save(tensors, metadata))
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(
-            f"{output}: cannot be written ({first_line(error)}); make room, or name another place"
-        ) from None
+    write_file(output, safetensors.torch.save(tensors, metadata))
     return replace(
         checkpoint,
         source=Source(output),

@@ -6,8 +6,7 @@ from collections import Counter
 
 from ..files import hash_file
 from ..hub.records import RECORDS
-from ..model.layouts import convert_layout
-from .convert import build_like, read_checkpoint
+from .convert import read_checkpoint
 
 
 def describe(name: str) -> dict[str, str]:
@@ -25,16 +24,16 @@ def describe(name: str) -> dict[str, str]:
     verified = checkpoint.source.record
     sha256 = verified.sha256 if verified else hash_file(file)
     recorded = [record.name for record in RECORDS.values() if record.sha256 == sha256]
-    like = build_like(convert_layout(checkpoint.tensors), name)
+    model = checkpoint.model
     dtypes = Counter(str(t.dtype).removeprefix("torch.") for t in checkpoint.tensors.values())
     return {
         "file": f"{file} ({checkpoint.part} of it)" if checkpoint.part else str(file),
         "bytes": f"{file.stat().st_size:,}",
         "sha256": f"{sha256}, {f'on record for {recorded[0]}' if recorded else 'not on record'}",
         "layout": checkpoint.layout,
-        "size": f"{len(like.conv_mixer_layers)} layers × {like.num_features} channels, "
-        f"kernel {like.kernel_size}, patch {like.patch_emb.patch_size}, "
-        f"{like.in_chans} image channels, {like.num_classes} classes",
+        "size": f"{len(model.conv_mixer_layers)} layers × {model.num_features} channels, "
+        f"kernel {model.kernel_size}, patch {model.patch_emb.patch_size}, "
+        f"{model.in_chans} image channels, {model.num_classes} classes",
         "arch": checkpoint.arch or "not told",
         "activation": checkpoint.activation or "not told, and no tensor would tell it",
         "tensors": ", ".join(f"{count} {dtype}" for dtype, count in dtypes.most_common()),
