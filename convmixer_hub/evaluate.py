@@ -215,13 +215,12 @@ class Calibration:
         return float((self.counts * distances).sum() / self.counts.sum())
 
 
-def measure_calibration(
-    probabilities: Tensor, labels: Tensor, bins: int = CALIBRATION_BINS
-) -> Calibration:
+def measure_calibration(probabilities: Tensor, labels: Tensor) -> Calibration:
     """Compare the confidence of probabilities `[count, num_classes]` with their accuracy.
 
     A probability on the border of two bins belongs to the lower one.
     """
+    bins = CALIBRATION_BINS
     confidence, predicted = probabilities.max(dim=1)
     bin_of = ((confidence * bins).ceil().long() - 1).clamp(0, bins - 1)
     counts = bin_of.bincount(minlength=bins)

@@ -61,7 +61,6 @@ def compare_changes(
     dataset: ImageDataset,
     output: str | Path,
     changes: Sequence[str] = tuple(CHANGES),
-    progress: bool = True,
     **common: Any,
 ) -> Iterator[Outcome]:
     """Train with plain settings and with one change at a time, from the same seed if not that.
@@ -71,7 +70,6 @@ def compare_changes(
         dataset: Its test images are not looked at.
         output: Folder for the run folders; runs that are in it are resumed.
         changes: Keys of `CHANGES`.
-        progress: Show progress bars, if there is a terminal, and a line an epoch.
         common: Settings of all the runs, such as `epochs`, other than those of `changes`;
             `held_out` is at least 1.
 
@@ -88,6 +86,6 @@ def compare_changes(
         raise TrainingError("held_out is 0: must be at least 1, for the runs to be compared on")
     for change in changes:
         settings = TrainingSettings(model, **(common | CHANGES[change]))
-        run = train(settings, dataset, Path(output) / change, progress=progress)
+        run = train(settings, dataset, Path(output) / change)
         metrics = read_metrics(run / METRICS_FILE)
         yield Outcome(change, metrics["held_out_top1"][-1], sum(metrics["seconds"]))

@@ -28,7 +28,7 @@ from ..machine import find_device
 from ..model.config import get_config
 from ..model.convmixer import ConvMixer
 from ..model.inference import prepare_for_inference
-from .training import make_timms
+from .training import check_is_ours, make_timms
 from .turns import time_in_turns
 
 IMAGES_A_TURN = 64  # at least
@@ -118,7 +118,6 @@ def bench_inference(
     batch_size: int = 64,
     rounds: int = 7,
     bf16: bool = False,
-    progress: bool = True,
 ) -> list[AnswerSpeed]:
     """Time the answers of a model, and of timm's with the same weights, on the GPU if there is one.
 
@@ -131,13 +130,11 @@ def bench_inference(
         rounds: Turns of each variant that count, after two that do not.
         bf16: Compute in bfloat16, by autocast, instead of float32 (on a GPU, in what torch uses
             for that, which for convolutions is TF32 by default).
-        progress: Show a progress bar, if there is a terminal.
 
     Raises:
         TrainingError: If it is no ConvMixer of this package, or a variant cannot be timed here.
     """
-    if not timm.is_model(name.partition(".")[0]) or not isinstance(_load(name), ConvMixer):
-        raise TrainingError(f"{name}: is no ConvMixer of this package; name one of its models")
+    check_is_ours(name)
     for variant in variants:
         if absence := explain_absence(variant, bf16):
             raise TrainingError(f"{variant}: {absence}; or leave it out")
@@ -145,7 +142,7 @@ def bench_inference(
         variant: partial(_make_turn, name, variant, batch_size, bf16)
         for variant in variants or [v for v in VARIANTS if not explain_absence(v, bf16)]
     }
-    timings = time_in_turns(makers, rounds, progress=progress)
+    timings = time_in_turns(makers, rounds)
     images = max(IMAGES_A_TURN, batch_size) // batch_size * batch_size
     return [
         AnswerSpeed(variant, images / timing.seconds, float(timing.remark))

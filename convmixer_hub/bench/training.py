@@ -14,6 +14,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from ..errors import TrainingError
+from ..hub.records import RECORDS, suggest
 from ..machine import find_device
 from ..model.config import get_config
 from ..model.convmixer import ConvMixer
@@ -22,6 +23,7 @@ from ..model.gpu import FastOnGPU
 from ..training.network import Network
 from ..training.settings import TrainingSettings
 from ..training.step import WARM_UP_STEPS, TrainingStep
+from ..zoo import default_cfgs
 from .turns import time_in_turns
 
 
@@ -116,12 +118,23 @@ VARIANTS: dict[str, _Variant] = {
 }
 
 
+def check_is_ours(name: str) -> None:
+    """Refuse what is no model of this package.
+
+    Raises:
+        TrainingError: Naming it.
+    """
+    if name not in {*default_cfgs, *RECORDS}:
+        raise TrainingError(
+            f"{name}: is no ConvMixer of this package; {suggest(name, [*default_cfgs, *RECORDS])}"
+        )
+
+
 def bench_train(
     arch: str,
     variants: Sequence[str] = tuple(VARIANTS),
     batch_size: int = 128,
     rounds: int = 5,
-    progress: bool = True,
 ) -> list[Speed]:
     """Time training steps (forward, backward, AdamW) of several implementations of one ConvMixer.
 
@@ -133,7 +146,6 @@ def bench_train(
         batch_size: Images a step.
         rounds: Steps of each variant that count, in turns, after two that do not, four on a
             GPU.
-        progress: Show a progress bar, if there is a terminal.
 
     Returns:
         The speeds, in the order of the variants.
@@ -141,12 +153,11 @@ def bench_train(
     Raises:
         TrainingError: If the arch is no ConvMixer, or a variant fails.
     """
-    if not timm.is_model(arch) or not isinstance(timm.create_model(arch), ConvMixer):
-        raise TrainingError(f"{arch}: is no ConvMixer of this package; name one of its archs")
+    check_is_ours(arch)
     makers = {name: partial(_make_step, arch, VARIANTS[name], batch_size) for name in variants}
     # On a GPU, ours captures a step after these.
     warm_up = WARM_UP_STEPS + 1 if torch.cuda.is_available() else 2
-    timings = time_in_turns(makers, rounds, warm_up, progress)
+    timings = time_in_turns(makers, rounds, warm_up)
     return [
         Speed(name, batch_size / timing.seconds, timing.remark, timing.peak_memory)
         for name, timing in timings.items()

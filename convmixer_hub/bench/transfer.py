@@ -33,7 +33,6 @@ def bench_finetune(
     dataset: ImageDataset,
     images_a_class: int = 50,
     seeds: int = 3,
-    progress: bool = True,
 ) -> Iterator[Comparison]:
     """Fine-tune a trained model on a few images of each class, and train one from scratch on them.
 
@@ -46,7 +45,6 @@ def bench_finetune(
         dataset: Has training images and others, for test or validation.
         images_a_class: How many images of each class to train on, those held out included.
         seeds: How many times to do it.
-        progress: Show progress bars, if there is a terminal, and a line an epoch.
 
     Raises:
         UnknownModelError: If no trained model has this name.
@@ -72,7 +70,7 @@ def bench_finetune(
         top1: list[float] = []
         with TemporaryDirectory() as scratch:
             for settings in (tuned, fresh):
-                run = train(settings, some, Path(scratch, str(len(top1))), progress=progress)
+                run = train(settings, some, Path(scratch, str(len(top1))))
                 top1.append(evaluate_on(load_trained(run), dataset).top1)
         yield Comparison(seed, *top1)
 

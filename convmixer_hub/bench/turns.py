@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import multiprocessing
 import statistics
+import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -41,16 +42,13 @@ class Timing:
     peak_memory: float
 
 
-def time_in_turns(
-    makers: Mapping[str, Maker], rounds: int, warm_up: int = 2, progress: bool = True
-) -> dict[str, Timing]:
+def time_in_turns(makers: Mapping[str, Maker], rounds: int, warm_up: int = 2) -> dict[str, Timing]:
     """Let programs take turns.
 
     Args:
         makers: The programs by name; called in their processes, so that they have to be pickled.
         rounds: Turns of each that count.
         warm_up: Turns of each before that.
-        progress: Show a progress bar, if there is a terminal.
 
     Raises:
         TrainingError: If one fails, naming it.
@@ -66,9 +64,7 @@ def time_in_turns(
     seconds: dict[str, list[float]] = {name: [] for name in makers}
     turns = rounds + warm_up
     try:
-        with tqdm(
-            total=len(makers) * turns, leave=False, disable=None if progress else True
-        ) as bar:
+        with tqdm(total=len(makers) * turns, leave=False, disable=None) as bar:
             for _ in range(turns):
                 for name, connection, _ in workers:
                     bar.set_description(name)
@@ -128,4 +124,5 @@ def _peak_memory() -> float:
         return torch.cuda.max_memory_allocated() / 2**20
     import resource  # not on Windows
 
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**20 if sys.platform == "darwin" else 2**10)  # bytes there, else KiB

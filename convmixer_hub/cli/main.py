@@ -47,7 +47,10 @@ SECTIONS = {
     },
     "Share": {
         "card": ("share", "Write a model card with its figures and reference logits"),
-        "publish": ("share", "Upload a model to the Hub, and download it again to compare"),
+        "publish": (
+            "share",
+            "Upload a model to the Hub in one commit, and download it again to compare",
+        ),
         "export": (
             "share",
             "Write a model for other runtimes, and compare its logits with torch's",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial, wraps
+from functools import wraps
 from typing import Any
 
 import click
@@ -53,9 +53,6 @@ def data_options(command: Callable, required: bool = True) -> Callable:
         return command(*arguments, open_data=open_data, **options)
 
     return run
-
-
-optional_data_options = partial(data_options, required=False)
 
 
 def print_table(rows: list[list[str]]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import click
@@ -15,7 +16,7 @@ from ..release.card import propose_record, write_card
 from ..release.export import RUNTIMES, export
 from ..release.publish import list_uploads, publish
 from ..zoo import VARIANTS
-from .options import DEFAULT_MODEL, OpenData, data_options, optional_data_options, print_table
+from .options import DEFAULT_MODEL, OpenData, data_options, print_table
 
 
 @click.command("card")
@@ -94,7 +95,7 @@ def publish_command(name: str, repo_id: str, private: bool, tag: str | None, dry
     type=click.FloatRange(min=0),
     help="Percentage points of top-1 that int8 may cost.",
 )
-@optional_data_options
+@partial(data_options, required=False)
 def export_command(
     name: str,
     open_data: OpenData | None,

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from ..machine import get_rank
 from ..training.finetune import FINETUNE_OPTIONS, choose_settings, finetune
@@ -90,15 +91,20 @@ def train_command(
     The defaults are the recipe. torchrun starts it in several processes or on several GPUs:
     torchrun --nproc-per-node 2 -m convmixer_hub train ...
     """
-    settings["covariance_init"] &= not settings["pretrained"]  # which has kernels to begin with
+    given = click.get_current_context()
+    if settings["pretrained"] and (
+        given.get_parameter_source("covariance_init") is ParameterSource.DEFAULT
+    ):
+        settings["covariance_init"] = False
     with _stopping_at(output):
         plan = TrainingSettings(model, **settings)
         dataset = open_data()
         train(plan, dataset, output, skip_damaged)
     if get_rank() == 0:
         command = ["convmixer", "evaluate", _as_folder(output), "--data", dataset.source]
-        for option, value in dataset.options.items():
-            command += [f"--{option.replace('_', '-')}", value] if value else []
+        for option in ("config", "label_column"):
+            if value := given.params[option]:
+                command += [f"--{option.replace('_', '-')}", value]
         click.echo(f"{output}: finished; measure it with: {shlex.join(command)}")
 
 

@@ -93,7 +93,6 @@ class ImageDataset:
     Attributes:
         source: The folder, or the id of a repository of the Hub.
         hub_id: The latter, if it is that.
-        options: What `open_dataset` was told beside the source, by the names of its parameters.
         classes: Names of the classes by number: all that the labels name, or else those of the
             training images, if there are any.
         splits: The images for `train`, `validation` and `test`, or for some of these.
@@ -102,7 +101,6 @@ class ImageDataset:
 
     source: str
     hub_id: str | None
-    options: dict[str, str | None]
     classes: list[str]
     splits: dict[str, LabeledImages]
     left_out: list[str]
@@ -124,7 +122,7 @@ class ImageDataset:
             DataError: If there are none.
         """
         if split not in self.splits:
-            remedy = f"name the folder or file of these {split}"
+            remedy = f"put them into a folder or file named {split}"
             if any(Path(self.source).resolve().name.lower() in names for names in SPLITS.values()):
                 remedy = "give the folder above it, with all splits"
             raise DataError(
@@ -171,8 +169,7 @@ def open_dataset(
             f"{folder}: no dataset found{skipped}; expected class folders train/<class>/*.png, "
             f"train-*.parquet files, or one of {', '.join(TORCHVISION)}"
         )
-    options = {"config": config, "label_column": label_column}
-    return _number_classes(str(source), hub_id, options, splits, left_out)
+    return _number_classes(str(source), hub_id, splits, left_out)
 
 
 def _read_folder(folder: Path, label_column: str | None, left_out: LeftOut) -> dict[str, RawSplit]:
@@ -224,7 +221,6 @@ def _read_pixels(pixels: Any, index: int) -> Image.Image:
 def _number_classes(
     source: str,
     hub_id: str | None,
-    options: dict[str, str | None],
     raw: Mapping[str, RawSplit],
     left_out: LeftOut,
 ) -> ImageDataset:
@@ -265,7 +261,7 @@ def _number_classes(
             raise DataError(
                 f"{source}: has a class named {name!r}; give it a name that can be printed"
             )
-    return ImageDataset(source, hub_id, options, classes, splits, left_out.describe())
+    return ImageDataset(source, hub_id, classes, splits, left_out.describe())
 
 
 def _number(labels: Sequence[Any], numbers: Mapping[Any, int], place: str) -> list[int]:

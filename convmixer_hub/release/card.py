@@ -7,7 +7,6 @@ in `NOTES.md` beside the weights and is appended as it is.
 from __future__ import annotations
 
 import itertools
-import json
 import os
 import re
 import shlex
@@ -22,10 +21,10 @@ import torch
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from torch.utils.data import DataLoader
 
+from ..checkpoints.resolve import resolve
 from ..data.reader import ImageDataset
 from ..errors import CheckpointError, DataError, TrainingError, UnknownModelError, first_line
 from ..evaluate import (
-    CALIBRATION_BINS,
     Calibration,
     Evaluation,
     collect_logits,
@@ -43,7 +42,6 @@ from ..figures import (
 from ..files import hash_file, write_file
 from ..hub.records import (
     CARD_FILE,
-    CONFIG_FILE,
     DATASETS,
     RECORDS,
     SOME_REPOSITORY,
@@ -63,18 +61,12 @@ from ..training.settings import RECIPE, TrainingSettings
 from .golden import write_golden
 
 NOTES_FILE = "NOTES.md"
-PREDICTIONS_CAPTION = (
-    "Each image under its file name, with the three most likely classes: "
-    "`convmixer predict IMAGES --figure predictions.png`"
-)
 
 
 def write_card(
     folder: str | Path,
     dataset: ImageDataset,
     output: str | Path | None = None,
-    batch_size: int = 64,
-    workers: int = 0,
     license: str | None = None,
     today: date | None = None,
 ) -> Path:
@@ -87,8 +79,6 @@ def write_card(
             `metrics.csv` there is no curve and no training time.
         dataset: Its test images are looked at, or else those for validation.
         output: Where the files go, made if missing; the model's own folder if not given.
-        batch_size: Images at a time; changes the speed, not the result.
-        workers: Processes that read images.
         license: As the Hub names it, such as `mit`; that of a model on record if not given.
         today: Date of the measurement; the present day if not given.
 
@@ -104,15 +94,15 @@ def write_card(
     """
     folder = Path(folder).resolve()
     name = folder.name
-    model = load_trained(folder)
+    source = resolve(folder)
+    model = load_trained(source)
     if not isinstance(model, ConvMixer):
         raise CheckpointError(
             f"{folder}: holds a {type(model).__name__}; name a ConvMixer of this package"
         )
     output = Path(output or folder)
     _make_writable(output)
-    config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8-sig"))
-    settings = config.get("training") or {}
+    settings = source.config.get("training") or {}
     chosen_on_validation = settings.get("keep_best") and not settings.get("held_out")
     if chosen_on_validation and "test" not in dataset.splits:
         raise DataError(
@@ -130,7 +120,7 @@ def write_card(
     }
     if metrics:
         figures["curve.png"] = draw_curve(metrics)
-    loader = DataLoader(prepare_test_images(model, dataset), batch_size, num_workers=workers)
+    loader = DataLoader(prepare_test_images(model, dataset), batch_size=64)
     logits, labels = collect_logits(prepare_if_possible(model.eval()), loader)
     probabilities = logits.softmax(dim=1)
     confusion = count_confusions(probabilities, labels)
@@ -161,19 +151,17 @@ def write_card(
         source=name if name in RECORDS else f"{PREFIX}{SOME_REPOSITORY}",
         base_model=base_model,
         has_predictions=(output / "predictions.png").is_file(),
-        predictions_caption=PREDICTIONS_CAPTION,
         settings=settings,
         command=_write_command(plan) if plan else "",
         metrics=metrics,
-        machine=config.get("machine"),
+        machine=source.config.get("machine"),
         validation_images="held-out training" if settings.get("held_out", 1) else "validation",
         validation_top1=max(validation_top1) if settings.get("keep_best") else validation_top1[-1],
-        temperature=config.get("temperature", 1.0),
+        temperature=source.config.get("temperature", 1.0),
         curve_caption=_describe_curve(plan, get_config(model)["input_size"][-1]),
         by_class=zip(classes, confusion.diagonal().tolist(), confusion.sum(dim=1).tolist()),
         result=result,
         calibration=calibration,
-        bins=CALIBRATION_BINS,
         dataset=dataset_name,
         split=split,
         today=today or date.today(),
@@ -273,13 +261,10 @@ def _find_base_model(settings: Mapping[str, Any]) -> str | None:
 
 def _read_plan(settings: Mapping[str, Any]) -> TrainingSettings | None:
     """Read the settings of a run; None if they are of another version, or there are none."""
-    defaults = {field.name: field.default for field in fields(TrainingSettings)}
-    if "model" not in settings or not settings.keys() <= defaults.keys():
-        return None
     try:
         # Settings that are younger than the run change nothing by default.
-        return TrainingSettings(**{**defaults, **settings})
-    except (TypeError, TrainingError):  # edited by hand
+        return TrainingSettings(**settings)
+    except (TypeError, TrainingError):
         return None
 
 

@@ -135,7 +135,7 @@ def export(
     if int8:
         transform = eval_transform(config, normalize=not with_preprocessing)
         if with_preprocessing:
-            transform = transforms.Compose([transform, _put_channels_last])
+            transform = transforms.Compose([transform, lambda pixels: pixels.permute(1, 2, 0)])
         test = prepare_test_images(model, int8).seen_through(transform)
     file = output / f"model{'_int8' if int8 else ''}.{format}"
     try:
@@ -193,10 +193,6 @@ def _write(
             "or newer versions of torch, onnx, onnxscript and onnxruntime"
         ) from None
     return torch.stack(differences).max().item()
-
-
-def _put_channels_last(pixels: Tensor) -> Tensor:
-    return pixels.permute(1, 2, 0)
 
 
 def _measure(file: Path, images: LabeledImages) -> float:

@@ -67,15 +67,12 @@ def _compute_logits(model: nn.Module, dtype: torch.dtype) -> Tensor:
     return logits.double()
 
 
-def write_golden(folder: str | Path, output: str | Path | None = None) -> Path:
+def write_golden(folder: str | Path, output: str | Path | None = None) -> None:
     """Record what the model of a folder computes, once its weights are final.
 
     Args:
         folder: Holds `config.json` and `model.safetensors`.
-        output: Folder to write to; the model's own if not given.
-
-    Returns:
-        The file, `golden.json`.
+        output: Folder that gets `golden.json`; the model's own if not given.
 
     Raises:
         CheckpointError: If the model cannot be loaded.
@@ -88,9 +85,7 @@ def write_golden(folder: str | Path, output: str | Path | None = None) -> Path:
         "input": _INPUT,
         "logits": logits.tolist(),
     }
-    file = Path(output or folder) / GOLDEN_FILE
-    write_file(file, f"{json.dumps(golden, indent=1)}\n".encode())
-    return file
+    write_file(Path(output or folder) / GOLDEN_FILE, f"{json.dumps(golden, indent=1)}\n".encode())
 
 
 def verify(name: str, dtype: str = "float32") -> Verification:
