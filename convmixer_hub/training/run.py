@@ -43,6 +43,7 @@ from .step import TrainingStep
 from .teacher import Teacher
 
 SECONDS_BETWEEN_SAVES = 60.0
+MOST_WORKERS = 16  # each keeps batches in shared memory, of which containers have little
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -170,7 +171,7 @@ class _Run:
             self.images, self.validation = load_images(
                 settings, images, data_config, skip_damaged, progress
             )
-            workers = count_free_cores() if device.type == "cuda" else 0
+            workers = min(MOST_WORKERS, count_free_cores()) if device.type == "cuda" else 0
             self.batches = serve_batches(settings, self.images, state.epoch, state.step, workers)
             self.take_step = TrainingStep(self.network, settings, self.dtype, device, teacher)
         self.mix = Mixup(
@@ -206,16 +207,36 @@ class _Run:
     def train_epoch(self) -> None:
         """Go on to the end of the epoch, and save what it gave."""
         settings, state = self.settings, self.state
-        epoch, first_step = state.epoch, state.step
         # Sums over the epoch so far; they begin anew with it.
-        sums = state.sums if first_step else {"loss": 0.0, "correct": 0.0, "seconds": 0.0}
-        steps = len(self.images) // settings.batch_size
-        start = time.monotonic() - sums["seconds"]
+        sums = state.sums if state.step else {"loss": 0.0, "correct": 0.0, "seconds": 0.0}
         self.network.module.train()
         if settings.freeze_batch_norm:
             for module in self.network.model.modules():
                 if isinstance(module, _BatchNorm):
                     module.eval()
+        self._take_steps(sums)
+        metrics = self._measure(sums)
+        state.metrics.append(metrics)
+        is_last = state.epoch + 1 == settings.epochs
+        if self.validation is not None and is_last:
+            logits, labels = collect_logits(self._make_result(), self.validation, self.progress)
+            # On the device: processes on GPUs cannot add up what is elsewhere.
+            device = self.device
+            state.temperature = fit_temperature(logits.to(device), labels.to(device))
+        self._update_state(state.epoch + 1, 0, {})
+        # On a GPU, an epoch may take little longer than saving.
+        is_due = time.monotonic() - self.saved_all > SECONDS_BETWEEN_SAVES
+        if self.device.type == "cpu" or is_last or is_due:
+            self._save_all()
+        if self.progress:
+            tqdm.write("  ".join(f"{name} {value}" for name, value in metrics.items()))
+
+    def _take_steps(self, sums: dict[str, float]) -> None:
+        """Take the steps that are left of the epoch, adding to its sums."""
+        settings, state = self.settings, self.state
+        epoch, first_step = state.epoch, state.step
+        steps = len(self.images) // settings.batch_size
+        start = time.monotonic() - sums["seconds"]
         with tqdm(
             desc=f"epoch {epoch + 1}/{settings.epochs}",
             total=steps,
@@ -248,9 +269,13 @@ class _Run:
                         save_state(self.folder, state)
                     self.saved = time.monotonic()
 
-        count = steps * settings.batch_size
+    def _measure(self, sums: dict[str, float]) -> dict[str, Any]:
+        """Give the metrics of the epoch, and keep its weights if they are the best."""
+        settings, state = self.settings, self.state
+        epoch = state.epoch
+        count = len(self.images) // settings.batch_size * settings.batch_size
         crop_size = settings.choose_crop_size(epoch, self.images.image_size)
-        metrics = {
+        metrics: dict[str, Any] = {
             "epoch": epoch + 1,
             "crop_size": "×".join(map(str, crop_size)) if len(set(crop_size)) > 1 else crop_size[0],
             "train_loss": round(sums["loss"] / count, 4),
@@ -264,19 +289,7 @@ class _Run:
                 state.best_top1 = result.top1
                 weights = self.network.result.state_dict()
                 state.best = {name: value.clone() for name, value in weights.items()}
-        state.metrics.append(metrics)
-        if self.validation is not None and epoch + 1 == settings.epochs:
-            logits, labels = collect_logits(self._make_result(), self.validation, self.progress)
-            # On the device: processes on GPUs cannot add up what is elsewhere.
-            device = self.device
-            state.temperature = fit_temperature(logits.to(device), labels.to(device))
-        self._update_state(epoch + 1, 0, {})
-        # On a GPU, an epoch may take little longer than saving.
-        on_cpu, last = self.device.type == "cpu", epoch + 1 == settings.epochs
-        if on_cpu or last or time.monotonic() - self.saved_all > SECONDS_BETWEEN_SAVES:
-            self._save_all()
-        if self.progress:
-            tqdm.write("  ".join(f"{name} {value}" for name, value in metrics.items()))
+        return metrics
 
     def _train_step(self, epoch: int, step: int, learning_rate_factor: float) -> Tensor:
         """Take one step; return what `TrainingStep` does."""
