@@ -6,10 +6,12 @@ import ctypes
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -69,31 +71,33 @@ def batch() -> torch.Tensor:
     return torch.randn(2, 3, 32, 32)
 
 
+def write_split(
+    folder: Path,
+    split: str,
+    images: list[bytes],
+    labels: list,
+    column: str = "img",
+    classes: Sequence[str] | None = CIFAR10.classes,
+    label_column: str = "label",
+) -> Path:
+    """Write images and labels as the Hub keeps CIFAR-10; give the folder."""
+    place = folder / "plain_text"
+    place.mkdir(parents=True, exist_ok=True)
+    table = pyarrow.table(
+        {column: [{"bytes": image, "path": None} for image in images], label_column: labels}
+    )
+    if classes:
+        label = {"names": list(classes), "_type": "ClassLabel"}
+        info = {"info": {"features": {label_column: label}}}
+        table = table.replace_schema_metadata({"huggingface": json.dumps(info)})
+    parquet.write_table(table, place / f"{split}-00000-of-00001.parquet")
+    return folder
+
+
 @pytest.fixture
 def write_parquet(tmp_path):
-    """Write images and labels as the Hub keeps CIFAR-10; give the folder."""
-
-    def write(
-        split: str,
-        images: list[bytes],
-        labels: list,
-        column: str = "img",
-        classes: Sequence[str] | None = CIFAR10.classes,
-        label_column: str = "label",
-    ) -> Path:
-        folder = tmp_path / "data" / "plain_text"
-        folder.mkdir(parents=True, exist_ok=True)
-        table = pyarrow.table(
-            {column: [{"bytes": image, "path": None} for image in images], label_column: labels}
-        )
-        if classes:
-            label = {"names": list(classes), "_type": "ClassLabel"}
-            info = {"info": {"features": {label_column: label}}}
-            table = table.replace_schema_metadata({"huggingface": json.dumps(info)})
-        parquet.write_table(table, folder / f"{split}-00000-of-00001.parquet")
-        return tmp_path / "data"
-
-    return write
+    """Write a split into a folder called data, see `write_split`."""
+    return partial(write_split, tmp_path / "data")
 
 
 def encode(image: Image.Image, format: str = "PNG", **options) -> bytes:
@@ -103,12 +107,22 @@ def encode(image: Image.Image, format: str = "PNG", **options) -> bytes:
     return buffer.getvalue()
 
 
-@pytest.fixture
-def cifar_sample(write_parquet) -> Path:
-    """A dataset of the ten shipped images: four times over for training, once for testing."""
+@pytest.fixture(scope="session")
+def cifar_sample(tmp_path_factory) -> Path:
+    """A dataset of the ten shipped images: four times over for training, once for testing.
+
+    The datasets library reads it once for all tests; one that changes it takes `own_cifar_sample`.
+    """
     images = [(IMAGES / f"{name}.png").read_bytes() for name in CIFAR10.classes]
-    write_parquet("train", images * 4, list(range(10)) * 4)
-    return write_parquet("test", images, list(range(10)))
+    folder = tmp_path_factory.mktemp("sample") / "data"
+    write_split(folder, "train", images * 4, list(range(10)) * 4)
+    return write_split(folder, "test", images, list(range(10)))
+
+
+@pytest.fixture
+def own_cifar_sample(cifar_sample, tmp_path) -> Path:
+    """A copy of `cifar_sample`."""
+    return shutil.copytree(cifar_sample, tmp_path / "data")
 
 
 @pytest.fixture
@@ -126,6 +140,26 @@ def run_python(tmp_path):
         )
         assert result.returncode == 0, result.stderr
         return result.stdout.strip()
+
+    return run
+
+
+@pytest.fixture
+def torchrun(tmp_path):
+    """Run a script, or a module after `-m`, in two processes; give what they printed."""
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]
+    launch += ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]  # a free port
+
+    def run(*command: object) -> str:
+        result = subprocess.run(
+            [*launch, *map(str, command)],
+            cwd=tmp_path,
+            env={**os.environ, "PYTHONPATH": str(CHECKOUT), "OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+        )
+        assert result.returncode == 0, result.stderr
+        return result.stdout
 
     return run
 

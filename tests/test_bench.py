@@ -3,10 +3,14 @@ import re
 import pytest
 import timm
 import torch
+from click.testing import CliRunner
 
 from convmixer_hub import TrainingError
-from convmixer_hub.bench.inference import bench_inference, bench_load
+from convmixer_hub.bench import inference
+from convmixer_hub.bench.inference import VARIANTS, bench_inference
 from convmixer_hub.bench.training import _make_sequential, bench_train, make_timms
+from convmixer_hub.bench.turns import Timing
+from convmixer_hub.cli.main import main
 from convmixer_hub.model.cpu import speed_up_on_cpu
 
 ARCH = "convmixer_96_8_ks5_p1"
@@ -16,6 +20,13 @@ def copy_by_order(source, target):
     """Give one model the weights of another with the same layers in the same order."""
     tensors = list(source.state_dict().values())
     target.load_state_dict(dict(zip(target.state_dict(), tensors, strict=True)))
+
+
+def bench(arguments: str) -> list[list[str]]:
+    """Run `convmixer bench`; give the lines that it printed, as cells."""
+    result = CliRunner().invoke(main, ["bench", *arguments.split()], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return [re.split("  +", line) for line in result.stdout.splitlines()]
 
 
 @pytest.mark.parametrize("make", [make_timms, _make_sequential])
@@ -30,15 +41,20 @@ def test_all_variants_compute_the_same(make):
 
 @pytest.mark.slow
 def test_variants_are_timed_in_turns():
-    speeds = bench_train(ARCH, ["sequential", "ours"], batch_size=4, rounds=1, progress=False)
-    assert [speed.variant for speed in speeds] == ["sequential", "ours"]
-    assert all(speed.images_per_second > 0 and speed.peak_memory > 0 for speed in speeds)
-    assert speeds[0].dtype == "fp32" and re.match("(fp32|bf16): a layer takes ", speeds[1].dtype)
+    options = "--variant sequential --variant ours --batch-size 4 --rounds 1"
+    title, header, sequential, ours, [remark] = bench(f"train {ARCH} {options}")
+    assert title[0].startswith(f"{ARCH}, batch 4, median of 1 steps each in turns, ")
+    assert header == ["variant", "images/s", "× sequential", "type", "peak memory"]
+    assert [sequential[0], *sequential[2:4], ours[0]] == ["sequential", "1.00", "fp32", "ours"]
+    for _, speed, ratio, _, memory in (sequential, ours):
+        assert float(speed) > 0 and float(memory.removesuffix(" MiB")) > 0
+        assert float(ratio) == pytest.approx(float(speed) / float(sequential[1]), rel=0.05)
+    assert re.match(f"ours computes in {ours[3]}: a layer takes ", remark)
 
 
 def test_other_models_are_not_timed():
     for name in ("resnet18", "nonsense"):
-        with pytest.raises(TrainingError, match=f"{name}: is no ConvMixer of this package; name"):
+        with pytest.raises(TrainingError, match=f"{name}: is no ConvMixer of .*; known are: convm"):
             bench_train(name)
 
 
@@ -46,22 +62,40 @@ def test_other_models_are_not_timed():
 def test_a_variant_that_fails_is_named():
     message = r"^ours: cannot be timed \(\w+: .*\); leave it out, or give a smaller --batch-size$"
     with pytest.raises(TrainingError, match=message):
-        bench_train(ARCH, ["ours"], batch_size=-1, progress=False)
+        bench_train(ARCH, ["ours"], batch_size=-1)
 
 
-def test_building_with_and_without_weights_is_timed():
-    without, with_weights = bench_load("convmixer_cifar", rounds=2)
-    assert without > 0 and with_weights > 0
+def test_building_with_and_without_weights_is_timed(monkeypatch):
+    built = []
+    create = timm.create_model
+
+    def create_and_note(name, **options):
+        built.append((name, options))
+        return create(name, **options)
+
+    monkeypatch.setattr(timm, "create_model", create_and_note)
+    [[line, *_]] = bench("load convmixer_cifar --rounds 2")
+    flags = [{"pretrained": False}, {"pretrained": True}] * 3
+    assert built == [("convmixer_cifar.cifar10", options) for options in flags]
+    found = re.match(
+        r"convmixer_cifar: ([\d.]+) ms without weights, ([\d.]+) ms with them, × ([\d.]+) "
+        r"\(medians of 2\), from embedded, ",
+        line,
+    )
+    without, with_weights, ratio = map(float, found.groups())
+    assert ratio > 0 and ratio == pytest.approx(with_weights / without, rel=0.05)
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU, others are timed")
 def test_answers_are_timed_in_turns_and_are_the_same():
     variants = ["timm", "timm-channels-last", "timm-openvino", "prepared", "exported"]
-    speeds = bench_inference(ARCH, variants, batch_size=2, rounds=1, progress=False)
-    assert [speed.variant for speed in speeds] == variants
-    assert all(speed.images_per_second > 0 and speed.difference < 1e-5 for speed in speeds)
-    with pytest.raises(TrainingError, match="resnet18: is no ConvMixer of this package; name one"):
+    options = " ".join(f"--variant {variant}" for variant in variants)
+    title, _, *rows = bench(f"inference {ARCH} {options} --batch-size 2 --rounds 1")
+    assert title[0].startswith(f"{ARCH} in fp32, median of 1 turns, ")
+    assert [row[1] for row in rows] == variants
+    assert all(float(row[2]) > 0 and float(row[4]) < 1e-5 for row in rows)
+    with pytest.raises(TrainingError, match="resnet18: is no ConvMixer of this package; known are"):
         bench_inference("resnet18")
 
 
@@ -75,7 +109,27 @@ def test_a_variant_that_cannot_be_timed_is_refused(monkeypatch):
 
 @pytest.mark.slow
 def test_answers_in_bfloat16_are_nearly_the_same():
-    speeds = bench_inference(ARCH, batch_size=2, rounds=1, bf16=True, progress=False)
+    options = "--variant timm --variant prepared --batch-size 2 --rounds 1 --bf16"
+    title, _, *rows = bench(f"inference {ARCH} {options}")
+    assert title[0].startswith(f"{ARCH} in bf16, median of 1 turns, ")
+    assert [row[1] for row in rows] == ["timm", "prepared"]
+    assert all(0 < float(row[4]) < 0.1 for row in rows)
+
+
+def test_what_is_not_timed_in_bfloat16_is_named(monkeypatch):
+    def invent_timings(makers, *_, **__):
+        return {name: Timing(1 / i, "0.004", 0.0) for i, name in enumerate(makers, start=1)}
+
+    monkeypatch.setattr(inference, "time_in_turns", invent_timings)
     in_torch = ["timm", "timm-channels-last", "timm-compiled", "ours", "prepared"]
-    assert [speed.variant for speed in speeds] == in_torch
-    assert all(0 < speed.difference < 0.1 for speed in speeds)
+    _, header, *rows = bench(f"inference {ARCH} --batch-size 128 --batch-size 1 --bf16")
+    assert header == ["batch", "variant", "images/s", "× timm", "difference"]
+    assert rows == [
+        *[["128", name, f"{128 * i}", f"{i}.00", "4e-03"] for i, name in enumerate(in_torch, 1)],
+        *[["1", name, f"{64 * i}", f"{i}.00", "4e-03"] for i, name in enumerate(in_torch, 1)],
+        *[
+            [f"left out: {name}, which is timed in float32 on a CPU alone"]
+            for name in VARIANTS
+            if name not in in_torch
+        ],
+    ]

@@ -8,16 +8,18 @@ from datetime import date
 import pytest
 import timm
 import torch
+from click.testing import CliRunner
 from huggingface_hub import ModelCard
 from PIL import Image
 
 from convmixer_hub import CheckpointError, DataError
 from convmixer_hub.checkpoints.files import save_model
+from convmixer_hub.cli.main import main
 from convmixer_hub.cli.train import finetune_command, train_command
 from convmixer_hub.data.images import eval_transform
 from convmixer_hub.data.reader import open_dataset
 from convmixer_hub.files import hash_file
-from convmixer_hub.hub.records import CIFAR10, RECORDS, CheckpointRecord
+from convmixer_hub.hub.records import CIFAR10, DATASETS, RECORDS, CheckpointRecord
 from convmixer_hub.release import card as card_module
 from convmixer_hub.release.card import propose_record
 from convmixer_hub.release.golden import verify
@@ -41,12 +43,22 @@ METRICS = """epoch,train_loss,train_top1,seconds,held_out_top1
 2,1.9,30.25,1800.0,35.0
 3,1.8,35,3600.0,33.75
 """
+FIGURES = {name: draw for name, draw in vars(card_module).items() if name.startswith("draw_")}
 
 
 @pytest.fixture(autouse=True)
-def cifar10_of_ten_images(monkeypatch):
-    """Let the sample be all of CIFAR-10's test images."""
+def ten_images_and_no_figures(monkeypatch):
+    """Let the sample be all of CIFAR-10's test images, and draw nothing, which takes long."""
     monkeypatch.setattr(card_module, "DATASETS", [replace(CIFAR10, test_images=10)])
+    for name in FIGURES:
+        monkeypatch.setattr(card_module, name, lambda *_: b"")
+
+
+@pytest.fixture
+def with_figures(monkeypatch):
+    """Draw after all."""
+    for name, draw in FIGURES.items():
+        monkeypatch.setattr(card_module, name, draw)
 
 
 @pytest.fixture
@@ -64,6 +76,11 @@ def write_card(folder, data, *arguments, **options):
     return card_module.write_card(folder, open_dataset(data), *arguments, **options)
 
 
+def change_config(folder, **changes):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | changes))
+
+
 def read_command(text: str) -> TrainingSettings:
     """Find the command in a card, and what `convmixer train` makes of it."""
     [line] = re.findall(r"^convmixer train .*", text, re.M)
@@ -72,8 +89,9 @@ def read_command(text: str) -> TrainingSettings:
     return TrainingSettings(**{name: given[name] for name in names})
 
 
+@pytest.mark.usefixtures("with_figures")
 def test_a_card_says_what_the_files_and_the_test_images_say(run, cifar_sample):
-    card = write_card(run, cifar_sample, batch_size=3, today=date(2026, 1, 2))
+    card = write_card(run, cifar_sample, today=date(2026, 1, 2))
     text = card.read_text()
 
     model = timm.create_model(f"local-dir:{run}", pretrained=True).eval()
@@ -122,8 +140,7 @@ def test_a_card_says_what_the_files_and_the_test_images_say(run, cifar_sample):
 def test_the_card_of_a_fine_tuned_model_gives_its_command(run, cifar_sample):
     dataset = open_dataset(cifar_sample)
     settings = choose_settings("convmixer_cifar", dataset, freeze_batch_norm=True)
-    config = json.loads((run / "config.json").read_text())
-    (run / "config.json").write_text(json.dumps(config | {"training": asdict(settings)}))
+    change_config(run, training=asdict(settings))
     text = write_card(run, cifar_sample).read_text()
     [line] = re.findall(r"^convmixer finetune .*", text, re.M)
     given = finetune_command.make_context("finetune", shlex.split(line)[2:]).params
@@ -136,31 +153,35 @@ def test_the_card_of_a_fine_tuned_model_gives_its_command(run, cifar_sample):
 
 def test_the_card_of_a_fine_tuned_model_serves_others(run, cifar_sample):
     settings = choose_settings("convmixer_cifar", open_dataset(cifar_sample))
-    config = json.loads((run / "config.json").read_text())
     for model, base in [
         (settings.model, "convmixer-hub/convmixer_cifar.cifar10"),
         ("hf-hub:somebody/birds@v2", "somebody/birds"),
         ("/home/me/secret", None),
     ]:
-        training = asdict(replace(settings, model=model))
-        (run / "config.json").write_text(json.dumps(config | {"training": training}))
+        change_config(run, training=asdict(replace(settings, model=model)))
         data = ModelCard.load(write_card(run, cifar_sample, license="cc-by-4.0")).data
         assert (data.base_model, data.license) == (base, "cc-by-4.0")
     [card] = [u for u in list_uploads(str(run), "me/birds") if u.file.name == "README.md"]
     assert b'timm.create_model("hf-hub:me/birds", pretrained=True)' in card.content
 
 
+def test_the_license_is_an_option(run, cifar_sample):
+    command = ["card", str(run), "--data", str(cifar_sample), "--license", "cc-by-4.0"]
+    assert CliRunner().invoke(main, command, catch_exceptions=False).exit_code == 0
+    assert ModelCard.load(run / "README.md").data.license == "cc-by-4.0"
+
+
 def test_other_images_of_these_classes_are_not_called_cifar10(run, cifar_sample, monkeypatch):
-    monkeypatch.undo()
+    monkeypatch.setattr(card_module, "DATASETS", DATASETS)
     card = write_card(run, cifar_sample)
     assert ModelCard.load(card).data.eval_results[0].dataset_name == "data"
     assert "CIFAR" not in card.read_text() and propose_record(card) == ""
 
 
-def test_validation_images_are_called_so(run, cifar_sample):
-    [test] = (cifar_sample / "plain_text").glob("test-*")
+def test_validation_images_are_called_so(run, own_cifar_sample):
+    [test] = (own_cifar_sample / "plain_text").glob("test-*")
     test.rename(test.with_name("validation-00000-of-00001.parquet"))
-    card = write_card(run, cifar_sample)
+    card = write_card(run, own_cifar_sample)
     text = card.read_text()
     assert "of the 10 validation images" in text and "the 10 test images" not in text
     assert ModelCard.load(card).data.eval_results[0].dataset_split == "validation"
@@ -168,8 +189,7 @@ def test_validation_images_are_called_so(run, cifar_sample):
 
 @pytest.mark.parametrize("training", [None, {"model": ARCH, "epochs": 0}, {"epochs": 3}])
 def test_settings_that_were_edited_give_no_command(run, cifar_sample, training):
-    config = json.loads((run / "config.json").read_text()) | {"training": training}
-    (run / "config.json").write_text(json.dumps(config))
+    change_config(run, training=training)
     assert "convmixer train convmixer" not in write_card(run, cifar_sample).read_text()
 
 
@@ -195,20 +215,18 @@ def test_the_record_of_a_model_is_proposed(run, cifar_sample, monkeypatch):
 
 
 def test_the_card_says_how_probabilities_were_fitted(run, cifar_sample):
-    assert "temperature" not in write_card(run, cifar_sample).read_text()
-    config = json.loads((run / "config.json").read_text())
-    (run / "config.json").write_text(json.dumps(config | {"temperature": 0.66}))
+    assert "Temperature" not in write_card(run, cifar_sample).read_text()
+    change_config(run, temperature=0.66)
     text = write_card(run, cifar_sample).read_text()
     assert (
-        "- Probabilities: the head (weight and bias) is divided by 0.660, a temperature fitted "
+        "- Temperature scaling: the head (weight and bias) is divided by 0.660, fitted "
         "on the held-out training images\n"
     ) in text
 
 
 def test_the_card_of_a_model_trained_further_gives_its_command(run, cifar_sample):
     settings = replace(SETTINGS, model="first_run", pretrained=True, small_crop_size=32)
-    config = json.loads((run / "config.json").read_text())
-    (run / "config.json").write_text(json.dumps(config | {"training": asdict(settings)}))
+    change_config(run, training=asdict(settings))
     text = write_card(run, cifar_sample).read_text()
     assert read_command(text) == settings
     assert "- Start: the trained weights of `first_run`\n" in text
@@ -217,9 +235,7 @@ def test_the_card_of_a_model_trained_further_gives_its_command(run, cifar_sample
 
 def test_the_card_tells_when_crops_grow(run, cifar_sample):
     crops = {"final_share": 0.5, "whole_share": 0.5, "first_crop_size": 16}
-    config = json.loads((run / "config.json").read_text())
-    training = asdict(replace(SETTINGS, epochs=12, **crops))
-    (run / "config.json").write_text(json.dumps(config | {"training": training}))
+    change_config(run, training=asdict(replace(SETTINGS, epochs=12, **crops)))
     assert (
         "; from epoch 5 on, crops have 24 pixels a side instead of 16; the last 3 epochs see whole "
         "images."
@@ -227,13 +243,12 @@ def test_the_card_tells_when_crops_grow(run, cifar_sample):
 
 
 def test_the_card_of_a_model_trained_by_the_recipe_gives_the_shortest_command(run, cifar_sample):
-    config = json.loads((run / "config.json").read_text())
-    training = asdict(TrainingSettings(ARCH, **RECIPE))
-    (run / "config.json").write_text(json.dumps(config | {"training": training}))
+    change_config(run, training=asdict(TrainingSettings(ARCH, **RECIPE)))
     text = write_card(run, cifar_sample).read_text()
     assert f"\nconvmixer train {ARCH} --data DIR --output RUN\n" in text
 
 
+@pytest.mark.usefixtures("with_figures")
 def test_a_grey_model_of_other_classes_without_a_history(tmp_path):
     for name in ("heads", "tails"):
         (tmp_path / "coins" / "test" / name).mkdir(parents=True)
@@ -263,6 +278,7 @@ def test_damaged_metrics_are_named(run, cifar_sample, content):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.usefixtures("with_figures")
 def test_what_cannot_be_written_drawn_or_described_is_named(
     run, cifar_sample, tmp_path, monkeypatch
 ):

@@ -1,9 +1,6 @@
 import copy
 import math
-import os
 import re
-import subprocess
-import sys
 from functools import cache
 
 import pytest
@@ -15,8 +12,6 @@ from torch.nn import functional as F
 from convmixer_hub.model import cpu
 from convmixer_hub.model.convmixer import ConvMixer
 from convmixer_hub.model.cpu import GELUBatchNorm2d, choose_dtype, load_passes, speed_up_on_cpu
-
-from .conftest import CHECKOUT
 
 
 @pytest.fixture(autouse=True)
@@ -61,8 +56,9 @@ def test_an_almost_constant_channel_far_from_zero_gives_numbers_at_once(spread):
 
 
 @pytest.mark.slow
-def test_two_processes_share_the_statistics_of_their_batches(tmp_path):
+def test_two_processes_share_the_statistics_of_their_batches_and_meet_again(tmp_path, torchrun):
     code = """
+import time
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -88,13 +84,15 @@ with join_processes():
     pairs += zip(shared.buffers(), whole.buffers())
     for pair in pairs:
         torch.testing.assert_close(*pair, atol=1e-5, rtol=1e-5)
+
+for meeting in range(3):
+    with join_processes() as device:
+        time.sleep(0.5 * get_rank())  # or the late one would meet nobody by chance
+        assert sum_over_processes(torch.ones(1, device=device)).item() == 2
+    time.sleep(0.5 * get_rank())
 """
     (tmp_path / "check.py").write_text(code)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]
-    command += ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", str(tmp_path / "check.py")]
-    environment = {**os.environ, "PYTHONPATH": str(CHECKOUT), "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
+    torchrun(tmp_path / "check.py")
 
 
 def run_gelu(z):

@@ -2,6 +2,7 @@
 
 import re
 import shutil
+from types import SimpleNamespace
 
 import pytest
 from click.testing import CliRunner
@@ -180,6 +181,10 @@ def no_cache(hub, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_CACHE", "/dev/null/cache")
 
 
+def full_disk(hub, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=2_600_000))
+
+
 def broken_cache(hub, monkeypatch):
     snapshots = find_checkpoint(NAME).parents[1]
     shutil.rmtree(snapshots)
@@ -202,11 +207,12 @@ def bad_source(hub, monkeypatch):
         (
             nothing_and_offline,
             NAME,
-            r"hub: http\S+ is not in the Hub's cache, and HF_HUB_OFFLINE is set; unset it",
+            r"hub: http\S+ cannot be asked for it, as HF_HUB_OFFLINE is set; unset it",
         ),
         (no_network, NAME, rf"hub: http://127.0.0.1:1/{REPOSITORY} cannot be read \("),
         (no_embedded_copy, NAME, f"embedded: {NAME}: this installation carries no copy of the "),
         (no_cache, "cache", "/dev/null/cache, .* GB free, not writable; name another with HF_HOME"),
+        (full_disk, "cache", "/.*/cache, 0.0 GB free; make room, or name another with HF_HOME$"),
         (broken_cache, NAME, rf"{NAME}: the Hub's cache cannot be used \(.*Not a directory"),
         (
             bad_namespace,
@@ -235,11 +241,6 @@ def bad_source(hub, monkeypatch):
             NAME,
             "hub: http://127.0.0.1:.*: comes without a usable X-Repo-Commit or ETag, so ",
         ),
-        (
-            lambda hub, _: hub.order(headers(ETag=None)),
-            NAME,
-            "hub: http://127.0.0.1:.*: comes without a usable X-Repo-Commit or ETag, so ",
-        ),
     ],
     ids=[
         "damaged in the cache",
@@ -248,6 +249,7 @@ def bad_source(hub, monkeypatch):
         "no network",
         "no embedded copy",
         "no cache",
+        "full disk",
         "broken cache",
         "bad namespace",
         "bad source",
@@ -256,7 +258,6 @@ def bad_source(hub, monkeypatch):
         "another size",
         "another digest",
         "no commit",
-        "no ETag",
     ],
 )
 def test_doctor_finds_what_is_not(hub, doctor, monkeypatch, arrange, subject, result):

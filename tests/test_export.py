@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import numpy
+import onnx
 import onnxruntime
 import openvino
 import pytest
@@ -19,7 +20,9 @@ from convmixer_hub.checkpoints.files import save_model
 from convmixer_hub.checkpoints.runtimes import write_onnx
 from convmixer_hub.cli.main import main
 from convmixer_hub.data.reader import open_dataset
+from convmixer_hub.evaluate import evaluate_on
 from convmixer_hub.hub.records import CIFAR10, RECORDS
+from convmixer_hub.load import load_trained
 from convmixer_hub.release.export import RUNTIMES, export
 from convmixer_hub.release.golden import make_golden_input
 
@@ -28,7 +31,23 @@ from .conftest import CHECKOUT, IMAGES
 SMALL = "convmixer_96_8_ks5_p1"
 
 
-@pytest.mark.parametrize("name", RECORDS)
+@pytest.fixture(scope="module")
+def from_pixels(tmp_path_factory):
+    """Export with preprocessing, as in the docs; give the file, and what was printed."""
+    folder = tmp_path_factory.mktemp("from_pixels")
+    command = ["export", "convmixer_cifar", "--output", str(folder), "--with-preprocessing"]
+    result = CliRunner().invoke(main, command, catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return folder / "model.onnx", result.stdout
+
+
+@pytest.fixture(scope="module")
+def pt2(tmp_path_factory):
+    """A file of `torch.export`."""
+    return export(SMALL, tmp_path_factory.mktemp("pt2"), "pt2").file
+
+
+@pytest.mark.parametrize("name", ["convmixer_cifar.cifar100", "convmixer_256_8_ks9_p1.cifar10"])
 def test_onnx_answers_as_recorded(name, tmp_path):
     file = export(name, tmp_path).file
     images = make_golden_input((3, 32, 32)).float().numpy()
@@ -47,27 +66,36 @@ def test_onnx_answers_as_recorded(name, tmp_path):
     assert not re.search(rb"\.py\b|site-packages", file.read_bytes())  # of stack traces
 
 
-def test_a_file_with_preprocessing_takes_pixels(tmp_path):
-    file = export(SMALL, tmp_path, with_preprocessing=True).file
+def test_a_file_with_preprocessing_takes_pixels(from_pixels):
     image = Image.open(IMAGES / "cat.png")
-    model = timm.create_model(SMALL, pretrained=True).eval()
+    model = timm.create_model("convmixer_cifar", pretrained=True).eval()
     transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
     with torch.no_grad():
         expected = model(transform(image)[None]).numpy()
-    session = onnxruntime.InferenceSession(file)
+    session = onnxruntime.InferenceSession(from_pixels[0])
     [logits] = session.run(None, {"images": numpy.asarray(image)[None]})
     numpy.testing.assert_allclose(logits, expected, atol=1e-3)
     assert session.get_modelmeta().custom_metadata_map["mean"] == "null"
 
 
+def test_the_size_of_the_file_and_its_difference_from_torch_are_printed(from_pixels):
+    file, printed = from_pixels
+    found = re.fullmatch(
+        rf"{file}: {file.stat().st_size / 1e6:.2f} MB, "
+        r"largest difference from torch (\S+) of the largest logit\n",
+        printed,
+    )
+    assert float(found[1]) <= 1e-4
+
+
 @pytest.mark.slow
-def test_the_snippet_of_the_docs_needs_no_torch(tmp_path):
-    export("convmixer_cifar", tmp_path, with_preprocessing=True)
+def test_the_snippet_of_the_docs_needs_no_torch(from_pixels, tmp_path):
+    folder = from_pixels[0].parent
     wide = Image.open(IMAGES / "cat.png").resize((64, 64)).crop((0, 8, 64, 56))
     wide.save(tmp_path / "cat.png")
     [snippet] = re.findall("```python\n(.*?)```", (CHECKOUT / "docs/export.md").read_text(), re.S)
     code = "import sys; sys.modules |= {'torch': None, 'timm': None, 'convmixer_hub': None}\n"
-    code += snippet.replace("DIR", str(tmp_path)).replace("tests/images", str(tmp_path))
+    code += snippet.replace("DIR", str(folder)).replace("tests/images", str(tmp_path))
     code += "print(*logits[0].round(3))\n"
     model = timm.create_model("convmixer_cifar", pretrained=True).eval()
     transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model))
@@ -80,21 +108,20 @@ def test_the_snippet_of_the_docs_needs_no_torch(tmp_path):
     numpy.testing.assert_allclose(numpy.array(logits.split(), float), expected, atol=0.3)
 
 
-def test_pt2_answers_as_torch_does(tmp_path, batch):
-    file = export(SMALL, tmp_path, "pt2").file
+def test_pt2_answers_as_torch_does(pt2, batch):
     extra = {"metadata.json": ""}
-    program = torch.export.load(file, extra_files=extra)
+    program = torch.export.load(pt2, extra_files=extra)
     model = timm.create_model(SMALL, pretrained=True).eval()
     with torch.no_grad():
         torch.testing.assert_close(program.module()(batch), model(batch), atol=1e-4, rtol=1e-4)
-    assert not re.search(rb"\.py\b|site-packages", file.read_bytes())  # of stack traces
+    assert not re.search(rb"\.py\b|site-packages", pt2.read_bytes())  # of stack traces
     assert json.loads(extra["metadata.json"])["labels"] == list(CIFAR10.classes)
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("g++"), reason="there is no C++ compiler")
-def test_pt2_is_compiled_by_aot_inductor(tmp_path, batch):
-    program = torch.export.load(export(SMALL, tmp_path, "pt2").file)
+def test_pt2_is_compiled_by_aot_inductor(pt2, tmp_path, batch):
+    program = torch.export.load(pt2)
     compiled = tmp_path / "compiled.pt2"
     torch._inductor.aoti_compile_and_package(program, package_path=str(compiled))
     expected = timm.create_model(SMALL, pretrained=True).eval()(batch)
@@ -103,27 +130,33 @@ def test_pt2_is_compiled_by_aot_inductor(tmp_path, batch):
 
 
 @pytest.mark.parametrize("options", [[], ["--with-preprocessing"]])
-def test_int8_is_smaller_and_measured(options, cifar_sample, tmp_path):
+def test_int8_weights_are_stored_and_measured(options, cifar_sample, tmp_path):
     output = tmp_path / "out"
     command = ["export", SMALL, "--output", str(output), "--int8", "--data", str(cifar_sample)]
     result = CliRunner().invoke(main, [*command, *options], catch_exceptions=False)
     assert result.exit_code == 0, result.output
     file = output / "model_int8.onnx"
-    line = rf"{file}: 0\.\d\d MB, top-1 [\d.]+ %, in fp32 [\d.]+ % \(10 test images\)\n"
+    in_fp32 = evaluate_on(load_trained(SMALL), open_dataset(cifar_sample)).top1
+    line = rf"{file}: 0\.\d\d MB, top-1 [\d.]+ %, in fp32 {in_fp32:.2f} % \(10 test images\)\n"
     assert re.fullmatch(line, result.output)
-    assert file.stat().st_size < 0.5 * export(SMALL, output).file.stat().st_size
-    assert [f.name for f in sorted(output.iterdir())] == ["model.onnx", "model_int8.onnx"]
+    assert list(output.iterdir()) == [file]
+    graph = onnx.load(file).graph
+    types = {tensor.name: tensor.data_type for tensor in graph.initializer}
+    first_inputs = {node.output[0]: node.input[0] for node in graph.node if node.input}
+    weights = [node.input[1] for node in graph.node if node.op_type in ("Conv", "Gemm")]
+    # Each is a product of scales and of what was cast to floats.
+    stored = [types[first_inputs[first_inputs[name]]] for name in weights]
+    assert stored == [onnx.TensorProto.INT8] * 18
 
 
 def test_int8_that_costs_too_much_is_refused(cifar_sample, tmp_path):
     message = (
-        r"^convmixer_cifar: int8 lowers the top-1 from [\d.]+ to [\d.]+ %; give a larger "
-        "--max-loss, or leave --int8 out$"
+        rf"^{SMALL}: int8 lowers the top-1 from [\d.]+ to [\d.]+ %; give a larger --max-loss, or "
+        "leave --int8 out$"
     )
     with pytest.raises(CheckpointError, match=message):
-        export(
-            "convmixer_cifar", tmp_path / "out", int8=open_dataset(cifar_sample), largest_loss=-1
-        )
+        # Not even a gain of all points is enough.
+        export(SMALL, tmp_path / "out", int8=open_dataset(cifar_sample), largest_loss=-101)
     assert not list((tmp_path / "out").iterdir())
 
 
@@ -149,9 +182,13 @@ def test_what_cannot_be_exported_is_one_line(cifar_sample, tmp_path, monkeypatch
 
 
 @pytest.mark.parametrize(
-    "options", [{"in_chans": 1}, {"in_chans": 4}, {"label_names": ["a", "b"]}, {"num_classes": 3}]
+    ("options", "labels"),
+    [
+        ({"in_chans": 1, "label_names": ["a", "b"]}, ["a", "b"]),
+        ({"in_chans": 4, "num_classes": 3}, None),
+    ],
 )
-def test_other_models_can_be_exported(options, tmp_path):
+def test_other_models_can_be_exported(options, labels, tmp_path):
     model = timm.create_model(SMALL, **options)
     size = (model.in_chans, 24, 40)
     model.pretrained_cfg["input_size"] = size
@@ -159,8 +196,7 @@ def test_other_models_can_be_exported(options, tmp_path):
     done = export(tmp_path / "run", tmp_path, with_preprocessing=True)
     session = onnxruntime.InferenceSession(done.file)
     assert session.get_inputs()[0].shape[1:] == [24, 40, model.in_chans]
-    labels = json.loads(session.get_modelmeta().custom_metadata_map["labels"])
-    assert labels == options.get("label_names", labels)
+    assert json.loads(session.get_modelmeta().custom_metadata_map["labels"]) == labels
 
 
 def test_what_fails_in_an_exporter_is_one_line(tmp_path, monkeypatch):

@@ -44,10 +44,8 @@ def test_a_wheel_carries_the_weights_inside_the_package(installed_copy):
             "its SHA-256 is [0-9a-f]{64}, but convmixer_cifar.cifar10 has [0-9a-f]{64}; reinstall",
         ),
         (lambda content: content[:-1], r"has \d+ bytes, but convmixer_cifar.cifar10 has \d+; rei"),
-        (lambda content: content + b"x", r"has \d+ bytes, but convmixer_cifar.cifar10 has \d+"),
-        (lambda content: b"", "has 0 bytes, but convmixer_cifar.cifar10 has "),
     ],
-    ids=["one byte flipped", "truncated", "longer", "empty"],
+    ids=["one byte flipped", "truncated"],
 )
 def test_a_damaged_copy_is_refused(installed_copy, damage, message):
     installed_copy.write_bytes(damage(installed_copy.read_bytes()))

@@ -1,19 +1,19 @@
 import json
-import os
 import re
 import shutil
-import subprocess
 import sys
 
 import pytest
 import safetensors.torch
 import timm
 import torch
+from click.testing import CliRunner
 from PIL import Image
 from timm.optim import create_optimizer_v2
 
 from convmixer_hub import CheckpointError, DataError, TrainingError, UnknownModelError
 from convmixer_hub.checkpoints.files import save_model
+from convmixer_hub.cli.main import main
 from convmixer_hub.data.images import open_image
 from convmixer_hub.data.reader import open_dataset
 from convmixer_hub.evaluate import Evaluation, evaluate_on
@@ -32,7 +32,7 @@ from .conftest import CHECKOUT, IMAGES
 CLASSES = ["animal", "machine"]
 ANIMALS = ["bird", "cat", "deer", "dog", "frog", "horse"]
 MACHINES = ["airplane", "automobile", "ship", "truck"]
-QUICK = {"epochs": 2, "batch_size": 4, "rand_augment": ""}
+QUICK = {"epochs": 1, "batch_size": 4, "rand_augment": ""}
 
 
 def write_class(folder, names, sizes=((32, 32), (50, 40))):
@@ -69,6 +69,13 @@ def run(settings, data, output, **options):
     return finetune(settings, open_dataset(data), output, progress=False, **options)
 
 
+def run_command(data, output, *options):
+    """Fine-tune as QUICK says, by the command."""
+    command = ["finetune", "convmixer_cifar", "--data", str(data), "--output", str(output)]
+    command += ["--epochs=1", "--batch-size=4", "--rand-augment=", *options]
+    return CliRunner().invoke(main, command)
+
+
 def weights_of(folder):
     return safetensors.torch.load_file(folder / "model.safetensors")
 
@@ -91,9 +98,7 @@ def test_a_trained_model_learns_other_classes(split_photos, tmp_path, batch):
     uploads = [upload.file.name for upload in list_uploads(str(folder))]
     assert "model.safetensors" in uploads and "mistakes.png" not in uploads
     again = tmp_path / "again"  # from the run folder, of which all classes are known
-    settings = choose_settings(
-        str(folder), open_dataset(split_photos), **QUICK, learning_rate=1e-12
-    )
+    settings = choose(str(folder), split_photos, **QUICK | {"epochs": 2}, learning_rate=1e-12)
     assert run(settings, split_photos, again) == result
 
 
@@ -147,7 +152,7 @@ def test_pictures_show_what_is_still_wrong(split_photos, tmp_path, monkeypatch):
         return draw(images, titles, predictions)
 
     monkeypatch.setattr(finetune_module, "draw_predictions", draw_predictions)
-    settings = choose("convmixer_cifar", split_photos, **QUICK | {"epochs": 1}, learning_rate=1e-12)
+    settings = choose("convmixer_cifar", split_photos, **QUICK, learning_rate=1e-12)
     result = run(settings, split_photos, tmp_path / "run")
     assert len(shown) == result.count - result.correct > 0
     sureness = []
@@ -161,13 +166,7 @@ def test_pictures_show_what_is_still_wrong(split_photos, tmp_path, monkeypatch):
 
 
 def test_layers_near_the_image_learn_less(photos, tmp_path):
-    settings = choose_settings(
-        "convmixer_cifar",
-        open_dataset(photos),
-        **QUICK | {"epochs": 1},
-        layer_decay=1e-3,
-        weight_decay=0.0,
-    )
+    settings = choose("convmixer_cifar", photos, **QUICK, layer_decay=1e-3, weight_decay=0.0)
     run(settings, photos, tmp_path / "run")
     before, after = load_trained("convmixer_cifar").state_dict(), weights_of(tmp_path / "run")
 
@@ -228,14 +227,15 @@ def test_one_class_alone_is_refused(photos, tmp_path):
         run(choose("convmixer_cifar", photos), photos, tmp_path / "run")
 
 
-@pytest.mark.parametrize("split", ["train", "val"])
-def test_damaged_images_are_named_or_skipped(split_photos, tmp_path, split):
+@pytest.mark.parametrize(("split", "count"), [("train", 20), ("val", 19)])
+def test_damaged_images_are_named_or_skipped(split_photos, tmp_path, split, count):
     (split_photos / split / "animal" / "cat 32.jpg").write_bytes(b"\xff\xd8 and nothing more")
-    settings = choose("convmixer_cifar", split_photos, **QUICK | {"epochs": 1})
-    with pytest.raises(DataError, match=r"1 of 20 images cannot be read, the first is .*cat 32.jp"):
-        run(settings, split_photos, tmp_path / "run")
-    result = run(settings, split_photos, tmp_path / "run", skip_damaged=True)
-    assert result.count == (19 if split == "val" else 20)
+    refused = run_command(split_photos, tmp_path / "run")
+    message = "Error: 1 of 20 images cannot be read, the first is .*cat 32.jpg"
+    assert re.search(message, refused.stderr)
+    result = run_command(split_photos, tmp_path / "run", "--skip-damaged")
+    assert f"of {count} validation images correct" in result.stdout
+    assert re.search("skipped: .*cat 32.jpg", result.stderr)
 
 
 def test_a_model_of_timm_is_refused(photos, tmp_path):
@@ -250,10 +250,12 @@ def test_a_model_of_timm_is_refused(photos, tmp_path):
 
 def test_a_run_is_never_taken_for_a_model_of_the_same_name(split_photos, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    settings = choose("convmixer_cifar", split_photos, **QUICK | {"epochs": 1})
-    result = run(settings, split_photos, "convmixer_cifar.cifar10")
-    assert result == evaluate_on(
-        load_trained("./convmixer_cifar.cifar10"), open_dataset(split_photos)
+    name = "convmixer_cifar.cifar10"
+    printed = run_command(split_photos, name).stdout
+    result = evaluate_on(load_trained(f"./{name}"), open_dataset(split_photos))
+    assert printed.splitlines()[-1] == (
+        f"{name}: top-1 {result.top1:.2f} % ({result.correct} of 20 validation images correct); "
+        f"use it with: convmixer predict IMAGE --model ./{name}"
     )
 
 
@@ -302,24 +304,15 @@ def test_images_may_have_another_shape_than_the_weights_were_trained_on(photos, 
 
 
 @pytest.mark.slow
-def test_processes_share_fine_tuning(split_photos, tmp_path):
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
-    command += ["-m", "convmixer_hub", "finetune", "convmixer_cifar", "--data", split_photos]
-    command += ["--output", tmp_path / "run", "--epochs", "1"]
-    result = subprocess.run(
-        list(map(str, command)),
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(CHECKOUT), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.count("of 20 validation images correct") == 1
+def test_processes_share_fine_tuning(split_photos, tmp_path, torchrun):
+    options = ["--data", split_photos, "--output", tmp_path / "run", "--epochs", 1]
+    printed = torchrun("-m", "convmixer_hub", "finetune", "convmixer_cifar", *options)
+    assert printed.count("of 20 validation images correct") == 1
     assert (tmp_path / "run" / "validation_confusion.png").exists()
 
 
 def test_a_card_does_not_call_the_images_that_chose_the_epoch_test_images(split_photos, tmp_path):
-    settings = choose("convmixer_cifar", split_photos, **QUICK | {"epochs": 1})
+    settings = choose("convmixer_cifar", split_photos, **QUICK)
     run(settings, split_photos, tmp_path / "run")
     with pytest.raises(
         DataError, match="split: has no test images but those for validation, by wh"

@@ -76,7 +76,7 @@ def test_a_gelu_that_computes_something_else_is_noticed(run, monkeypatch):
     )
     status, output = verify_command(str(run))
     assert (status, output.count("\n")) == (1, 1)
-    assert output.startswith(f"{run}: does NOT compute what it should (try another version")
+    assert output.startswith(f"{run}: its logits do NOT match the reference (try another version")
 
 
 def test_a_logit_that_is_no_number_is_noticed(run):

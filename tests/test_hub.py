@@ -103,7 +103,7 @@ FAULTS = {
     ),
     "offline": (
         lambda hub, monkeypatch: monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True),
-        rf"{REPOSITORY} is not in the Hub's cache, and HF_HUB_OFFLINE is set; unset "
+        rf"{REPOSITORY} cannot be asked for it, as HF_HUB_OFFLINE is set; unset "
         "it, or copy the Hub's cache folder from a machine where "
         f"`convmixer pull {NAME}` was run, or {OWN_COPY}",
     ),
@@ -366,8 +366,8 @@ def test_a_damaged_file_in_the_cache_is_named_where_no_other_can_be_had(damaged,
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(
         CheckpointError,
-        match=rf"^{NAME}: the copy in the Hub's cache is damaged \({damaged}\), and http\S+ may "
-        r"not be asked for what the Hub's cache lacks \(HF_HUB_OFFLINE\); unset that, or copy ",
+        match=rf"^{NAME}: the copy in the Hub's cache is damaged \({damaged}\), and http\S+ "
+        "cannot be asked for it, as HF_HUB_OFFLINE is set; unset it, or copy ",
     ):
         find_checkpoint(NAME)
 
@@ -399,8 +399,11 @@ def test_no_path_outside_of_the_cache_is_written(lie, honest, cached, hub, tmp_p
         find_checkpoint(NAME).write_bytes(FLIPPED)
         hub.requests.clear()
 
+    answers = []
+
     def lie_later(answer):
-        if len(hub.requests) > honest:
+        answers.append(answer)
+        if len(answers) > honest:
             lie(answer)
             for name, value in answer.headers.items():
                 answer.headers[name] = value.replace("{folder}", str(tmp_path))
@@ -408,6 +411,7 @@ def test_no_path_outside_of_the_cache_is_written(lie, honest, cached, hub, tmp_p
     hub.order(lie_later, "HEAD")
     with contextlib.suppress(CheckpointError):
         find_checkpoint(NAME)
+    assert len(answers) > honest  # so the lie was told
     assert {path.name for path in tmp_path.iterdir()} <= {"there", "cache"}
     assert (tmp_path / "there").read_text() == "mine"
     repositories = {path.name for path in (tmp_path / "cache").glob("*")}

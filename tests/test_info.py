@@ -127,7 +127,7 @@ def offline(hub, monkeypatch):
         (
             "hf-hub:somebody/small",
             offline,
-            "is not in the Hub's cache, and HF_HUB_OFFLINE is set; unset it$",
+            "cannot be asked for it, as HF_HUB_OFFLINE is set; unset it$",
         ),
         (
             "hf-hub:somebody/small",

@@ -1,6 +1,7 @@
 import re
 import shutil
 
+import numpy as np
 import pytest
 import safetensors.torch
 import timm
@@ -9,10 +10,10 @@ from PIL import Image
 from timm.models.convmixer import ConvMixer as TimmConvMixer
 
 from convmixer_hub import CheckpointError, find_checkpoint
-from convmixer_hub.data.images import eval_transform, open_image
+from convmixer_hub.data.images import eval_transform, open_image, to_rgb
 from convmixer_hub.hub.records import CIFAR10
 from convmixer_hub.load import load_trained
-from convmixer_hub.predict import predict
+from convmixer_hub.predict import WORTH_PREPARING, predict, predict_each
 
 from .conftest import CHECKOUT, IMAGES
 
@@ -34,6 +35,17 @@ def test_eight_of_ten_unseen_images_are_right():
     images = [open_image(IMAGES / f"{name}.png") for name in CIFAR10.classes]
     predictions = predict(load_trained("convmixer_cifar"), images, top_k=1)
     assert sum(p.label == name for [p], name in zip(predictions, CIFAR10.classes)) >= 8
+
+
+@pytest.mark.parametrize("batch_size", [WORTH_PREPARING - 1, WORTH_PREPARING])
+def test_the_size_of_a_batch_changes_no_answer(batch_size):
+    model = load_trained("convmixer_cifar")
+    images = [open_image(IMAGES / f"{name}.png") for name in CIFAR10.classes]
+    alone, together = (list(predict_each(model, images, 10, size)) for size in (1, batch_size))
+    for found, expected in zip(together, alone, strict=True):
+        assert {p.label: p.probability for p in found} == pytest.approx(
+            {p.label: p.probability for p in expected}, abs=1e-4
+        )
 
 
 def test_the_example_of_the_readme_knows_a_cat(monkeypatch, capsys):
@@ -61,12 +73,28 @@ def test_a_model_without_a_head_answers_nothing():
 
 
 @pytest.mark.parametrize(
-    "mode", ["1", "L", "LA", "La", "P", "RGBA", "CMYK", "YCbCr", "HSV", "I", "F"]
+    ("mode", "kept"),
+    [
+        ("1", None),
+        ("L", "L"),
+        ("LA", "L"),
+        ("La", "L"),
+        ("P", None),
+        ("RGBA", "RGB"),
+        ("CMYK", "RGB"),
+        ("YCbCr", None),
+        ("HSV", None),
+        ("I", "L"),
+        ("F", "L"),
+    ],
 )
-def test_images_of_every_mode_are_answered(mode):
-    image = Image.open(IMAGES / "cat.png")
+def test_images_of_every_mode_are_answered(mode, kept):
+    """A mode that keeps all of an image, or all of its gray, gives the same pixels."""
+    original = Image.open(IMAGES / "cat.png").convert("RGB")
     start = {"I": "L", "F": "L", "La": "LA"}.get(mode, "RGB")
-    image = image.convert(start).convert(mode)
+    image = original.convert(start).convert(mode)
+    if kept:
+        np.testing.assert_array_equal(to_rgb(image), original.convert(kept).convert("RGB"))
     [[found]] = predict(load_trained("convmixer_cifar"), [image], top_k=1)
     assert found.label in CIFAR10.classes
     if mode in ("P", "RGBA", "YCbCr"):

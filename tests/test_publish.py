@@ -160,7 +160,7 @@ def test_logits_of_other_weights_are_not_published(writable, run):
 
 
 def test_a_private_repository_is_made_and_read_back(writable, run):
-    publish(run, TARGET, private=True)
+    assert convmixer("publish", run, "--repo-id", TARGET, "--private")[0] == 0
     assert writable.private == {TARGET}
     assert not publish(run, TARGET, private=True).changed
 

@@ -18,10 +18,12 @@ import pytest
 import safetensors.torch
 import timm
 import torch
+from click.testing import CliRunner
 from timm.optim import muon
 
 from convmixer_hub import DataError, TrainingError, UnknownModelError
 from convmixer_hub.checkpoints.files import save_model
+from convmixer_hub.cli.main import main
 from convmixer_hub.data.reader import open_dataset
 from convmixer_hub.evaluate import evaluate_on
 from convmixer_hub.hub.records import CIFAR10
@@ -30,6 +32,7 @@ from convmixer_hub.training import network as network_module
 from convmixer_hub.training import run as run_module
 from convmixer_hub.training.folder import lock_run
 from convmixer_hub.training.images import choose_images, hold_out, load_images, serve_batches
+from convmixer_hub.training.network import muon_computing_in
 from convmixer_hub.training.run import train
 from convmixer_hub.training.settings import TrainingSettings
 
@@ -45,10 +48,27 @@ SETTINGS = TrainingSettings(
     held_out=10,
     precision="fp32",  # which is faster here, two runs might answer differently
 )
+# The same, as a command that lacks --data and --output.
+TRAIN = ["train", SETTINGS.model, "--epochs=2", "--final-share=0.5", "--small-crop-size=16"]
+TRAIN += ["--batch-size=10", "--held-out=10", "--precision=fp32"]
+TRAIN += ["--whole-share=1", "--rand-augment=", "--random-erasing=0"]
+TRAIN += ["--no-late-augmentation", "--no-covariance-init"]
 
 
 def run(settings, data, output, **options):
     return train(settings, open_dataset(data), output, progress=False, **options)
+
+
+@pytest.fixture(scope="module")
+def first_run(cifar_sample, tmp_path_factory):
+    """A finished run with SETTINGS, for all tests."""
+    return run(SETTINGS, cifar_sample, tmp_path_factory.mktemp("first_run") / "run")
+
+
+@pytest.fixture
+def finished_run(first_run, tmp_path):
+    """A copy of it, to change."""
+    return shutil.copytree(first_run, tmp_path / "run")
 
 
 @pytest.fixture
@@ -57,23 +77,22 @@ def weights_after():
     return lambda folder: safetensors.torch.load_file(folder / "model.safetensors")
 
 
-def test_a_run_folder_tells_everything(cifar_sample, tmp_path):
-    folder = run(SETTINGS, cifar_sample, tmp_path / "run")
-    assert {file.name for file in folder.iterdir()} == {
+def test_a_run_folder_tells_everything(first_run):
+    assert {file.name for file in first_run.iterdir()} == {
         ".lock",
         "config.json",
         "metrics.csv",
         "model.safetensors",
         "training_state.pt",
     }
-    config = json.loads((folder / "config.json").read_text())
+    config = json.loads((first_run / "config.json").read_text())
     assert config["training"] == asdict(SETTINGS)
     assert "CPU cores" in config["machine"] or "×" in config["machine"]
-    with (folder / "metrics.csv").open(newline="") as file:
+    with (first_run / "metrics.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert [(row["epoch"], row["crop_size"]) for row in rows] == [("1", "16"), ("2", "32")]
     assert all(0 <= float(row["held_out_top1"]) <= 100 for row in rows)
-    model = load_trained(str(folder))
+    model = load_trained(str(first_run))
     assert tuple(model.pretrained_cfg["label_names"]) == CIFAR10.classes
 
 
@@ -97,11 +116,12 @@ def test_the_same_seed_gives_the_same_weights(cifar_sample, tmp_path, weights_af
     assert not torch.equal(first[name], other[name])
 
 
-def test_a_run_may_start_from_trained_weights(cifar_sample, tmp_path):
-    first = run(SETTINGS, cifar_sample, tmp_path / "first")
-    settings = replace(SETTINGS, model=str(first), pretrained=True, learning_rate=1e-9)
+def test_a_run_may_start_from_trained_weights(first_run, cifar_sample, tmp_path):
+    settings = replace(SETTINGS, model=str(first_run), pretrained=True, learning_rate=1e-9)
     second = run(settings, cifar_sample, tmp_path / "second")
-    before, after = (dict(load_trained(folder).named_parameters()) for folder in (first, second))
+    before, after = (
+        dict(load_trained(folder).named_parameters()) for folder in (first_run, second)
+    )
     torch.testing.assert_close(after, before, atol=1e-6, rtol=0)
 
 
@@ -184,9 +204,8 @@ def test_a_run_stopped_at_every_save_goes_on_as_if_nothing_had_happened(
 
 
 def test_a_run_goes_on_here_that_began_on_a_gpu(
-    cifar_sample, tmp_path, weights_after, monkeypatch, stop_after
+    first_run, cifar_sample, tmp_path, weights_after, monkeypatch, stop_after
 ):
-    whole = run(SETTINGS, cifar_sample, tmp_path / "whole")
     monkeypatch.setattr(run_module, "SECONDS_BETWEEN_SAVES", math.inf)
     stop_after(1)
     with pytest.raises(KeyboardInterrupt):
@@ -197,14 +216,18 @@ def test_a_run_goes_on_here_that_began_on_a_gpu(
         group |= {"capturable": True, "lr": torch.tensor(group["lr"])}
     torch.save(state, tmp_path / "parts" / "training_state.pt")
     parts = run(SETTINGS, cifar_sample, tmp_path / "parts")
-    torch.testing.assert_close(weights_after(parts), weights_after(whole), atol=0, rtol=0)
+    torch.testing.assert_close(weights_after(parts), weights_after(first_run), atol=0, rtol=0)
+
+
+def serve(settings, data, step=0, workers=0):
+    chosen = choose_images(settings, open_dataset(data))
+    images, _ = load_images(settings, chosen, CONFIG, skip_damaged=False, progress=False)
+    return list(serve_batches(settings, images, 0, step, workers))
 
 
 def test_batches_from_other_processes_are_the_same(cifar_sample):
     settings = replace(SETTINGS, rand_augment="rand-m9-n2", random_erasing=0.5)
-    chosen = choose_images(settings, open_dataset(cifar_sample))
-    images, _ = load_images(settings, chosen, CONFIG, skip_damaged=False, progress=False)
-    here, there = (list(serve_batches(settings, images, 0, 1, workers)) for workers in (0, 2))
+    here, there = (serve(settings, cifar_sample, 1, workers) for workers in (0, 2))
     assert len(here) == 5
     torch.testing.assert_close(there, here, atol=0, rtol=0)
 
@@ -228,9 +251,12 @@ def test_a_run_keeps_the_precision_it_began_with(
     assert json.loads((tmp_path / "run" / "config.json").read_text())["machine"].endswith(", bf16")
 
 
-def test_after_a_run_in_fp32_muon_is_as_before(cifar_sample, tmp_path):
+def test_muon_computes_in_another_type_for_as_long_as_asked():
     before = muon.zeropower_via_newtonschulz
-    run(SETTINGS, cifar_sample, tmp_path / "run")
+    with pytest.raises(KeyboardInterrupt), muon_computing_in(torch.float32):
+        result = muon.zeropower_via_newtonschulz(torch.eye(4), 1, [(1.0, 0.0, 0.0)])
+        raise KeyboardInterrupt
+    assert result.dtype == torch.float32
     assert muon.zeropower_via_newtonschulz is before
 
 
@@ -240,10 +266,10 @@ def save_at_every_step(settings, data, output):
 
 
 @pytest.mark.slow
-def test_a_run_killed_ten_times_at_random_goes_on_as_if_nothing_had_happened(
+def test_a_run_killed_five_times_at_random_goes_on_as_if_nothing_had_happened(
     cifar_sample, tmp_path, weights_after
 ):
-    settings = replace(SETTINGS, epochs=20)
+    settings = replace(SETTINGS, epochs=10)
     whole = run(settings, cifar_sample, tmp_path / "whole")
     parts = tmp_path / "parts"
     state = parts / "training_state.pt"
@@ -251,7 +277,7 @@ def test_a_run_killed_ten_times_at_random_goes_on_as_if_nothing_had_happened(
     processes.set_forkserver_preload([__name__])
     moments = random.Random(0)
     kills = 0
-    for _ in range(10):
+    for _ in range(5):
         saved = state.stat().st_mtime_ns if state.exists() else 0
         process = processes.Process(target=save_at_every_step, args=(settings, cifar_sample, parts))
         process.start()
@@ -261,7 +287,7 @@ def test_a_run_killed_ten_times_at_random_goes_on_as_if_nothing_had_happened(
         process.kill()
         process.join()
         kills += process.exitcode == -signal.SIGKILL
-    assert kills >= 3  # the later ones may find the run finished
+    assert kills >= 2  # the later ones may find the run finished
     run(settings, cifar_sample, parts)
     torch.testing.assert_close(weights_after(parts), weights_after(whole), atol=0, rtol=0)
     assert read_metrics(parts) == read_metrics(whole)
@@ -285,10 +311,11 @@ def test_the_moving_average_is_what_a_run_gives(cifar_sample, tmp_path, weights_
     torch.testing.assert_close(weights_after(folder)[key], average)
 
 
-def test_crops_grow(cifar_sample, tmp_path):
+def test_crops_grow(cifar_sample):
     settings = replace(SETTINGS, epochs=8, first_crop_size=8)
-    rows = read_metrics(run(settings, cifar_sample, tmp_path / "run"))
-    assert [row["crop_size"] for row in rows] == ["8"] * 2 + ["16"] * 2 + ["32"] * 4
+    shapes = [tuple(images.shape) for images, _ in serve(settings, cifar_sample)]
+    sides = [8] * 2 + [16] * 2 + [32] * 4
+    assert shapes == [(10, 3, side, side) for side in sides for _ in range(3)]
 
 
 LATE = {"late_augmentation": True, "cutmix": 0.5, "rand_augment": "rand-m9-n2"}
@@ -318,15 +345,15 @@ def test_two_processes_do_not_train_in_one_folder(cifar_sample, tmp_path):
     message = "run: another process trains in it; wait for that, or name another --output"
     with lock_run(tmp_path / "run"), pytest.raises(TrainingError, match=message):
         run(SETTINGS, cifar_sample, tmp_path / "run")
-    run(SETTINGS, cifar_sample, tmp_path / "run")
+    with lock_run(tmp_path / "run"):
+        pass
 
 
-def test_a_run_does_not_go_on_with_other_images(cifar_sample, tmp_path, write_parquet):
-    folder = run(SETTINGS, cifar_sample, tmp_path / "run")
+def test_a_run_does_not_go_on_with_other_images(finished_run, write_parquet):
     images = [(IMAGES / f"{name}.png").read_bytes() for name in CIFAR10.classes]
     fewer = write_parquet("train", images * 3, list(range(10)) * 3)
     with pytest.raises(TrainingError, match="holds a run with images 40, not 30; give the same"):
-        run(SETTINGS, fewer, folder)
+        run(SETTINGS, fewer, finished_run)
 
 
 @pytest.mark.parametrize("skip_damaged", [False, True])
@@ -346,8 +373,7 @@ def test_a_damaged_held_out_image_is_noticed_at_once(
             run(SETTINGS, data, tmp_path / "run")
 
 
-def test_a_full_disk_loses_nothing(cifar_sample, tmp_path, weights_after, stop_after):
-    whole = run(SETTINGS, cifar_sample, tmp_path / "whole")
+def test_a_full_disk_loses_nothing(first_run, cifar_sample, tmp_path, weights_after, stop_after):
     stop_after(1)
     with pytest.raises(KeyboardInterrupt):
         run(SETTINGS, cifar_sample, tmp_path / "parts")
@@ -361,44 +387,50 @@ def test_a_full_disk_loses_nothing(cifar_sample, tmp_path, weights_after, stop_a
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert "\n" not in str(refused.value)
     parts = run(SETTINGS, cifar_sample, tmp_path / "parts")
-    torch.testing.assert_close(weights_after(parts), weights_after(whole), atol=0, rtol=0)
+    torch.testing.assert_close(weights_after(parts), weights_after(first_run), atol=0, rtol=0)
 
 
 @pytest.mark.slow
-def test_two_processes_compute_what_one_does(cifar_sample, tmp_path, weights_after):
-    one = run(SETTINGS, cifar_sample, tmp_path / "one")
-    options = [f"--data={cifar_sample}", f"--output={tmp_path / 'two'}", "--epochs=2"]
-    options += ["--final-share=0.5", "--small-crop-size=16", "--batch-size=10", "--held-out=10"]
-    options += ["--whole-share=1", "--rand-augment=", "--random-erasing=0"]
-    options += ["--no-late-augmentation", "--no-covariance-init", "--precision=fp32"]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]
-    torchrun += ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0", "-m", "convmixer_hub"]
-    environment = {**os.environ, "PYTHONPATH": str(CHECKOUT), "OMP_NUM_THREADS": "1"}
-
-    def start(*arguments):
-        return subprocess.run(
-            [*torchrun, *arguments],
-            env=environment,
-            capture_output=True,
-            text=True,
-        )
-
-    trained = start("train", SETTINGS.model, *options)
-    assert trained.returncode == 0, trained.stderr
-    assert trained.stdout.count("finished; measure it with") == 1
-    for row, expected in zip(read_metrics(tmp_path / "two"), read_metrics(one)):
+def test_two_processes_compute_what_one_does(
+    first_run, cifar_sample, tmp_path, weights_after, torchrun
+):
+    two, data = tmp_path / "two", f"--data={cifar_sample}"
+    commands = [[*TRAIN, data, f"--output={two}"], ["evaluate", str(first_run), data]]
+    (tmp_path / "commands.py").write_text(
+        "from convmixer_hub.cli.main import main\n"
+        "if __name__ == '__main__':  # not in a process that reads images\n"
+        f"    for command in {commands}:\n"
+        "        main(command, standalone_mode=False)\n"
+    )
+    [_, evaluated] = torchrun(tmp_path / "commands.py").split("finished; measure it with")
+    for row, expected in zip(read_metrics(two), read_metrics(first_run)):
         assert float(row["train_loss"]) == pytest.approx(float(expected["train_loss"]), abs=2e-3)
-    for key, tensor in weights_after(one).items():
-        torch.testing.assert_close(
-            weights_after(tmp_path / "two")[key], tensor, atol=2e-2, rtol=2e-2, msg=key
-        )
-
-    evaluated = start("evaluate", str(one), f"--data={cifar_sample}")
-    assert evaluated.returncode == 0, evaluated.stderr
-    alone = evaluate_on(load_trained(str(one)), open_dataset(cifar_sample))
-    assert evaluated.stdout.splitlines() == [
-        f"{one}: top-1 {alone.top1:.2f} % ({alone.correct} of 10 test images in 10 classes correct)"
+    for key, tensor in weights_after(first_run).items():
+        torch.testing.assert_close(weights_after(two)[key], tensor, atol=2e-2, rtol=2e-2, msg=key)
+    alone = evaluate_on(load_trained(first_run), open_dataset(cifar_sample))
+    assert evaluated.splitlines()[1:] == [
+        f"{first_run}: top-1 {alone.top1:.2f} % "
+        f"({alone.correct} of 10 test images in 10 classes correct)"
     ]
+
+
+def test_the_last_line_names_the_dataset_as_it_was_given(finished_run, cifar_sample):
+    data = ["--data", str(cifar_sample.parent), "--config", "data", "--label-column", "label"]
+    result = CliRunner().invoke(main, [*TRAIN, *data, "--output", str(finished_run)])
+    command = f"convmixer evaluate {finished_run} {' '.join(data)}"
+    assert result.output == f"{finished_run}: finished; measure it with: {command}\n"
+
+
+def test_ctrl_c_before_the_first_save_keeps_nothing(cifar_sample, tmp_path, monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(run_module, "load_images", interrupt)
+    output = tmp_path / "run"
+    result = CliRunner().invoke(main, [*TRAIN, f"--data={cifar_sample}", f"--output={output}"])
+    assert result.exit_code == 130
+    last_line = result.stderr.splitlines()[-1]
+    assert last_line == f"stopped; {output} has nothing yet; the same command begins again"
 
 
 @pytest.mark.slow
@@ -439,50 +471,60 @@ def test_a_loss_that_is_no_number_stops_the_run(cifar_sample, tmp_path):
         run(settings, cifar_sample, tmp_path / "run")
 
 
-def test_a_run_with_other_settings_is_not_overwritten(cifar_sample, tmp_path, weights_after):
-    settings = replace(SETTINGS, epochs=1)
-    folder = run(settings, cifar_sample, tmp_path / "run")
-    before = weights_after(folder)
-    message = "holds a run with epochs 1, not 2; give the same settings and data to resume it, or"
+def test_a_run_with_other_settings_is_not_overwritten(finished_run, cifar_sample, weights_after):
+    before = weights_after(finished_run)
+    message = "holds a run with epochs 2, not 3; give the same settings and data to resume it, or"
     with pytest.raises(TrainingError, match=message):
-        run(SETTINGS, cifar_sample, folder)
-    torch.testing.assert_close(weights_after(folder), before, atol=0, rtol=0)
+        run(replace(SETTINGS, epochs=3), cifar_sample, finished_run)
+    torch.testing.assert_close(weights_after(finished_run), before, atol=0, rtol=0)
 
 
-def test_a_run_goes_on_under_a_version_with_more_settings(cifar_sample, tmp_path, weights_after):
-    folder = run(SETTINGS, cifar_sample, tmp_path / "run")
-    state = torch.load(folder / "training_state.pt")
-    del state["settings"]["layer_decay"]
-    torch.save(state, folder / "training_state.pt")
+@pytest.fixture
+def change_state(finished_run):
+    """Apply a function to the state of the finished run."""
+
+    def change(function) -> None:
+        state = torch.load(finished_run / "training_state.pt")
+        function(state)
+        torch.save(state, finished_run / "training_state.pt")
+
+    return change
+
+
+def test_a_run_goes_on_under_a_version_with_more_settings(
+    finished_run, change_state, cifar_sample, weights_after
+):
+    change_state(lambda state: state["settings"].pop("layer_decay"))
     with pytest.raises(TrainingError, match="holds a run with layer_decay 1.0, not 0.5; give the"):
-        run(replace(SETTINGS, layer_decay=0.5), cifar_sample, folder)
-    before = weights_after(folder)
-    after = weights_after(run(SETTINGS, cifar_sample, folder))
+        run(replace(SETTINGS, layer_decay=0.5), cifar_sample, finished_run)
+    before = weights_after(finished_run)
+    after = weights_after(run(SETTINGS, cifar_sample, finished_run))
     torch.testing.assert_close(after, before, atol=0, rtol=0)
 
 
-def test_a_run_of_a_version_that_held_out_other_images_is_not_gone_on_with(cifar_sample, tmp_path):
-    folder = run(SETTINGS, cifar_sample, tmp_path / "run")
-    state = torch.load(folder / "training_state.pt")
-    del state["held_out_images"]
-    torch.save(state, folder / "training_state.pt")
-    message = "holds a run with held_out_images 'those of an earlier version', not '.*'; give the"
+@pytest.mark.parametrize(
+    ("difference", "message"),
+    [
+        (
+            lambda state: state.pop("held_out_images"),
+            "holds a run with held_out_images 'those of an earlier version', not '.*'; give the",
+        ),
+        (
+            lambda state: state["settings"].update(not_yet_known=3),
+            "a version with the setting not_yet_known, which this one lacks; upgrade convmixer",
+        ),
+    ],
+    ids=["other images held out", "more settings"],
+)
+def test_a_run_of_another_version_is_not_gone_on_with(
+    finished_run, change_state, cifar_sample, difference, message
+):
+    change_state(difference)
     with pytest.raises(TrainingError, match=message):
-        run(SETTINGS, cifar_sample, folder)
+        run(SETTINGS, cifar_sample, finished_run)
 
 
-def test_a_run_of_a_version_with_more_settings_is_not_gone_on_with(cifar_sample, tmp_path):
-    folder = run(SETTINGS, cifar_sample, tmp_path / "run")
-    state = torch.load(folder / "training_state.pt")
-    state["settings"]["not_yet_known"] = 3
-    torch.save(state, folder / "training_state.pt")
-    message = "a version with the setting not_yet_known, which this one lacks; upgrade convmixer"
-    with pytest.raises(TrainingError, match=message):
-        run(SETTINGS, cifar_sample, folder)
-
-
-def test_a_run_does_not_go_on_with_other_classes(cifar_sample, tmp_path):
-    run(SETTINGS, cifar_sample, tmp_path / "run")
+def test_a_run_does_not_go_on_with_other_classes(finished_run, tmp_path):
     for name in ("cat", "dog"):
         (tmp_path / "other" / "train" / name).mkdir(parents=True)
         for i in range(10):
@@ -490,7 +532,7 @@ def test_a_run_does_not_go_on_with_other_classes(cifar_sample, tmp_path):
     with pytest.raises(
         TrainingError, match=r"holds a run with classes \['airplane', .* not \['cat"
     ):
-        run(SETTINGS, tmp_path / "other", tmp_path / "run")
+        run(SETTINGS, tmp_path / "other", finished_run)
 
 
 @pytest.mark.parametrize(
@@ -505,15 +547,14 @@ def test_a_run_does_not_go_on_with_other_classes(cifar_sample, tmp_path):
     ids=["missing", "damaged"],
 )
 def test_without_a_state_the_finished_weights_stay(
-    cifar_sample, tmp_path, weights_after, damage, message
+    finished_run, cifar_sample, weights_after, damage, message
 ):
-    folder = run(SETTINGS, cifar_sample, tmp_path / "run")
-    before = weights_after(folder)
-    damage(folder / "training_state.pt")
+    before = weights_after(finished_run)
+    damage(finished_run / "training_state.pt")
     with pytest.raises(TrainingError, match=message) as refused:
-        run(SETTINGS, cifar_sample, folder)
+        run(SETTINGS, cifar_sample, finished_run)
     assert "\n" not in str(refused.value)
-    torch.testing.assert_close(weights_after(folder), before, atol=0, rtol=0)
+    torch.testing.assert_close(weights_after(finished_run), before, atol=0, rtol=0)
 
 
 def test_a_folder_that_is_no_run_is_not_written_to(cifar_sample, tmp_path):
@@ -531,26 +572,27 @@ def test_a_folder_that_cannot_be_made_is_named_at_once(cifar_sample, tmp_path):
 def test_leftovers_of_a_process_killed_in_its_first_save_are_no_hindrance(cifar_sample, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / ".training_state.pt.tmp").write_bytes(b"half of it")
-    run(SETTINGS, cifar_sample, tmp_path / "run")
+    run(replace(SETTINGS, epochs=1), cifar_sample, tmp_path / "run")
 
 
-def test_what_is_derived_from_the_state_is_restored(cifar_sample, tmp_path, weights_after):
-    folder = run(SETTINGS, cifar_sample, tmp_path / "run")
-    before, metrics = weights_after(folder), (folder / "metrics.csv").read_text()
+def test_what_is_derived_from_the_state_is_restored(
+    first_run, finished_run, cifar_sample, weights_after
+):
     for name in ("model.safetensors", "config.json", "metrics.csv"):
-        (folder / name).unlink()
-    run(SETTINGS, cifar_sample, folder)
-    torch.testing.assert_close(weights_after(folder), before, atol=0, rtol=0)
-    assert (folder / "metrics.csv").read_text() == metrics
+        (finished_run / name).unlink()
+    run(SETTINGS, cifar_sample, finished_run)
+    before, after = weights_after(first_run), weights_after(finished_run)
+    torch.testing.assert_close(after, before, atol=0, rtol=0)
+    for name in ("config.json", "metrics.csv"):
+        assert (finished_run / name).read_text() == (first_run / name).read_text()
 
 
-def test_a_finished_run_stays_as_it_is(cifar_sample, tmp_path, write_parquet, monkeypatch):
-    folder = run(SETTINGS, cifar_sample, tmp_path / "run")
-    config = (folder / "config.json").read_text()
+def test_a_finished_run_stays_as_it_is(finished_run, write_parquet, monkeypatch):
+    config = (finished_run / "config.json").read_text()
     unreadable = write_parquet("train", [b"no image"] * 40, list(range(10)) * 4)
     monkeypatch.setattr(run_module, "describe_machine", lambda device: "another machine")
-    assert run(SETTINGS, unreadable, folder) == folder
-    assert (folder / "config.json").read_text() == config
+    assert run(SETTINGS, unreadable, finished_run) == finished_run
+    assert (finished_run / "config.json").read_text() == config
 
 
 @pytest.mark.parametrize(

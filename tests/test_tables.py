@@ -5,14 +5,17 @@ import os
 import shutil
 import subprocess
 import sys
+from types import ModuleType
 
 import datasets
 import pyarrow
 import pytest
+from click.testing import CliRunner
 from PIL import Image
 from pyarrow import parquet
 
 from convmixer_hub import DataError
+from convmixer_hub.cli.main import main
 from convmixer_hub.data.reader import open_dataset
 
 from .conftest import CHECKOUT, IMAGES
@@ -309,7 +312,7 @@ def test_a_split_that_was_saved_alone_keeps_its_name(tmp_path):
     table.save_to_disk(tmp_path)
     dataset = open_dataset(tmp_path)
     assert count_images(dataset) == {"test": PAIR}
-    with pytest.raises(DataError, match="has images for test, but none for train; name their fold"):
+    with pytest.raises(DataError, match="has images for test, but none for train; put them into"):
         dataset.get("train")
 
 
@@ -327,8 +330,9 @@ def test_what_was_changed_is_read_anew(tmp_path):
         assert open_dataset(tmp_path).get("train").labels == labels
 
 
-def test_without_the_datasets_library_it_is_named(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "datasets", None)
+@pytest.mark.parametrize("found", [None, ModuleType("datasets")], ids=["nothing", "a folder"])
+def test_without_the_datasets_library_it_is_named(found, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", found)
     write_tree(tmp_path, ("train.parquet", TABLE))
     with pytest.raises(DataError, match="reading it needs the datasets library: pip install data"):
         open_dataset(tmp_path)
@@ -353,67 +357,70 @@ def test_a_split_of_more_than_2_gib_is_read(tmp_path, monkeypatch):
     shutil.rmtree(tmp_path / "cache")
 
 
-@pytest.fixture
-def hub_data(tmp_path):
-    """Evaluate on datasets of a Hub, each time in a process of its own."""
+# Options of evaluate that name a dataset of the Hub, and the line that they give.
+OF_THE_HUB = {
+    "--data someone/several": (
+        "Error: someone/several: holds a, b; choose one of them with --config"
+    ),
+    "--data someone/several --config b": (
+        "Error: someone/several: has images for train, but none for test; put them into a folder "
+        "or file named test"
+    ),
+    "--data someone/nothing": (
+        "Error: someone/nothing: no such folder, and what the Hub has by that name cannot be read "
+        "as a dataset (Dataset 'someone/nothing' doesn't exist on the Hub or cannot be accessed); "
+        "check its name and its files"
+    ),
+    "--data someone/one": (
+        "convmixer_cifar: top-1 50.00 % (1 of 2 test images in 2 classes correct)"
+    ),
+}
+EVALUATE_EACH = """
+import sys
+from convmixer_hub.cli.main import main
+
+for options in sys.argv[1:]:
+    try:
+        main(["evaluate", *options.split()])
+    except SystemExit:
+        pass
+"""
+
+
+@pytest.mark.slow
+def test_a_data_set_of_the_hub_is_measured_by_its_id(tmp_path):
+    several = {"a/train.parquet": TABLE, "b/train.parquet": TABLE}
+    several["README.md"] = (
+        b"---\nconfigs:\n- config_name: a\n  data_files: a/*\n- config_name: b\n"
+        b"  data_files: b/*\n---\n"
+    )
+    one = {f"data/{split}-00000-of-00001.parquet": TABLE for split in ("train", "test")}
     with HubServer() as server:
-        one = {f"data/{split}-00000-of-00001.parquet": TABLE for split in ("train", "test")}
-        several = {"a/train.parquet": TABLE, "b/train.parquet": TABLE}
-        several["README.md"] = (
-            b"---\nconfigs:\n- config_name: a\n  data_files: a/*\n- config_name: b\n"
-            b"  data_files: b/*\n---\n"
-        )
         server.repositories = {
             "datasets/someone/one": {"main": one},
             "datasets/someone/several": {"main": several},
         }
-
-        def evaluate(*options):
-            result = subprocess.run(
-                [sys.executable, "-m", "convmixer_hub", "evaluate", *options],
-                cwd=tmp_path,
-                env=os.environ
-                | {
-                    "HF_ENDPOINT": server.url,
-                    "HF_HOME": str(tmp_path / "hf"),
-                    "PYTHONPATH": str(CHECKOUT),
-                },
-                capture_output=True,
-                text=True,
-            )
-            return result.stdout + result.stderr
-
-        yield evaluate
-
-
-@pytest.mark.slow
-def test_a_data_set_of_the_hub_is_measured_by_its_id(hub_data):
-    found = hub_data("--data", "someone/one")
-    assert found == "convmixer_cifar: top-1 50.00 % (1 of 2 test images in 2 classes correct)\n"
-    assert hub_data("--data", "someone/several") == (
-        "Error: someone/several: holds a, b; choose one of them with --config\n"
-    )
-    found = hub_data("--data", "someone/several", "--config", "b")
-    assert found == (
-        "Error: someone/several: has images for train, but none for test; name their folder or "
-        "file test\n"
-    )
-    found = hub_data("--data", "someone/nothing")
-    assert found == (
-        "Error: someone/nothing: no such folder, and what the Hub has by that name cannot be read "
-        "as a dataset (Dataset 'someone/nothing' doesn't exist on the Hub or cannot be accessed); "
-        "check its name and its files\n"
-    )
+        # The libraries read the address of the Hub when they are imported.
+        result = subprocess.run(
+            [sys.executable, "-u", "-c", EVALUATE_EACH, *OF_THE_HUB],
+            cwd=tmp_path,
+            env=os.environ
+            | {
+                "HF_ENDPOINT": server.url,
+                "HF_HOME": str(tmp_path / "hf"),
+                "PYTHONPATH": str(CHECKOUT),
+            },
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+    assert result.stdout.splitlines() == list(OF_THE_HUB.values())
 
 
 def test_what_is_left_out_is_said_once_by_a_command(tmp_path):
     write_tree(tmp_path, "test/cat/1.png", "test/dog/1.png", ("test/cat/1.txt", b"x"))
-    result = subprocess.run(
-        [sys.executable, "-m", "convmixer_hub", "evaluate", "--data", tmp_path],
-        env=os.environ | {"PYTHONPATH": str(CHECKOUT)},
-        capture_output=True,
-        text=True,
-    )
+    options = ["--data", str(tmp_path), "--workers", "0"]
+    result = CliRunner().invoke(main, ["evaluate", *options])
     assert result.stderr == (
         "left out: 1 × files that are not images (.txt), the first is test/cat/1.txt\n"
     )

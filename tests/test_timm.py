@@ -102,9 +102,10 @@ class TestStochasticDepth:
 
 
 @pytest.mark.parametrize("features_only", [False, True])
-def test_gradient_checkpointing_keeps_the_gradients(features_only, batch):
+def test_gradient_checkpointing_runs_a_layer_twice_and_keeps_the_gradients(features_only, batch):
     model = timm.create_model(ARCH)
-    gradients = []
+    runs, gradients = [], []
+    model.conv_mixer_layers[3].register_forward_pre_hook(lambda *_: runs.append(enable))
     for enable in (False, True):
         model.set_grad_checkpointing(enable)
         model.zero_grad()
@@ -112,6 +113,7 @@ def test_gradient_checkpointing_keeps_the_gradients(features_only, batch):
         sum(feature.square().sum() for feature in features).backward()
         gradients.append([p.grad for p in model.parameters() if p.grad is not None])
     torch.testing.assert_close(*gradients)
+    assert runs == [False, True, True]
 
 
 @pytest.mark.parametrize(

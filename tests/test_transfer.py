@@ -1,10 +1,14 @@
+import re
 from functools import partial
 
 import pytest
+from click.testing import CliRunner
 
 from convmixer_hub import DataError
 from convmixer_hub.bench import transfer as transfer_module
-from convmixer_hub.bench.transfer import bench_finetune
+from convmixer_hub.bench.transfer import Comparison, bench_finetune
+from convmixer_hub.cli import measure
+from convmixer_hub.cli.main import main
 from convmixer_hub.data.reader import open_dataset
 from convmixer_hub.training.finetune import choose_settings
 
@@ -17,7 +21,15 @@ def photos(tmp_path):
     for split in ("train", "test"):
         write_class(tmp_path / "photos" / split / "animal", ANIMALS)
         write_class(tmp_path / "photos" / split / "machine", MACHINES)
-    return open_dataset(tmp_path / "photos")
+    return tmp_path / "photos"
+
+
+def compare(data, *options: str) -> list[list[str]]:
+    """Run `convmixer bench finetune`; give the lines that it printed, as cells."""
+    command = ["bench", "finetune", "convmixer_cifar", "--data", str(data), *options]
+    result = CliRunner().invoke(main, command, catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return [re.split("  +", line) for line in result.stdout.splitlines()]
 
 
 def test_fine_tuning_is_compared_on_the_same_images_and_steps(photos, monkeypatch):
@@ -36,8 +48,10 @@ def test_fine_tuning_is_compared_on_the_same_images_and_steps(photos, monkeypatc
 
     monkeypatch.setattr(transfer_module, "train", train_and_look)
     monkeypatch.setattr(transfer_module, "choose_settings", partial(choose_settings, epochs=1))
-    [result] = bench_finetune("convmixer_cifar", photos, 5, seeds=1, progress=False)
-    assert 0 <= result.from_scratch <= 100 and 0 <= result.finetuned <= 100
+    *_, title, _, row, mean = compare(photos, "--images-a-class", "5", "--seeds", "1")
+    assert title[0].startswith("convmixer_cifar, 5 images a class, top-1 on the test images (%), ")
+    assert row == ["0", *mean[1:]]
+    assert all(0 <= float(top1) <= 100 for top1 in row[1:3])
     (tuned, images), (fresh, same_images) = runs
     assert len(images) == 10 and images == same_images
     assert tuned.pretrained and not fresh.pretrained
@@ -45,9 +59,24 @@ def test_fine_tuning_is_compared_on_the_same_images_and_steps(photos, monkeypatc
         assert getattr(tuned, name) == getattr(fresh, name)
 
 
-def test_too_few_images_to_compare_on_are_named(photos, tmp_path):
+def test_gains_and_means_are_printed(photos, monkeypatch):
+    results = [
+        Comparison(0, finetuned=90.0, from_scratch=60.0),
+        Comparison(1, finetuned=70.0, from_scratch=75.0),
+    ]
+    monkeypatch.setattr(measure, "bench_finetune", lambda *_: iter(results))
+    _, *table = compare(photos)
+    assert table == [
+        ["seed", "fine-tuned", "from scratch", "gain"],
+        ["0", "90.00", "60.00", "30.00"],
+        ["1", "70.00", "75.00", "-5.00"],
+        ["mean", "80.00", "67.50", "12.50"],
+    ]
+
+
+def test_too_few_images_to_compare_on_are_named(photos):
     with pytest.raises(DataError, match="photos: has 8 training images of machine; give no more"):
-        next(bench_finetune("convmixer_cifar", photos, 12))
-    train = open_dataset(tmp_path / "photos" / "train")
+        next(bench_finetune("convmixer_cifar", open_dataset(photos), 12))
+    train = open_dataset(photos / "train")
     with pytest.raises(DataError, match="train: has images for train, but none for test; give the"):
         next(bench_finetune("convmixer_cifar", train, 2))

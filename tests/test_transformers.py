@@ -11,6 +11,7 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification, pi
 from convmixer_hub.checkpoints.files import save_model
 from convmixer_hub.data.images import open_image
 from convmixer_hub.load import load_trained
+from convmixer_hub.model.config import CLASSIFIER
 from convmixer_hub.predict import predict
 
 from .conftest import CHECKOUT, IMAGES
@@ -53,10 +54,14 @@ def test_processor_and_model_give_the_logits(folder, image):
     torch.testing.assert_close(model(**inputs).logits, ours(inputs["pixel_values"]))
 
 
-def test_a_head_for_other_classes_is_made(folder):
+def test_a_head_for_other_classes_is_made_and_nothing_else(folder):
     model = AutoModelForImageClassification.from_pretrained(
         folder, num_labels=4, ignore_mismatched_sizes=True
     )
+    found, expected = model.timm_model.state_dict(), load_trained(folder).state_dict()
+    for head in (f"{CLASSIFIER}.weight", f"{CLASSIFIER}.bias"):
+        del found[head], expected[head]
+    torch.testing.assert_close(found, expected, atol=0, rtol=0)
     assert model(torch.randn(1, 3, 32, 32)).logits.shape == (1, 4)
 
 

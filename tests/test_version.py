@@ -2,10 +2,12 @@ import configparser
 import subprocess
 import sys
 
+import huggingface_hub
 import pytest
+import timm
 from packaging.requirements import Requirement
 
-from convmixer_hub.version import NEEDED
+from convmixer_hub.version import NEEDED, check_versions
 
 from .conftest import CHECKOUT
 
@@ -19,26 +21,33 @@ def test_what_is_checked_is_what_is_installed():
         assert specifiers[name] == f">={version}"
 
 
-def test_a_build_of_the_oldest_version_is_taken(run_python):
-    code = (
-        "import torch; torch.__version__ = '2.6.0a0+df5bbc09d1.nv24.12'; import convmixer_hub; "
-        "print(convmixer_hub.__version__)"
-    )
-    assert run_python(code, PYTHONPATH=str(CHECKOUT))
+def test_a_build_of_the_oldest_version_is_taken(monkeypatch):
+    monkeypatch.setattr("torch.__version__", "2.6.0a0+df5bbc09d1.nv24.12")
+    check_versions()
 
 
 @pytest.mark.parametrize(
-    ("name", "old", "needed"),
-    [("timm", "1.0.9", "1.0.31"), ("huggingface_hub", "0.36.2", "1.31"), ("torch", "2.5.1", "2.6")],
+    ("library", "old", "needed"), [(timm, "1.0.9", "1.0.31"), (huggingface_hub, "0.36.2", "1.31")]
 )
-def test_an_older_library_is_one_line_that_names_it(tmp_path, name, old, needed):
-    (tmp_path / name).mkdir()
-    (tmp_path / name / "__init__.py").write_text(f"__version__ = '{old}'\n")
+def test_an_older_library_is_one_line_that_names_it(library, old, needed, monkeypatch):
+    monkeypatch.setattr(library, "__version__", old)
+    with pytest.raises(ImportError) as refused:
+        check_versions()
+    name = library.__name__
+    assert str(refused.value) == (
+        f"convmixer_hub needs {name} {needed} or later, but {library.__file__} is {old}; "
+        f"run: pip install --upgrade '{name}>={needed}'"
+    )
+
+
+def test_an_older_library_is_named_before_it_is_used(tmp_path):
+    (tmp_path / "torch").mkdir()
+    (tmp_path / "torch" / "__init__.py").write_text("__version__ = '2.5.1'\n")
     code = f"import sys; sys.path.insert(0, {str(CHECKOUT)!r}); import convmixer_hub"
     result = subprocess.run(
         [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True
     )
     assert result.stderr.splitlines()[-1] == (
-        f"ImportError: convmixer_hub needs {name} {needed} or later, but "
-        f"{tmp_path}/{name}/__init__.py is {old}; run: pip install --upgrade '{name}>={needed}'"
+        f"ImportError: convmixer_hub needs torch 2.6 or later, but {tmp_path}/torch/__init__.py is "
+        "2.5.1; run: pip install --upgrade 'torch>=2.6'"
     )
