@@ -12,7 +12,6 @@ from timm.data import resolve_input_data_config
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 
 from .data.images import eval_transform
 from .data.reader import ImageDataset, LabeledImages, read_batches
@@ -52,10 +51,7 @@ def evaluate(
     """
     model.eval()
     correct = count = 0
-    batches = read_batches(loader)
-    for images, labels in tqdm(
-        batches, desc="evaluate", total=len(loader), leave=False, disable=None if progress else True
-    ):
+    for images, labels in read_batches(loader, "evaluate", progress):
         predicted = model(images.to(device)).argmax(dim=1)
         correct += int((predicted == labels.to(device)).sum())
         count += len(labels)
@@ -141,10 +137,9 @@ def collect_logits(
     Raises:
         DataError: If an image cannot be read.
     """
-    disable = None if progress else True
-    batches = tqdm(read_batches(loader), "test", len(loader), leave=False, disable=disable)
     model.eval()
     device = next(model.parameters()).device
+    batches = read_batches(loader, "test", progress)
     logits, labels = zip(*[(model(images.to(device)).cpu(), labels) for images, labels in batches])
     return torch.cat(logits).double(), torch.cat(labels)
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
 import torch
 from PIL import Image
 from timm.data import resolve_input_data_config
-from torch import nn
+from torch import Tensor, nn
 
 from .data.images import eval_transform, to_rgb
 from .model.config import check_classifies, get_label_names
@@ -60,8 +60,15 @@ def predict_each(
         with torch.inference_mode():
             logits = network(torch.stack(batch).to(parameter.device, parameter.dtype))
             probabilities = logits.float().softmax(dim=1)
-        for values, indices in zip(*probabilities.topk(min(top_k, probabilities.shape[1]))):
-            yield [
-                Prediction(names[i] if names else str(i), probability)
-                for i, probability in zip(indices.tolist(), values.tolist())
-            ]
+        yield from name_best(probabilities, names, top_k)
+
+
+def name_best(
+    probabilities: Tensor, names: Sequence[str] | None, top_k: int
+) -> Iterator[list[Prediction]]:
+    """Give the most likely classes, the first one first, for each row of probabilities."""
+    for values, indices in zip(*probabilities.topk(min(top_k, probabilities.shape[1]))):
+        yield [
+            Prediction(names[i] if names else str(i), probability)
+            for i, probability in zip(indices.tolist(), values.tolist())
+        ]

@@ -5,7 +5,6 @@ timm finds `default_cfgs` by that name in the module of the `@register_model` fu
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -35,8 +34,6 @@ from .hub.records import (
 )
 from .model.config import CLASSIFIER, FIRST_CONV, order_names
 from .model.convmixer import ConvMixer
-
-_logger = logging.getLogger(__package__)
 
 
 @dataclass(frozen=True)
@@ -158,8 +155,7 @@ def _create_convmixer(
     label_names = _choose_labels(_list_names(label_names), trained, kwargs)
     if label_names:
         overlay.update(num_classes=len(label_names), label_names=tuple(label_names))
-    changes: list[str] = []
-    model = build_model_with_cfg(
+    model: ConvMixer = build_model_with_cfg(
         ConvMixer,
         variant,
         pretrained,
@@ -172,7 +168,6 @@ def _create_convmixer(
             label_names=label_names,
             features_only=bool(kwargs.get("features_only")),
             cache_dir=cache_dir,
-            changes=changes,
         ),
         feature_cfg={"feature_cls": "getter", "out_indices": kwargs.pop("out_indices", 3)},
         d_model=sizes.d_model,
@@ -181,8 +176,6 @@ def _create_convmixer(
         patch_size=sizes.patch_size,
         **kwargs,
     )
-    if changes:
-        _logger.info("%s: %s", variant, "; ".join(changes))
     return model
 
 

@@ -52,7 +52,7 @@ class AnswerSpeed:
 
 def explain_absence(variant: str, bf16: bool = False) -> str:
     """Say why a variant cannot be timed here; empty if it can."""
-    needed = NEEDED.get(variant, ())
+    needed = VARIANTS[variant].needs
     if needed and (bf16 or find_device().type == "cuda"):
         return "is timed in float32 on a CPU alone"
     missing = [name for name in needed if not find_spec(name)]
@@ -89,27 +89,34 @@ def _in_openvino(model: nn.Module, ours: ConvMixer) -> Network:
     return lambda images: torch.from_numpy(compiled(images.numpy())[0])
 
 
-# From our model and timm's with the same weights to what is timed.
-VARIANTS: dict[str, Callable[[ConvMixer, nn.Module], Network]] = {
-    "timm": lambda ours, timms: timms,
-    "timm-channels-last": lambda ours, timms: timms.to(memory_format=torch.channels_last),
-    "timm-compiled": lambda ours, timms: _compile(timms),
-    "timm-onnxruntime": lambda ours, timms: _in_onnxruntime(timms, ours),
-    "timm-openvino": lambda ours, timms: _in_openvino(timms, ours),
-    "ours": lambda ours, timms: ours,
-    "prepared": lambda ours, timms: prepare_for_inference(ours),
-    "exported": lambda ours, timms: _in_onnxruntime(ours, ours),
-    "exported-int8": lambda ours, timms: _in_onnxruntime(ours, ours, int8=True),
+@dataclass(frozen=True)
+class _Variant:
+    """What is timed, made of our model and timm's with the same weights."""
+
+    make: Callable[[ConvMixer, nn.Module], Network]
+    needs: tuple[str, ...] = ()  # libraries beside torch and timm
+    channels_last: bool = False  # images
+
+
+VARIANTS = {
+    "timm": _Variant(lambda ours, timms: timms),
+    "timm-channels-last": _Variant(
+        lambda ours, timms: timms.to(memory_format=torch.channels_last), channels_last=True
+    ),
+    "timm-compiled": _Variant(lambda ours, timms: _compile(timms), channels_last=True),
+    "timm-onnxruntime": _Variant(
+        lambda ours, timms: _in_onnxruntime(timms, ours), needs=ONNX_LIBRARIES
+    ),
+    "timm-openvino": _Variant(
+        lambda ours, timms: _in_openvino(timms, ours), needs=(*ONNX_LIBRARIES, "openvino")
+    ),
+    "ours": _Variant(lambda ours, timms: ours),
+    "prepared": _Variant(lambda ours, timms: prepare_for_inference(ours)),
+    "exported": _Variant(lambda ours, timms: _in_onnxruntime(ours, ours), needs=ONNX_LIBRARIES),
+    "exported-int8": _Variant(
+        lambda ours, timms: _in_onnxruntime(ours, ours, int8=True), needs=ONNX_LIBRARIES
+    ),
 }
-# What a variant needs beside torch and timm.
-NEEDED = {
-    "timm-onnxruntime": ONNX_LIBRARIES,
-    "timm-openvino": (*ONNX_LIBRARIES, "openvino"),
-    "exported": ONNX_LIBRARIES,
-    "exported-int8": ONNX_LIBRARIES,
-}
-# What takes images whose channels come last in memory.
-CHANNELS_LAST = ("timm-channels-last", "timm-compiled")
 
 
 def bench_inference(
@@ -167,8 +174,8 @@ def _make_turn(
     images = torch.randn(batch_size, *get_config(ours)["input_size"], device=device)
     with torch.inference_mode():
         expected = timms(images)
-    network = VARIANTS[variant](ours, timms)
-    if variant in CHANNELS_LAST:
+    network = VARIANTS[variant].make(ours, timms)
+    if VARIANTS[variant].channels_last:
         images = images.contiguous(memory_format=torch.channels_last)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=bf16)
     with torch.inference_mode(), autocast:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,6 +19,8 @@ from ..model.convmixer import ConvMixer, name_activation
 from ..model.layouts import OURS, check_fit, convert_layout, detect_layout
 from .files import check_finite, check_safetensors
 
+_logger = logging.getLogger("convmixer_hub")
+
 
 def adapt_checkpoint(
     state_dict: dict[str, Tensor],
@@ -27,12 +30,12 @@ def adapt_checkpoint(
     label_names: Sequence[str] | None,
     features_only: bool,
     cache_dir: str | Path | None,
-    changes: list[str],
 ) -> dict[str, Tensor]:
     """Make a checkpoint one that timm can load into the model, or refuse it.
 
     Nothing but the head and the stem may differ, and these only where they are adapted: timm
-    loads leniently as soon as the number of classes differs, whatever the checkpoint holds.
+    loads leniently as soon as the number of classes differs, whatever the checkpoint holds. One
+    line of the log says what the model will not have as the checkpoint has it.
 
     Args:
         state_dict: What timm read, in any layout.
@@ -42,7 +45,6 @@ def adapt_checkpoint(
         label_names: Classes of the model, if it was asked for by their names.
         features_only: The model has no head.
         cache_dir: Of the Hub's files, if it is not the usual one.
-        changes: Gets what the model will not have as the checkpoint has it, as clauses.
 
     Returns:
         The state dict in our layout, with a stem that timm adapts to the model's channels.
@@ -77,6 +79,7 @@ def adapt_checkpoint(
     check_fit(state_dict, expected, source, given, ignored)
     check_finite(state_dict, source)
 
+    changes = []
     if given.keys() != state_dict.keys() and (layout := detect_layout(given)) != OURS:
         changes.append(f"keys renamed from layout {layout}")
     dtypes = {
@@ -88,31 +91,40 @@ def adapt_checkpoint(
         changes.append(f"{', '.join(sorted(dtypes))} turned into {own[stem].dtype}")
     if tuple(own[stem].shape) != expected[stem]:
         changes.append(f"{stem} adapted from {trained.input_size[0]} to {model.in_chans} channels")
-    if features_only:
-        pass  # timm leaves the head out
-    elif label_names:
-        kept = _keep_rows(state_dict, model, trained, label_names)
-        changes.append(
-            f"{CLASSIFIER} keeps the rows of {kept} classes, "
-            f"{len(label_names) - kept} newly initialized"
-        )
-    elif ignored and model.num_classes:
-        classes = len(state_dict[weight]) if weight in state_dict else 0
-        if classes == model.num_classes:
-            raise CheckpointError(
-                f"{source}: has a head for {classes} classes, but its configuration says "
-                f"{trained.num_classes}; put num_classes={classes} into pretrained_cfg_overlay, too"
-            )
-        changes.append(
-            f"{CLASSIFIER} newly initialized for {model.num_classes} classes, "
-            f"not the {classes} of the checkpoint"
-        )
-    elif ignored:
-        changes.append(f"{CLASSIFIER} left out")
+    if not features_only and (label_names or ignored):  # of features, timm leaves the head out
+        changes.append(_adapt_head(state_dict, model, trained, label_names, source))
     if changes:
-        loaded = expected.keys() & state_dict.keys() - ignored
-        changes.insert(0, f"loaded {len(loaded)} tensors from {source}")
+        loaded = len(expected.keys() & state_dict.keys() - ignored)
+        text = "; ".join([f"loaded {loaded} tensors from {source}", *changes])
+        _logger.info("%s: %s", cfg["architecture"], text)
     return state_dict
+
+
+def _adapt_head(
+    state_dict: dict[str, Tensor],
+    model: ConvMixer,
+    trained: PretrainedCfg,
+    label_names: Sequence[str] | None,
+    source: str,
+) -> str:
+    """Replace the head by one for the model's classes, and say what became of it."""
+    if label_names:
+        kept = _keep_rows(state_dict, model, trained, label_names)
+        new = len(label_names) - kept
+        return f"{CLASSIFIER} keeps the rows of {kept} classes, {new} newly initialized"
+    if not model.num_classes:
+        return f"{CLASSIFIER} left out"
+    weight = f"{CLASSIFIER}.weight"
+    classes = len(state_dict[weight]) if weight in state_dict else 0
+    if classes == model.num_classes:
+        raise CheckpointError(
+            f"{source}: has a head for {classes} classes, but its configuration says "
+            f"{trained.num_classes}; put num_classes={classes} into pretrained_cfg_overlay, too"
+        )
+    return (
+        f"{CLASSIFIER} newly initialized for {model.num_classes} classes, "
+        f"not the {classes} of the checkpoint"
+    )
 
 
 def _read_activation(cfg: dict[str, Any], cache_dir: str | Path | None) -> str | None:

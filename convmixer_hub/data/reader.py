@@ -316,10 +316,15 @@ def read_images(
     return torch.stack(tensors), torch.tensor(labels), damaged
 
 
-def read_batches(loader: DataLoader) -> Iterator[list[torch.Tensor]]:
-    """Iterate over a loader; an error in one of its workers comes as the line that it was there."""
+def read_batches(
+    loader: DataLoader, description: str, progress: bool = True
+) -> Iterator[list[torch.Tensor]]:
+    """Iterate over a loader, with a progress bar if there is a terminal.
+
+    An error in one of its workers comes as the line that it was there.
+    """
     try:
-        yield from loader
+        yield from tqdm(loader, description, leave=False, disable=None if progress else True)
     except DataError as error:
         _, _, line = str(error).strip().rpartition("DataError: ")
         raise DataError(line) from None

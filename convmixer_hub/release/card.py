@@ -113,13 +113,7 @@ def write_card(
     notes = _read_notes(folder / NOTES_FILE)
 
     # What needs no images comes first: its errors show before the minutes that a test takes.
-    kernels = [m.weight.detach() for m in model.modules() if isinstance(m, DepthWiseConv2d)]
-    figures = {
-        "patch_embedding.png": draw_patch_embedding(model.patch_emb.conv.weight.detach()),
-        "kernels.png": draw_kernels(kernels),
-    }
-    if metrics:
-        figures["curve.png"] = draw_curve(metrics)
+    figures = _draw_weights(model) | ({"curve.png": draw_curve(metrics)} if metrics else {})
     loader = DataLoader(prepare_test_images(model, dataset), batch_size=64)
     logits, labels = collect_logits(prepare_if_possible(model.eval()), loader)
     probabilities = logits.softmax(dim=1)
@@ -173,6 +167,14 @@ def write_card(
     text = re.sub(r"\n{3,}", "\n\n", str(card)).strip()
     write_file(output / CARD_FILE, f"{text}\n\n{notes}".strip().encode() + b"\n")
     return output / CARD_FILE
+
+
+def _draw_weights(model: ConvMixer) -> dict[str, bytes]:
+    kernels = [m.weight.detach() for m in model.modules() if isinstance(m, DepthWiseConv2d)]
+    return {
+        "patch_embedding.png": draw_patch_embedding(model.patch_emb.conv.weight.detach()),
+        "kernels.png": draw_kernels(kernels),
+    }
 
 
 def propose_record(card: Path) -> str:

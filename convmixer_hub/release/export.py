@@ -11,7 +11,6 @@ from timm.data import resolve_input_data_config
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torchvision import transforms
-from tqdm import tqdm
 
 from ..checkpoints.resolve import resolve
 from ..checkpoints.runtimes import (
@@ -111,26 +110,12 @@ def export(
     model = load_trained(source).eval()
     check_classifies(model)
     config = resolve_input_data_config(model)
-    channels, height, width = config["input_size"]
+    metadata = _describe(model, with_preprocessing) | {"sha256": hash_file(source.file)}
     network: nn.Module = model
     images = make_golden_input(config["input_size"]).float()
     if with_preprocessing:
         network = _FromPixels(model, config["mean"], config["std"]).eval()
         images = (images * 64 + 125).byte().permute(0, 2, 3, 1)
-    pixels = "uint8 [batch, height, width, channels]"
-    floats = "normalized float32 [batch, channels, height, width]"
-    metadata = {
-        "input": pixels if with_preprocessing else floats,
-        "labels": get_label_names(model),
-        "input_size": [channels, height, width],
-        "interpolation": config["interpolation"],
-        "crop_pct": config["crop_pct"],
-        "crop_mode": config["crop_mode"],
-        "mean": None if with_preprocessing else config["mean"],
-        "std": None if with_preprocessing else config["std"],
-        "architecture": get_config(model).get("architecture"),
-        "sha256": hash_file(source.file),
-    }
     test = None
     if int8:
         transform = eval_transform(config, normalize=not with_preprocessing)
@@ -167,6 +152,24 @@ def export(
     return Export(file, difference, (in_fp32, in_int8), split)
 
 
+def _describe(model: nn.Module, with_preprocessing: bool) -> dict[str, Any]:
+    """Say what a program needs to know to use the export."""
+    config = resolve_input_data_config(model)
+    pixels = "uint8 [batch, height, width, channels]"
+    floats = "normalized float32 [batch, channels, height, width]"
+    return {
+        "input": pixels if with_preprocessing else floats,
+        "labels": get_label_names(model),
+        "input_size": list(config["input_size"]),
+        "interpolation": config["interpolation"],
+        "crop_pct": config["crop_pct"],
+        "crop_mode": config["crop_mode"],
+        "mean": None if with_preprocessing else config["mean"],
+        "std": None if with_preprocessing else config["std"],
+        "architecture": get_config(model).get("architecture"),
+    }
+
+
 def _write(
     name: str | Path,
     network: nn.Module,
@@ -200,6 +203,6 @@ def _measure(file: Path, images: LabeledImages) -> float:
     run = open_onnx(file)
     correct = 0
     loader = DataLoader(images, batch_size=64)
-    for batch, labels in tqdm(read_batches(loader), "test", len(loader), False, disable=None):
+    for batch, labels in read_batches(loader, "test"):
         correct += int((run(batch).argmax(dim=1) == labels).sum())
     return 100.0 * correct / len(images)

@@ -26,7 +26,7 @@ from ..hub.records import MISTAKES_FILE
 from ..load import load_trained
 from ..machine import get_rank, get_world_size
 from ..model.config import get_label_names
-from ..predict import Prediction
+from ..predict import name_best
 from .images import choose_images
 from .run import train
 from .settings import TrainingSettings
@@ -164,9 +164,6 @@ def _draw_mistakes(
         file.unlink(missing_ok=True)  # what an earlier epoch got wrong
         return
     titles = [classes[label] for label in labels[wrong].tolist()]
-    first_choices = [
-        [Prediction(classes[i], p) for i, p in zip(best.indices.tolist(), best.values.tolist())]
-        for best in (probabilities[i].topk(min(3, len(classes))) for i in wrong)
-    ]
+    first_choices = list(name_best(probabilities[wrong], classes, top_k=3))
     pictures = [to_pil_image(image).convert("RGB") for image in images[wrong]]
     write_file(file, draw_predictions(pictures, titles, first_choices))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..machine import get_world_size, sum_over_processes
+from ..machine import sum_over_processes
 from .network import Network
 from .settings import TrainingSettings
 from .teacher import Teacher
@@ -54,7 +54,7 @@ class TrainingStep:
         self.dtype = dtype
         self.device = device
         self.teacher = teacher
-        self.captures = device.type == "cuda" and get_world_size() == 1
+        self.captures = network.optimizer.param_groups[0]["capturable"]
         # Tensors, which a captured step reads anew each time.
         self._rates = [torch.zeros((), device=device) for _ in network.optimizer.param_groups]
         self._stream = torch.cuda.Stream() if self.captures else None
