@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -86,7 +87,7 @@ def _load_file(source: Source) -> nn.Module:
     sizes = Variant(
         like.num_features, len(like.conv_mixer_layers), like.kernel_size, like.patch_emb.patch_size
     )
-    found = [arch for arch, v in VARIANTS.items() if replace(v, image_size=32) == sizes]
+    found = [arch for arch, v in VARIANTS.items() if v == sizes]
     if not found:
         raise CheckpointError(
             f"{source.file}: no model of this package has its sizes; build a ConvMixer of these, "
@@ -95,7 +96,8 @@ def _load_file(source: Source) -> nn.Module:
     if checkpoint.activation is None:
         raise CheckpointError(
             f"{source.file}: nothing in it tells the activation; write a copy that does: convmixer "
-            f"convert {source.file} OUT.safetensors --layout ours --activation gelu (or relu)"
+            f"convert {shlex.quote(str(source.file))} OUT.safetensors --layout ours --activation "
+            "gelu (or relu)"
         )
     model = timm.create_model(
         found[0],

@@ -11,7 +11,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import timm
 from timm.models import (
     PretrainedCfg,
     build_model_with_cfg,
@@ -35,6 +34,8 @@ from .hub.records import (
 from .model.config import CLASSIFIER, FIRST_CONV, order_names
 from .model.convmixer import ConvMixer
 
+IMAGE_SIZE = 32  # pixels a side
+
 
 @dataclass(frozen=True)
 class Variant:
@@ -45,14 +46,23 @@ class Variant:
         n_layers: Number of layers.
         kernel_size: Side of the depthwise kernels, in patches.
         patch_size: Side of a patch, in pixels.
-        image_size: Side of the images, in pixels.
     """
 
     d_model: int
     n_layers: int
     kernel_size: int
     patch_size: int
-    image_size: int = 32
+
+    def count_parameters(self, num_classes: int) -> int:
+        """Count the parameters of a model for images of 3 channels."""
+        d, k, p = self.d_model, self.kernel_size, self.patch_size
+        return d * (3 * p**2 + 3) + self.n_layers * d * (k**2 + d + 6) + (d + 1) * num_classes
+
+    def count_macs(self, num_classes: int) -> int:
+        """Count the multiply-accumulates for one image: of convolutions and head, as usual."""
+        d, k, p = self.d_model, self.kernel_size, self.patch_size
+        patches = (IMAGE_SIZE // p) ** 2
+        return patches * d * (3 * p**2 + self.n_layers * (k**2 + d)) + d * num_classes
 
 
 VARIANTS = {
@@ -64,13 +74,13 @@ VARIANTS = {
 
 def _make_cfg(arch: str, record: CheckpointRecord | None = None) -> dict[str, Any]:
     """Make the timm configuration of an architecture, with the trained weights of a record."""
-    side, places = VARIANTS[arch].image_size, VARIANTS[arch].image_size // VARIANTS[arch].patch_size
+    patches = IMAGE_SIZE // VARIANTS[arch].patch_size
     dataset = record.dataset if record else CIFAR10
     return {
         "hf_hub_id": record.repo_id if record else None,
         "num_classes": len(dataset.classes),
-        "input_size": (3, side, side),
-        "pool_size": (places, places),
+        "input_size": (3, IMAGE_SIZE, IMAGE_SIZE),
+        "pool_size": (patches, patches),
         "crop_pct": 1.0,
         "interpolation": "bicubic",
         "mean": (0.4914, 0.4822, 0.4465),
@@ -155,7 +165,7 @@ def _create_convmixer(
     label_names = _choose_labels(_list_names(label_names), trained, kwargs)
     if label_names:
         overlay.update(num_classes=len(label_names), label_names=tuple(label_names))
-    model: ConvMixer = build_model_with_cfg(
+    return build_model_with_cfg(
         ConvMixer,
         variant,
         pretrained,
@@ -176,7 +186,6 @@ def _create_convmixer(
         patch_size=sizes.patch_size,
         **kwargs,
     )
-    return model
 
 
 def _find_known(trained: PretrainedCfg, overlay: dict[str, Any]) -> str | None:
@@ -199,9 +208,9 @@ def _list_names(label_names: Any) -> list[str] | None:
         ModelSizeError: If it is something else, such as a set, which has no order, or a name stands
             twice.
     """
-    names = label_names.tolist() if hasattr(label_names, "tolist") else order_names(label_names)
-    if names is None:
+    if label_names is None:
         return None
+    names = label_names.tolist() if hasattr(label_names, "tolist") else order_names(label_names)
     if (
         not isinstance(names, (list, tuple))
         or not all(isinstance(name, str) for name in names)
@@ -238,24 +247,23 @@ class ModelInfo:
     Attributes:
         name: `arch.tag`, or the arch alone where there are no weights.
         parameters: Their number.
-        input_size: Channels, height and width of an image.
+        macs: Number of multiply-accumulates for one image, of convolutions and head.
         record: What is known of the weights.
     """
 
     name: str
     parameters: int
-    input_size: tuple[int, int, int]
+    macs: int
     record: CheckpointRecord | None
 
 
 def list_models() -> list[ModelInfo]:
     """List every registered model of this package, trained ones first for each arch."""
     models = []
-    for arch, default_cfg in default_cfgs.items():
-        for tag, cfg in default_cfg.cfgs.items():
-            network = timm.create_model(f"{arch}.{tag}", device="meta")
-            parameters = sum(parameter.numel() for parameter in network.parameters())
+    for arch, variant in VARIANTS.items():
+        for tag, cfg in default_cfgs[arch].cfgs.items():
             record = RECORDS.get(f"{arch}.{tag}")
             name = record.name if record else arch
-            models.append(ModelInfo(name, parameters, cfg.input_size, record))
+            counts = variant.count_parameters(cfg.num_classes), variant.count_macs(cfg.num_classes)
+            models.append(ModelInfo(name, *counts, record))
     return models

@@ -6,6 +6,7 @@ import pytest
 import safetensors.torch
 import timm
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from convmixer_hub import CheckpointError, UnknownModelError
 from convmixer_hub.checkpoints import files
@@ -47,16 +48,22 @@ def test_timm_lists_our_models():
 
 
 @pytest.mark.parametrize(
-    ("arch", "parameters"),
+    ("arch", "parameters", "macs"),
     [
-        ("convmixer_cifar", 643_338),
-        ("convmixer_256_8_ks9_p1", 706_570),
-        ("convmixer_96_8_ks5_p1", 99_082),
+        ("convmixer_cifar", 643_338, 160_696_832),
+        ("convmixer_256_8_ks9_p1", 706_570, 707_529_216),
+        ("convmixer_96_8_ks5_p1", 99_082, 95_454_144),
     ],
 )
-def test_every_arch_is_what_its_name_says(arch, parameters):
+def test_every_arch_is_what_its_name_says(arch, parameters, macs):
     model = timm.create_model(arch)
     assert sum(parameter.numel() for parameter in model.parameters()) == parameters
+    with FlopCounterMode(display=False) as counter:
+        model(torch.randn(1, 3, 32, 32))
+    assert counter.get_total_flops() == 2 * macs
+    assert {(m.parameters, m.macs) for m in list_models() if m.name == f"{arch}.cifar10"} == {
+        (parameters, macs)
+    }
     assert model.num_classes == 10
     config = timm.data.resolve_model_data_config(model)
     assert config["input_size"] == (3, 32, 32)

@@ -54,13 +54,12 @@ def demo_command(names: tuple[str, ...], port: int) -> None:
 @click.command("list")
 @click.option("--markdown", is_flag=True, help="Print the table of the README.")
 def list_command(markdown: bool) -> None:
-    """List the models: dataset, top-1, calibration error (ECE) and size."""
+    """List the models: dataset, parameters, MACs, top-1, calibration error (ECE)."""
     source = "card" if markdown else "source"
-    rows = [["name", "parameters", "input", "dataset", "top-1", "ECE", "size", source]]
+    rows = [["name", "parameters", "MACs", "dataset", "top-1", "ECE", "size", source]]
     for model in list_models():
         record = model.record
-        input_size = "×".join(str(side) for side in model.input_size)
-        row = [model.name, f"{model.parameters:,}", input_size]
+        row = [model.name, f"{model.parameters:,}", f"{model.macs / 1e6:.1f}M"]
         if record is None:
             row += ["–", "–", "–", "–", "untrained"]
         else:
