@@ -1,5 +1,6 @@
 import copy
 import io
+import re
 import warnings
 
 import pytest
@@ -15,7 +16,7 @@ from convmixer_hub.model.cpu import speed_up_on_cpu
 from convmixer_hub.predict import predict
 from convmixer_hub.zoo import VARIANTS
 
-from .conftest import IMAGES
+from .conftest import CHECKOUT, IMAGES
 from .test_convmixer import randomise_norms
 
 ARCH = "convmixer_96_8_ks5_p1"
@@ -176,3 +177,13 @@ def test_what_cannot_be_is_refused(make_model, batch):
     speed_up_on_cpu(model)
     with pytest.raises(ModelSizeError, match="the model is prepared for training: load the one"):
         prepare_for_inference(model)
+
+
+def test_the_embeddings_of_the_docs_are_what_they_say():
+    page = (CHECKOUT / "docs" / "inference.md").read_text()
+    found: dict = {}
+    exec(re.findall("```python\n(.*?)```", page, re.S)[-1], found)
+    assert found["features"].shape == (8, 256, 16, 16)
+    torch.testing.assert_close(found["embeddings"], found["features"].mean((2, 3)))
+    assert [tuple(features.shape) for features in found["maps"]] == [(8, 256, 16, 16)] * 3
+    torch.testing.assert_close(found["maps"][-1], found["features"])

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from timm.data import resolve_input_data_config
 from torch.utils.data import DataLoader
 
 from ..checkpoints.resolve import resolve
@@ -131,6 +132,7 @@ def write_card(
     split = dataset.test_split
     result = Evaluation(int(confusion.trace()), int(confusion.sum()))
     plan = _read_plan(settings)
+    preprocessing = resolve_input_data_config(model)
     validation_top1 = metrics.get("held_out_top1", [0.0])
     base_model = _find_base_model(settings)
     if license is None and name in RECORDS:
@@ -141,7 +143,7 @@ def write_card(
         name=name,
         model=model,
         parameters=sum(parameter.numel() for parameter in model.parameters()),
-        input_size="×".join(str(side) for side in get_config(model)["input_size"]),
+        preprocessing=preprocessing,
         source=name if name in RECORDS else f"{PREFIX}{SOME_REPOSITORY}",
         base_model=base_model,
         has_predictions=(output / "predictions.png").is_file(),
@@ -152,7 +154,7 @@ def write_card(
         validation_images="held-out training" if settings.get("held_out", 1) else "validation",
         validation_top1=max(validation_top1) if settings.get("keep_best") else validation_top1[-1],
         temperature=source.config.get("temperature", 1.0),
-        curve_caption=_describe_curve(plan, get_config(model)["input_size"][-1]),
+        curve_caption=_describe_curve(plan, preprocessing["input_size"][-1]),
         by_class=zip(classes, confusion.diagonal().tolist(), confusion.sum(dim=1).tolist()),
         result=result,
         calibration=calibration,

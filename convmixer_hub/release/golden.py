@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -105,7 +106,7 @@ def verify(name: str, dtype: str = "float32") -> Verification:
     # on record, the package's own count.
     own = find_embedded(source.record) if source.record else None
     file = (own or source.file).with_name(GOLDEN_FILE)
-    remedy = f"`convmixer card {name} --data DIR` writes it"
+    remedy = f"`convmixer card {shlex.quote(name)} --data DIR` writes it"
     try:
         content = file.read_bytes()
     except FileNotFoundError:

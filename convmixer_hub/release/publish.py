@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import shlex
 import tempfile
 from collections.abc import Sequence
 from contextlib import suppress
@@ -84,7 +85,7 @@ def list_uploads(name: str, repo_id: str = SOME_REPOSITORY) -> list[Upload]:
         text = card.content.replace(SOME_REPOSITORY.encode(), repo_id.encode())
         uploads[CARD_FILE] = Upload(card.file, text)
     if golden := uploads.get(GOLDEN_FILE):
-        remedy = f"`convmixer card {name} --data DIR` writes it"
+        remedy = f"`convmixer card {shlex.quote(str(name))} --data DIR` writes it"
         parse_golden(golden.content, golden.file, uploads[WEIGHTS_FILE].sha256, remedy)
     return list(uploads.values())
 
