@@ -4,7 +4,7 @@ Keyword arguments go on to `timm.create_model`: `num_classes`, `in_chans`, `labe
 """
 
 import warnings
-from pathlib import Path
+from pathlib import Path as _Path
 
 import timm
 
@@ -12,11 +12,11 @@ import convmixer_hub  # registers the models
 
 dependencies = ["torch", "torchvision", "timm", "huggingface_hub", "safetensors"]
 
-_used = Path(convmixer_hub.__file__).resolve().parent.parent
-if _used != Path(__file__).resolve().parent:
+_used = _Path(convmixer_hub.__file__).resolve().parent.parent
+if _used != _Path(__file__).resolve().parent:
     warnings.warn(
         f"convmixer_hub was imported from {_used} before, and is used instead of the copy in "
-        f"{Path(__file__).resolve().parent}; restart Python to use that",
+        f"{_Path(__file__).resolve().parent}; restart Python to use that",
         stacklevel=2,
     )
 

@@ -34,9 +34,15 @@ class PublishError(ConvMixerHubError, RuntimeError):
     """A model cannot be published on the Hub."""
 
 
+_JOINERS = "\u200c\u200d\u3000"  # in words of Persian, Hindi, Japanese, …, and in emoji
+
+
 def printable(text: object) -> str:
     """Write out what no terminal shows as it is, such as a line break or bytes that are no text."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
+    return "".join(
+        c if c.isprintable() or c in _JOINERS else c.encode("unicode_escape").decode()
+        for c in str(text)
+    )
 
 
 def first_line(error: BaseException) -> str:

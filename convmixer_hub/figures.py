@@ -56,16 +56,21 @@ def draw_predictions(
     for i, (image, title, classes) in enumerate(zip(images, titles, predictions)):
         picture = axes[2 * (i // columns), i % columns]
         picture.imshow(image, interpolation="nearest")
-        picture.set_title(title, fontsize=10, parse_math=False)
+        picture.set_title(_shorten(title, 24), fontsize=10, parse_math=False)
         bars = axes[2 * (i // columns) + 1, i % columns]
         heights = range(len(classes))
         bars.barh(heights, [c.probability for c in classes], color="#9ecae1")
         for height, c in zip(heights, classes):
-            text = f"{c.label} {c.probability:.0%}"
-            bars.text(0.02, height, text, va="center", fontsize=9, parse_math=False)
+            text = f"{_shorten(c.label, 20)} {c.probability:.0%}"
+            # Clipped, or the layout would take room for it from the picture.
+            bars.text(0.02, height, text, va="center", fontsize=9, parse_math=False, clip_on=True)
         bars.set_xlim(0, 1)
         bars.invert_yaxis()
     return _to_png(figure)
+
+
+def _shorten(text: str, length: int) -> str:
+    return text if len(text) <= length else f"{text[: length - 1]}…"
 
 
 def draw_curve(metrics: Mapping[str, Sequence[float]]) -> bytes:

@@ -37,14 +37,15 @@ def describe_machine(device: torch.device) -> str:
     return f"{os.cpu_count()} CPU cores ({kind})"
 
 
-def count_free_cores() -> int:
-    """Count the CPU cores that each process here may use beside the one it runs on, at least 1."""
+def count_workers() -> int:
+    """Say how many workers each process here may have: one for each free CPU core, 1 to 16."""
     try:
         cores = len(os.sched_getaffinity(0))
     except AttributeError:  # not Linux
         cores = os.cpu_count() or 1
     processes = int(os.environ["LOCAL_WORLD_SIZE"]) if _started_by_torchrun() else 1
-    return max(1, cores // processes - 1)
+    # Each keeps batches in shared memory, of which containers have little.
+    return max(1, min(16, cores // processes - 1))
 
 
 def get_rank() -> int:

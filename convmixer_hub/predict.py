@@ -66,7 +66,7 @@ def predict_each(
 def name_best(
     probabilities: Tensor, names: Sequence[str] | None, top_k: int
 ) -> Iterator[list[Prediction]]:
-    """Give the most likely classes, the first one first, for each row of probabilities."""
+    """Name the most likely classes, the first one first, for each row of `[count, num_classes]`."""
     for values, indices in zip(*probabilities.topk(min(top_k, probabilities.shape[1]))):
         yield [
             Prediction(names[i] if names else str(i), probability)

@@ -21,7 +21,7 @@ from timm.optim import create_optimizer_v2
 import convmixer_hub  # noqa: F401  (registers the models)
 from convmixer_hub.data.reader import open_dataset
 from convmixer_hub.evaluate import evaluate
-from convmixer_hub.machine import count_free_cores, find_device
+from convmixer_hub.machine import count_workers, find_device
 from convmixer_hub.training.images import choose_images, load_images, serve_batches
 from convmixer_hub.training.network import Network, muon_computing_in
 from convmixer_hub.training.settings import OPTIMIZERS, TrainingSettings
@@ -64,7 +64,7 @@ def main() -> None:
     training, held_out = load_images(
         settings, choose_images(settings, dataset), config, skip_damaged=False, progress=True
     )
-    workers = count_free_cores() if device.type == "cuda" else 0
+    workers = count_workers() if device.type == "cuda" else 0
     batches = serve_batches(settings, training, 0, 0, workers)
 
     # The network.

@@ -45,10 +45,10 @@ def test_list_shows_every_model_in_aligned_columns(convmixer):
     result = convmixer("list")
     assert result.exit_code == 0
     header, *rows = (re.split(r" {2,}", line) for line in result.output.splitlines())
-    assert header == ["name", "parameters", "input", "dataset", "top-1", "ECE", "size", "source"]
+    assert header == ["name", "parameters", "MACs", "dataset", "top-1", "ECE", "size", "source"]
     record = get_record(NAME)
     figures = [f"{record.top1:.2f} %", f"{record.ece:.2f} %", "2.6 MB"]
-    assert [NAME, "643,338", "3×32×32", "CIFAR-10", *figures, "embedded"] in rows
+    assert [NAME, "643,338", "160.7M", "CIFAR-10", *figures, "embedded"] in rows
     assert {name for name, *_ in rows if name in RECORDS} == set(RECORDS)
     assert {name.partition(".")[0] for name, *_ in rows} == set(default_cfgs)
     starts = {line.index("%") for line in result.output.splitlines() if "%" in line}
@@ -56,9 +56,9 @@ def test_list_shows_every_model_in_aligned_columns(convmixer):
 
 
 def test_list_shows_an_arch_without_weights(convmixer, monkeypatch):
-    new = ModelInfo("convmixer_new", 123456, (3, 32, 32), None)
+    new = ModelInfo("convmixer_new", 123456, 7890123, None)
     monkeypatch.setattr("convmixer_hub.cli.use.list_models", lambda: [new])
-    assert "convmixer_new  123,456     3×32×32  –        –      –    –     untrained" in (
+    assert "convmixer_new  123,456     7.9M  –        –      –    –     untrained" in (
         convmixer("list").output
     )
 
@@ -392,13 +392,13 @@ def test_a_script_that_is_not_there_is_named(convmixer, tmp_path):
     assert f"File '{tmp_path / 'none.py'}' does not exist." in result.stderr
 
 
-LIST_AND_PREDICT = r"""
+DESCRIBE_AND_PREDICT = r"""
 import sys
 from convmixer_hub.cli.main import main
 
 names = sys.argv[1:]
 for command in (
-    ["list"],
+    ["info", "convmixer_cifar"],
     ["predict", *names, "br\noken.png", "--figure", "seen.png"],
     ["predict", "--json", *names],
 ):
@@ -417,7 +417,7 @@ def test_a_terminal_that_does_not_know_all_characters_is_no_hindrance(tmp_path):
     (tmp_path / "br\noken.png").write_bytes(b"x")
     latin = {"PYTHONPATH": str(CHECKOUT), "PYTHONIOENCODING": "latin-1"}
     result = subprocess.run(
-        [sys.executable, "-c", LIST_AND_PREDICT, *names],
+        [sys.executable, "-c", DESCRIBE_AND_PREDICT, *names],
         cwd=tmp_path,
         env=os.environ | latin,
         capture_output=True,
@@ -426,9 +426,9 @@ def test_a_terminal_that_does_not_know_all_characters_is_no_hindrance(tmp_path):
     assert len(errors.splitlines()) == 1
     assert errors.startswith("Error: br\\noken.png: not an image that Pillow can read")
     *printed, _ = result.stdout.decode("latin-1").split("\f")
-    (listed, predicted, answers), statuses = printed[::2], printed[1::2]
+    (described, predicted, answers), statuses = printed[::2], printed[1::2]
     assert statuses == ["0", "1", "0"]
-    assert "3×32×32" in listed
+    assert "8 layers × 256 channels" in described
     assert [line.partition(": cat ")[0] for line in predicted.splitlines()] == [
         "caf\\udcff.png",
         "Kätzchen \\u718a.png",

@@ -221,8 +221,8 @@ def test_without_a_compiler_training_works_and_says_why_it_is_slow(
     [message] = [record.getMessage() for record in caplog.records]
     assert re.fullmatch(
         r"training is several times slower than it could be: cpu.cpp cannot be compiled "
-        rf"\(.*{reason}.*\); install a C\+\+ compiler such as g\+\+ or name one in CXX, and if "
-        "its folder cannot be written to, name another in XDG_CACHE_HOME",
+        rf"\(.*{reason}.*\); install a C\+\+ compiler such as g\+\+, or name one in CXX; if the "
+        "cache folder cannot be written to, name another in XDG_CACHE_HOME",
         message,
     )
 

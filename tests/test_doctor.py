@@ -207,7 +207,7 @@ def bad_source(hub, monkeypatch):
         (
             nothing_and_offline,
             NAME,
-            r"hub: http\S+ cannot be asked for it, as HF_HUB_OFFLINE is set; unset it",
+            r"hub: http\S+ cannot be asked, as HF_HUB_OFFLINE is set; unset that",
         ),
         (no_network, NAME, rf"hub: http://127.0.0.1:1/{REPOSITORY} cannot be read \("),
         (no_embedded_copy, NAME, f"embedded: {NAME}: this installation carries no copy of the "),

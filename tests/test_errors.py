@@ -16,3 +16,5 @@ def test_an_error_of_another_library_becomes_one_line(text, expected):
 
 def test_what_terminals_do_not_show_is_written_out():
     assert printable("two\nlines \udcff é") == "two\\nlines \\udcff é"
+    persian = "\u06af\u0644\u200c\u0647\u0627"
+    assert printable(persian) == persian

@@ -10,7 +10,9 @@ from convmixer_hub.predict import Prediction
 
 
 @pytest.mark.parametrize("count", [1, 7])
-@pytest.mark.parametrize("name", ["cat", "$\\no formula$"])
+@pytest.mark.parametrize(
+    "name", ["cat", "$\\no formula$", "great white shark, white shark, man-eater"]
+)
 def test_predictions_are_drawn(count, name):
     red = Image.new("RGB", (32, 32), "red")
     classes = [Prediction(name, 0.9), Prediction("dog", 0.1)]

@@ -103,8 +103,8 @@ FAULTS = {
     ),
     "offline": (
         lambda hub, monkeypatch: monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True),
-        rf"{REPOSITORY} cannot be asked for it, as HF_HUB_OFFLINE is set; unset "
-        "it, or copy the Hub's cache folder from a machine where "
+        rf"{REPOSITORY} cannot be asked, as HF_HUB_OFFLINE is set; unset "
+        "that, or copy the Hub's cache folder from a machine where "
         f"`convmixer pull {NAME}` was run, or {OWN_COPY}",
     ),
     "wrong token": (
@@ -367,7 +367,7 @@ def test_a_damaged_file_in_the_cache_is_named_where_no_other_can_be_had(damaged,
     with pytest.raises(
         CheckpointError,
         match=rf"^{NAME}: the copy in the Hub's cache is damaged \({damaged}\), and http\S+ "
-        "cannot be asked for it, as HF_HUB_OFFLINE is set; unset it, or copy ",
+        "cannot be asked, as HF_HUB_OFFLINE is set; unset that, or copy ",
     ):
         find_checkpoint(NAME)
 

@@ -1,4 +1,5 @@
 import io
+import struct
 import tracemalloc
 
 import numpy as np
@@ -91,6 +92,15 @@ def test_broken_exif_data_does_not_cost_an_image(format):
         Image.open(io.BytesIO(content)).getexif()
     red, green, blue = open_image(content).getpixel((1, 1))
     assert red > 250 and green < 5 and blue < 5
+
+
+def test_an_image_is_never_left_unturned():
+    turned, wrong_type = (0x112, 3, 1, 6, 0), (0x128, 2, 2, b"2\0\0\0")
+    tags = struct.pack("<HHIHH", *turned) + struct.pack("<HHI4s", *wrong_type) + bytes(4)
+    exif = b"Exif\0\0II*\0" + struct.pack("<IH", 8, 2) + tags
+    content = encode(Image.new("RGB", (4, 2)), "JPEG", exif=exif)
+    with pytest.raises(DataError, match="damaged image"):
+        open_image(content, "photo.jpg")
 
 
 @pytest.mark.parametrize(

@@ -127,7 +127,7 @@ def offline(hub, monkeypatch):
         (
             "hf-hub:somebody/small",
             offline,
-            "cannot be asked for it, as HF_HUB_OFFLINE is set; unset it$",
+            "cannot be asked, as HF_HUB_OFFLINE is set; unset that$",
         ),
         (
             "hf-hub:somebody/small",

@@ -92,7 +92,7 @@ def test_a_plain_load_says_nothing(arguments, said):
 def test_one_line_says_what_was_adapted(arguments, loaded, changes, said):
     timm.create_model(NAME, pretrained=True, **arguments)
     source = find_checkpoint(NAME)
-    line = f"convmixer_cifar: loaded {loaded} tensors from {source}; {changes}"
+    line = f"convmixer_cifar: loading {loaded} tensors from {source}; {changes}"
     assert said() == [("INFO", line)]
 
 
@@ -101,7 +101,7 @@ def test_one_line_says_what_was_converted(saved, said, batch):
     overlay = saved(original, to_bf16)
     model = timm.create_model(ARCH, pretrained=True, pretrained_cfg_overlay=overlay).eval()
     line = (
-        f"{ARCH}: loaded 121 tensors from {overlay['file']}; keys renamed from layout timm; "
+        f"{ARCH}: loading 121 tensors from {overlay['file']}; keys renamed from layout timm; "
         "torch.bfloat16 turned into torch.float32"
     )
     assert said() == [("INFO", line)]
@@ -214,6 +214,12 @@ class TestLabelNames:
         assert timm.create_model(folder, pretrained=True, num_classes=5)(batch).shape == (2, 5)
         cats = timm.create_model(folder, pretrained=True, label_names=["cat", "axolotl"]).eval()
         torch.testing.assert_close(cats(batch), model(batch)[:, [2, 1]])
+
+    def test_numbers_of_a_folder_that_do_not_begin_with_0_are_no_names(self, tmp_path):
+        from_1 = {"label_names": {1: "cat", 2: "dog"}}
+        model = timm.create_model(NAME, num_classes=2)
+        timm.models.save_for_hf(model, tmp_path, from_1, safe_serialization=True)
+        assert get_label_names(timm.create_model(f"local-dir:{tmp_path}", pretrained=True)) is None
 
     @pytest.mark.parametrize(
         "names",
@@ -331,7 +337,7 @@ def test_a_state_dict_is_named_as_such(tmp_path, said, monkeypatch):
     overlay = {"state_dict": tensors, "file": str(tmp_path / "model.safetensors")}
     timm.create_model(ARCH, pretrained=True, pretrained_cfg_overlay=overlay)
     [(_, line)] = said()
-    assert line.startswith(f"{ARCH}: loaded 121 tensors from the state dict; ")
+    assert line.startswith(f"{ARCH}: loading 121 tensors from the state dict; ")
 
 
 def test_a_bf16_checkpoint_leaves_the_model_in_fp32(saved):

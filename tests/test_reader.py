@@ -83,6 +83,17 @@ FOLDERS = {
         {"train": {"sea": 1, "ice": 1}},
         ["left out: 1 × splits of other names, the first is seg_pred"],
     ),
+    "a split in a folder of the same name, without classes": (
+        [
+            "asl_train/asl_train/A/1.png",
+            "asl_train/asl_train/B/1.png",
+            "asl_test/asl_test/A_test.png",
+        ],
+        {"train": {"A": 1, "B": 1}},
+        [
+            "left out: 1 × images in no class folder, the first is asl_test/asl_test/A_test.png",
+        ],
+    ),
     "classes named like splits": (
         ["car/1.png", "toy train/1.png", "test tube/1.png", "train/1.png", "dev kit/1.png"],
         {"train": {"car": 1, "toy train": 1, "test tube": 1, "train": 1, "dev kit": 1}},

@@ -421,6 +421,28 @@ def test_the_last_line_names_the_dataset_as_it_was_given(finished_run, cifar_sam
     assert result.output == f"{finished_run}: finished; measure it with: {command}\n"
 
 
+def test_trained_weights_keep_their_kernels(cifar_sample, tmp_path):
+    command = ["train", TRAINED, "--pretrained", "--epochs=1", "--batch-size=10"]
+    command += [f"--data={cifar_sample}", f"--output={tmp_path / 'run'}"]
+    refused = CliRunner().invoke(main, [*command, "--covariance-init"])
+    assert refused.exit_code == 1 and "covariance_init is True: must be False" in refused.stderr
+    assert CliRunner().invoke(main, command, catch_exceptions=False).exit_code == 0
+    training = json.loads((tmp_path / "run" / "config.json").read_text())["training"]
+    assert training["pretrained"] and not training["covariance_init"]
+
+
+def test_a_worker_that_outlives_a_run_does_not_keep_it_locked(tmp_path):
+    with lock_run(tmp_path / "run"):
+        worker = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
+        worker.start()
+    try:
+        with lock_run(tmp_path / "run"):
+            pass
+    finally:
+        worker.kill()
+        worker.join()
+
+
 def test_ctrl_c_before_the_first_save_keeps_nothing(cifar_sample, tmp_path, monkeypatch):
     def interrupt(*_):
         raise KeyboardInterrupt
@@ -648,7 +670,7 @@ def test_settings_that_cannot_be_are_refused(change, message):
         ),
         (
             {"cutmix": 0.5, "batch_size": 9},
-            "batch_size is 9: must be a multiple of 2, for 1 processes and images mixed in",
+            "batch_size is 9: must be a multiple of 2, twice the number of processes, as im",
         ),
     ],
 )

@@ -199,7 +199,7 @@ REFUSED = {
     ),
     "no column of images": (
         {"a.parquet": make_bare(label=[0, 1], text=["a", "b"])},
-        ": has the columns label, text, not one of images; name it image or img",
+        ": has the columns label, text; name the one that holds the images i",
     ),
     "images of another kind": (
         {"a.parquet": make_bare(image=[0.5, 1.5], label=[0, 1])},
@@ -306,13 +306,21 @@ def test_a_relative_path_is_no_hindrance(tmp_path, monkeypatch):
     assert dataset.get("train")[1][0].size == (32, 32)
 
 
-def test_a_split_that_was_saved_alone_keeps_its_name(tmp_path):
+@pytest.mark.parametrize(
+    ("name", "split"),
+    [(None, "train"), ("train[:1000]", "train"), ("validation[10%:]", "validation")],
+)
+def test_a_split_that_was_saved_alone_keeps_its_name(name, split, tmp_path):
     features = datasets.Features({"image": datasets.Image(), "label": NAMED})
-    table = datasets.Dataset.from_dict({"image": STRUCT, "label": [0, 1]}, features, split="test")
+    table = datasets.Dataset.from_dict({"image": STRUCT, "label": [0, 1]}, features, split=name)
     table.save_to_disk(tmp_path)
+    assert count_images(open_dataset(tmp_path)) == {split: PAIR}
+
+
+def test_a_split_that_is_not_there_is_named(tmp_path):
+    (tmp_path / "test.parquet").write_bytes(make_table([0, 1]))
     dataset = open_dataset(tmp_path)
-    assert count_images(dataset) == {"test": PAIR}
-    with pytest.raises(DataError, match="has images for test, but none for train; put them into"):
+    with pytest.raises(DataError, match="has images for test, but none for train; put such ima"):
         dataset.get("train")
 
 
@@ -363,8 +371,8 @@ OF_THE_HUB = {
         "Error: someone/several: holds a, b; choose one of them with --config"
     ),
     "--data someone/several --config b": (
-        "Error: someone/several: has images for train, but none for test; put them into a folder "
-        "or file named test"
+        "Error: someone/several: has images for train, but none for test; put such images into "
+        "a folder or file named test"
     ),
     "--data someone/nothing": (
         "Error: someone/nothing: no such folder, and what the Hub has by that name cannot be read "
@@ -417,7 +425,7 @@ def test_a_data_set_of_the_hub_is_measured_by_its_id(tmp_path):
     assert result.stdout.splitlines() == list(OF_THE_HUB.values())
 
 
-def test_what_is_left_out_is_said_once_by_a_command(tmp_path):
+def test_what_is_left_out_is_said_by_a_command(tmp_path):
     write_tree(tmp_path, "test/cat/1.png", "test/dog/1.png", ("test/cat/1.txt", b"x"))
     options = ["--data", str(tmp_path), "--workers", "0"]
     result = CliRunner().invoke(main, ["evaluate", *options])

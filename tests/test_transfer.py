@@ -75,7 +75,7 @@ def test_gains_and_means_are_printed(photos, monkeypatch):
 
 
 def test_too_few_images_to_compare_on_are_named(photos):
-    with pytest.raises(DataError, match="photos: has 8 training images of machine; give no more"):
+    with pytest.raises(DataError, match="photos: has only 8 training images of machine; give"):
         next(bench_finetune("convmixer_cifar", open_dataset(photos), 12))
     train = open_dataset(photos / "train")
     with pytest.raises(DataError, match="train: has images for train, but none for test; give the"):

@@ -40,14 +40,26 @@ def test_an_older_library_is_one_line_that_names_it(library, old, needed, monkey
     )
 
 
+LIST = f"""
+import runpy
+main = runpy.run_path({str(CHECKOUT / "convmixer_hub" / "cli" / "main.py")!r})["main"]
+main(["list"])
+"""
+
+
 def test_an_older_library_is_named_before_it_is_used(tmp_path):
     (tmp_path / "torch").mkdir()
     (tmp_path / "torch" / "__init__.py").write_text("__version__ = '2.5.1'\n")
-    code = f"import sys; sys.path.insert(0, {str(CHECKOUT)!r}); import convmixer_hub"
-    result = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True
+    line = (
+        f"convmixer_hub needs torch 2.6 or later, but {tmp_path}/torch/__init__.py is 2.5.1; run: "
+        "pip install --upgrade 'torch>=2.6'"
     )
-    assert result.stderr.splitlines()[-1] == (
-        f"ImportError: convmixer_hub needs torch 2.6 or later, but {tmp_path}/torch/__init__.py is "
-        "2.5.1; run: pip install --upgrade 'torch>=2.6'"
-    )
+    path = f"import sys; sys.path[:0] = [{str(tmp_path)!r}, {str(CHECKOUT)!r}]"
+    for code, expected in [
+        ("import convmixer_hub", f"ImportError: {line}"),
+        (LIST, f"Error: {line}"),
+    ]:
+        command = [sys.executable, "-c", f"{path}\n{code}"]
+        result = subprocess.run(command, capture_output=True, text=True)
+        assert result.stderr.splitlines()[-1] == expected and result.returncode == 1
+    assert result.stderr == f"Error: {line}\n"

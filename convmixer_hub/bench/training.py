@@ -139,7 +139,7 @@ def bench_train(
     """Time training steps (forward, backward, AdamW) of several implementations of one ConvMixer.
 
     Args:
-        arch: One of this package's.
+        arch: One of this package's, or a trained model's name, whose weights are not loaded.
         variants: Keys of `VARIANTS`. `timm` and `sequential` (the authors' code) are as a user gets
             them, in fp32, NCHW and eager; `compiled` and `bf16` go with channels_last memory.
             `ours` is prepared as in `train`, in bf16 where that is faster.
@@ -151,7 +151,7 @@ def bench_train(
         The speeds, in the order of the variants.
 
     Raises:
-        TrainingError: If the arch is no ConvMixer, or a variant fails.
+        TrainingError: If it is no model of this package, or a variant fails.
     """
     check_is_ours(arch)
     makers = {name: partial(_make_step, arch, VARIANTS[name], batch_size) for name in variants}

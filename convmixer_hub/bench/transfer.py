@@ -84,8 +84,8 @@ def _take_some(dataset: ImageDataset, count: int, seed: int) -> ImageDataset:
         indices = [i for i, label in enumerate(images.labels) if label == number]
         if len(indices) < count:
             raise DataError(
-                f"{dataset.source}: has {len(indices)} training images of {name}; give no more as "
-                "--images-a-class"
+                f"{dataset.source}: has only {len(indices)} training images of {name}; give at "
+                "most that as --images-a-class"
             )
         chosen += choice.sample(indices, count)
     return replace(dataset, splits={"train": images.take(chosen)})

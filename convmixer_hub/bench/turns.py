@@ -5,6 +5,7 @@ Each lives in a process of its own, so that neither its memory nor its settings 
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 import statistics
 import sys
@@ -122,7 +123,9 @@ def _serve(connection: Connection, make: Maker) -> None:
 def _peak_memory() -> float:
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**20
-    import resource  # not on Windows
-
+    try:
+        import resource
+    except ImportError:  # Windows
+        return math.nan
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (2**20 if sys.platform == "darwin" else 2**10)  # bytes there, else KiB

@@ -35,7 +35,7 @@ def adapt_checkpoint(
 
     Nothing but the head and the stem may differ, and these only where they are adapted: timm
     loads leniently as soon as the number of classes differs, whatever the checkpoint holds. One
-    line of the log says what the model will not have as the checkpoint has it.
+    line of the log says what is adapted or newly initialized.
 
     Args:
         state_dict: What timm read, in any layout.
@@ -95,7 +95,7 @@ def adapt_checkpoint(
         changes.append(_adapt_head(state_dict, model, trained, label_names, source))
     if changes:
         loaded = len(expected.keys() & state_dict.keys() - ignored)
-        text = "; ".join([f"loaded {loaded} tensors from {source}", *changes])
+        text = "; ".join([f"loading {loaded} tensors from {source}", *changes])
         _logger.info("%s: %s", cfg["architecture"], text)
     return state_dict
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -65,7 +66,8 @@ def check_safetensors(path: Path) -> dict[str, str]:
             reason = f"no such file, but {others[0]} beside it"
             remedy = "save the model whole, with a larger max_shard_size"
             if others == [PICKLE_FILE]:
-                remedy = f"convert that: convmixer convert {path.with_name(PICKLE_FILE)} {path}"
+                paths = shlex.join(map(str, [path.with_name(PICKLE_FILE), path]))
+                remedy = f"convert that: convmixer convert {paths}"
     except (SafetensorError, OSError) as error:
         reason = f"not a whole safetensors file ({first_line(error)})"
         remedy = "copy it again; pickles are not opened, `convmixer convert` rewrites them"

@@ -22,7 +22,10 @@ from click.shell_completion import CompletionItem
 # By section: the module of a command, and what it does. Its function is called `<name>_command`.
 SECTIONS = {
     "Use": {
-        "list": ("use", "List the models: dataset, top-1, calibration error (ECE) and size"),
+        "list": (
+            "use",
+            "List the models: dataset, parameters, MACs, top-1, calibration error (ECE)",
+        ),
         "predict": ("use", "Name the most likely classes of images"),
         "evaluate": (
             "use",
@@ -133,6 +136,8 @@ class _Group(click.Group):
         try:
             return super().invoke(ctx)
         except Exception as error:
+            if isinstance(error, ImportError) and "convmixer_hub" not in sys.modules:
+                raise click.ClickException(str(error)) from None  # of versions that are too old
             from convmixer_hub.errors import ConvMixerHubError, printable
 
             if not isinstance(error, ConvMixerHubError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from functools import partial
 from pathlib import Path
 
@@ -69,7 +70,8 @@ def publish_command(name: str, repo_id: str, private: bool, tag: str | None, dry
         [digest] = [u.sha256 for u in uploads if u.file.name == WEIGHTS_FILE]
         click.echo(f"SHA-256 of {WEIGHTS_FILE} {digest}, downloaded again and compared")
     if CARD_FILE not in [upload.file.name for upload in uploads]:
-        click.echo(f"there is no model card; `convmixer card {name} --data DIR` writes one")
+        command = shlex.join(["convmixer", "card", name, "--data", "DIR"])
+        click.echo(f"there is no model card; `{command}` writes one")
 
 
 @click.command("export")

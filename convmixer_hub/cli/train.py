@@ -130,5 +130,6 @@ def finetune_command(
     if get_rank() == 0:
         click.echo(
             f"{output}: top-1 {result.top1:.2f} % ({result.correct} of {result.count} validation "
-            f"images correct); use it with: convmixer predict IMAGE --model {_as_folder(output)}"
+            "images correct); use it with: convmixer predict IMAGE --model "
+            f"{shlex.quote(_as_folder(output))}"
         )

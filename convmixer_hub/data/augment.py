@@ -165,7 +165,7 @@ def derive_seed(*numbers: int) -> int:
     """Mix numbers, such as a run's seed, an epoch and a step, into a seed of 63 bits."""
     # Their count goes in as well: a SeedSequence takes no note of zeros at the end.
     state = np.random.SeedSequence((len(numbers), *numbers)).generate_state(1, np.uint64)
-    return int(state[0] >> 1)
+    return int(state[0]) >> 1
 
 
 def _generator(*numbers: int) -> torch.Generator:

@@ -34,9 +34,10 @@ def to_rgb(image: Image.Image) -> Image.Image:
     Raises:
         DataError: If a gray value is negative.
     """
-    image.load()  # pixels that cannot be read are an error; EXIF data that cannot be, are not
-    with suppress(Exception):
-        image = ImageOps.exif_transpose(image)
+    image.load()  # pixels that cannot be read are an error
+    with suppress(Exception):  # EXIF data that cannot be read say nothing of them
+        image.getexif()
+    image = ImageOps.exif_transpose(image)
     if image.mode == "F" or image.mode.startswith("I"):
         values = np.nan_to_num(np.asarray(image, np.float64), nan=0.0, posinf=0.0, neginf=0.0)
         if values.min() < 0:

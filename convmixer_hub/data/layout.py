@@ -313,11 +313,15 @@ def _sort_by_class(tree: _Tree, names: Mapping[str, str], left_out: LeftOut) -> 
         classed = [(image.parts[0], place / image) for image in inside.images if image.parts[1:]]
         loose = [place / image for image in inside.images if not image.parts[1:]]
         known = set(splits["train"].labels) if "train" in splits else set()
-        if known and {label for label, _ in classed} == {"images"} - known:
+        labels = {label for label, _ in classed}
+        if known and labels == {"images"} - known:
             # As in Tiny ImageNet, where a file tells the classes of validation images.
             classes = _read_annotations(place)
             loose += [file for _, file in classed if file.name not in classes]
             classed = [(classes[file.name], file) for _, file in classed if file.name in classes]
+        elif known and not labels & known and {find_split(label) for label in labels} == {split}:
+            loose += [file for _, file in classed]  # asl_alphabet_test/asl_alphabet_test/1.jpg
+            classed = []
         left_out.add("images in no class folder", [file.relative_to(tree.place) for file in loose])
         bare = {folder.parts[0] for folder in inside.folders} - {label for label, _ in classed}
         if split == "train" and bare and classed:

@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.datasets import CIFAR10, CIFAR100
 from tqdm import tqdm
 
-from ..errors import DataError, first_line
+from ..errors import DataError, first_line, printable
 from .layout import (
     SPLITS,
     LeftOut,
@@ -122,7 +122,7 @@ class ImageDataset:
             DataError: If there are none.
         """
         if split not in self.splits:
-            remedy = f"put them into a folder or file named {split}"
+            remedy = f"put such images into a folder or file named {split}"
             if any(Path(self.source).resolve().name.lower() in names for names in SPLITS.values()):
                 remedy = "give the folder above it, with all splits"
             raise DataError(
@@ -257,7 +257,7 @@ def _number_classes(
     }
     classes = [str(label) for label in classes]
     for name in classes:
-        if not name.isprintable():
+        if printable(name) != name:
             raise DataError(
                 f"{source}: has a class named {name!r}; give it a name that can be printed"
             )
@@ -321,7 +321,8 @@ def read_batches(
 ) -> Iterator[list[torch.Tensor]]:
     """Iterate over a loader, with a progress bar if there is a terminal.
 
-    An error in one of its workers comes as the line that it was there.
+    Raises:
+        DataError: If an image cannot be read; in one line from a worker, too.
     """
     try:
         yield from tqdm(loader, description, leave=False, disable=None if progress else True)

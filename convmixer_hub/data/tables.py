@@ -92,7 +92,8 @@ def load_saved(folder: Path, label_column: str | None, left_out: LeftOut) -> dic
     with _naming(f"{folder}:"):
         loaded = datasets.load_from_disk(str(folder))
     if not isinstance(loaded, Mapping):
-        loaded = {str(loaded.split or "train"): loaded}
+        split = find_split(str(loaded.split).partition("[")[0])  # of train[:1000]
+        loaded = {split or "train": loaded}
     return _read_tables(datasets, loaded, str(folder), label_column, left_out)
 
 
@@ -130,12 +131,10 @@ def _import_datasets(place: object) -> ModuleType:
     """Import the datasets library, which only those need who read with it."""
     try:
         import datasets
-
-        datasets.load_dataset  # noqa: B018 - a folder of this name can be imported, too
-    except (ImportError, AttributeError):
-        raise DataError(
-            f"{place}: reading it needs the datasets library: pip install datasets"
-        ) from None
+    except ImportError:
+        datasets = None
+    if not hasattr(datasets, "load_dataset"):  # a folder of this name can be imported, too
+        raise DataError(f"{place}: reading it needs the datasets library: pip install datasets")
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
     return datasets
@@ -249,8 +248,8 @@ def _find_image_column(datasets: ModuleType, features: Mapping[str, Any], source
     columns = columns or [n for n, kind in features.items() if isinstance(kind, datasets.Image)]
     if len(columns) != 1:
         raise DataError(
-            f"{source}: has the columns {', '.join(features)}, not one of images; name "
-            f"it {' or '.join(IMAGE_COLUMNS)}"
+            f"{source}: has the columns {', '.join(features)}; name the one that holds the images "
+            f"{' or '.join(IMAGE_COLUMNS)}, and no other one"
         )
     return columns[0]
 

@@ -112,7 +112,7 @@ class Repository:
             return self._explain_answer(error, name)
         if isinstance(error, OfflineModeIsEnabled):
             return (
-                f"{self.address} cannot be asked for it, as HF_HUB_OFFLINE is set; unset it"
+                f"{self.address} cannot be asked, as HF_HUB_OFFLINE is set; unset that"
                 f"{self.offline}{self.otherwise}"
             )
         if isinstance(error, HFValidationError):

@@ -25,11 +25,12 @@ def get_label_names(model: nn.Module) -> list[str] | None:
 
 
 def order_names(label_names: Any) -> Any:
-    """List names of classes that are given by number, such as transformers' `id2label`."""
+    """List names of classes that are given by number, as in `id2label`; None if not from 0 on."""
     if not isinstance(label_names, Mapping):
         return label_names
     by_number = {str(number): name for number, name in label_names.items()}
-    return [by_number.get(str(i)) for i in range(len(by_number))]
+    names = [by_number.get(str(i)) for i in range(len(by_number))]
+    return None if None in names else names
 
 
 def check_classifies(model: nn.Module) -> None:

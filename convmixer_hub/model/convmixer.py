@@ -277,6 +277,8 @@ class ConvMixer(nn.Module):
         Raises:
             CheckpointError: If strict, naming the first key that does not fit; for a mixture of
                 layouts in any case.
+            RuntimeError: torch's own, if what is not floating point, such as a counter, does not
+                fit.
         """
         own = self.state_dict()
         quantized = not all(isinstance(value, Tensor) for value in own.values())

@@ -67,7 +67,7 @@ def load_passes() -> bool:
     except (OSError, RuntimeError) as error:  # the latter where there is no home folder
         _logger.warning(
             "training is several times slower than it could be: cpu.cpp cannot be compiled (%s); "
-            "install a C++ compiler such as g++ or name one in CXX, and if its folder cannot be "
+            "install a C++ compiler such as g++, or name one in CXX; if the cache folder cannot be "
             "written to, name another in XDG_CACHE_HOME",
             first_line(error),
         )

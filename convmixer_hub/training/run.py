@@ -26,7 +26,7 @@ from ..evaluate import collect_logits, evaluate, fit_temperature
 from ..hub.records import CONFIG_FILE, WEIGHTS_FILE, suggest
 from ..machine import (
     ask_first_process,
-    count_free_cores,
+    count_workers,
     describe_machine,
     get_rank,
     get_world_size,
@@ -43,7 +43,6 @@ from .step import TrainingStep
 from .teacher import Teacher
 
 SECONDS_BETWEEN_SAVES = 60.0
-MOST_WORKERS = 16  # each keeps batches in shared memory, of which containers have little
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -92,8 +91,9 @@ def train(
     unit = get_world_size() * (2 if settings.mixes else 1)
     if settings.batch_size % unit:
         raise TrainingError(
-            f"batch_size is {settings.batch_size}: must be a multiple of {unit}, for "
-            f"{get_world_size()} processes{' and images mixed in pairs' if settings.mixes else ''}"
+            f"batch_size is {settings.batch_size}: must be a multiple of {unit}, "
+            f"{'twice ' if settings.mixes else ''}the number of processes"
+            f"{', as images are mixed in pairs' if settings.mixes else ''}"
         )
     if len(dataset.classes) < 2:
         raise DataError(
@@ -171,7 +171,7 @@ class _Run:
             self.images, self.validation = load_images(
                 settings, images, data_config, skip_damaged, progress
             )
-            workers = min(MOST_WORKERS, count_free_cores()) if device.type == "cuda" else 0
+            workers = count_workers() if device.type == "cuda" else 0
             self.batches = serve_batches(settings, self.images, state.epoch, state.step, workers)
             self.take_step = TrainingStep(self.network, settings, self.dtype, device, teacher)
         self.mix = Mixup(

@@ -152,7 +152,8 @@ class TrainingSettings:
     # Start
     covariance_init: bool = _setting(
         False,
-        "Initialize depthwise kernels with the covariance initialization of arXiv:2210.03651.",
+        "Initialize depthwise kernels with the covariance initialization of arXiv:2210.03651; not "
+        "with pretrained weights.",
     )
     pretrained: bool = _setting(
         False,
