@@ -1,4 +1,4 @@
-"""Everything that can go wrong, one class a kind of failure.
+"""Everything that can go wrong: one class for each kind of failure.
 
 Each message is one line: what failed, on what, and what to do next.
 """

@@ -21,7 +21,7 @@ from .model.config import check_classifies, get_label_names
 from .model.inference import prepare_if_possible
 
 CALIBRATION_BINS = 15
-MISTAKES_TO_FIT = 10  # fewer do not determine a temperature
+MIN_MISTAKES = 10  # fewer do not determine a temperature
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ def prepare_test_images(model: nn.Module, dataset: ImageDataset) -> LabeledImage
             "evaluate it on data with the same classes"
         )
     transform = eval_transform(resolve_input_data_config(model))
-    return images.renumbered(numbers).seen_through(transform)
+    return images.relabeled(numbers).with_transform(transform)
 
 
 def evaluate_on(
@@ -113,7 +113,7 @@ def evaluate_on(
         DataError: As `prepare_test_images` does, and if an image cannot be read.
     """
     images = prepare_test_images(model, dataset)
-    share = images.take(range(get_rank(), len(images), get_world_size()))
+    share = images.select(range(get_rank(), len(images), get_world_size()))
     loader = DataLoader(share, batch_size, num_workers=workers)
     with join_processes() as device:
         network = prepare_if_possible(model.to(device).eval())
@@ -156,11 +156,11 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float:
         labels: `[count]`.
 
     Returns:
-        The temperature; 1 if fewer than `MISTAKES_TO_FIT` images are wrong, which do not tell how
+        The temperature; 1 if fewer than `MIN_MISTAKES` images are wrong, which do not tell how
         often the others will be.
     """
     wrong = (logits.argmax(dim=1) != labels).sum()
-    if sum_over_processes(wrong) < MISTAKES_TO_FIT:
+    if sum_over_processes(wrong) < MIN_MISTAKES:
         return 1.0
 
     def loss(log_temperature: float) -> float:

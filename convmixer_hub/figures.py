@@ -24,8 +24,8 @@ from .predict import Prediction
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-FILTERS_A_ROW = 32
-KERNELS_A_LAYER = 24
+FILTERS_PER_ROW = 32
+KERNELS_PER_LAYER = 24
 BLUE, ORANGE = "#3f72a6", "#d9772b"
 
 
@@ -143,7 +143,7 @@ def draw_patch_embedding(weight: Tensor) -> bytes:
     """
     if weight.shape[1] != 3:
         weight = weight.mean(dim=1, keepdim=True).expand(-1, 3, -1, -1)
-    return _draw_tiles(0.5 + 0.5 * _scale_each(weight), min(FILTERS_A_ROW, len(weight)), 28)
+    return _draw_tiles(0.5 + 0.5 * _scale_each(weight), min(FILTERS_PER_ROW, len(weight)), 28)
 
 
 def draw_kernels(weights: Sequence[Tensor]) -> bytes:
@@ -151,7 +151,7 @@ def draw_kernels(weights: Sequence[Tensor]) -> bytes:
 
     Each is scaled by its own largest weight; blue is below 0, white 0, red above.
     """
-    kernels = torch.cat([_scale_each(weight[:KERNELS_A_LAYER]) for weight in weights])
+    kernels = torch.cat([_scale_each(weight[:KERNELS_PER_LAYER]) for weight in weights])
     red, blue = (torch.tensor(c).view(3, 1, 1) for c in ([0.7, 0.05, 0.1], [0.05, 0.3, 0.7]))
     tiles = 1 - kernels.abs() * (1 - torch.where(kernels > 0, red, blue))
     names = [f"layer {i + 1}" for i in range(len(weights))]

@@ -14,7 +14,7 @@ from .errors import DataError, first_line
 
 @contextmanager
 def replacing(file: Path) -> Iterator[Path]:
-    """Give a temporary path to write to; rename it to `file` when all went well.
+    """Yield a temporary path to write to; rename it to `file` when all went well.
 
     What a link leads to is replaced, not the link.
 
@@ -34,7 +34,7 @@ def replacing(file: Path) -> Iterator[Path]:
 
 
 def hash_file(file: Path) -> str:
-    """Give the SHA-256 of a file, in hexadecimal."""
+    """Return the SHA-256 of a file, in hexadecimal."""
     return hashlib.sha256(file.read_bytes()).hexdigest()
 
 

@@ -1,4 +1,4 @@
-"""A trained model from whatever names it."""
+"""Load a trained model by name, or from a folder, a file or a repository of the Hub."""
 
 from __future__ import annotations
 

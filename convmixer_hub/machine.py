@@ -20,7 +20,7 @@ _MEETINGS = itertools.count()
 
 
 def find_device() -> torch.device:
-    """Give what training and tests compute on: the GPU, if torch finds one."""
+    """Return what training and tests compute on: the GPU, if torch finds one."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -49,12 +49,12 @@ def count_workers() -> int:
 
 
 def get_rank() -> int:
-    """Give the number of this process, from 0; the first one alone prints and writes files."""
+    """Return the number of this process, from 0; the first one alone prints and writes files."""
     return int(os.environ["RANK"]) if _started_by_torchrun() else 0
 
 
 def get_world_size() -> int:
-    """Give the number of processes."""
+    """Return the number of processes."""
     return int(os.environ["WORLD_SIZE"]) if _started_by_torchrun() else 1
 
 

@@ -34,7 +34,7 @@ from .hub.records import (
 from .model.config import CLASSIFIER, FIRST_CONV, order_names
 from .model.convmixer import ConvMixer
 
-IMAGE_SIZE = 32  # pixels a side
+IMAGE_SIZE = 32  # pixels per side
 
 
 @dataclass(frozen=True)
@@ -140,15 +140,17 @@ def _create_convmixer(
     the checkpoint knows by the same name; see `_list_names` for how they may be given.
     """
     sizes = VARIANTS[variant]
+    # 1. Where the weights come from, as timm resolves it.
     overlay = dict(pretrained_cfg_overlay or {})
     trained = resolve_pretrained_cfg(variant, pretrained_cfg, overlay)
     if overlay.get("url") and not trained.source:
         overlay.setdefault("hf_hub_id", None)  # timm would prefer the registered repository
         trained = resolve_pretrained_cfg(variant, pretrained_cfg, overlay)
-    # What the model of a folder was made with; timm repeats it among the keyword arguments.
+    # `model_args` in config.json, which timm passes on besides spreading them over the keywords.
     saved = kwargs.get("pretrained_model_args") or {}
     activation = saved.get("act_layer", "gelu") if trained.source else None
     cache_dir = kwargs.get("cache_dir")
+    # 2. Check the weights; those on record are verified, and timm gets the verified file.
     if pretrained:
         if trained.source == "local-dir":
             check_safetensors(Path(str(trained.file)) / WEIGHTS_FILE)
@@ -162,6 +164,7 @@ def _create_convmixer(
             # timm takes a file only where there is neither a source nor a state dict.
             overlay.update(file=str(file), source=None, state_dict=None)
             activation = "gelu"
+    # 3. Names of classes, which set the size of the head.
     label_names = _choose_labels(_list_names(label_names), trained, kwargs)
     if label_names:
         overlay.update(num_classes=len(label_names), label_names=tuple(label_names))
@@ -226,7 +229,7 @@ def _list_names(label_names: Any) -> list[str] | None:
 def _choose_labels(
     label_names: Sequence[str] | None, trained: PretrainedCfg, kwargs: dict[str, Any]
 ) -> Sequence[str] | None:
-    """Set the number of classes by their names; None if these are those of the checkpoint."""
+    """Return the names if they are not those of the checkpoint; set `num_classes` to match."""
     saved = kwargs.get("pretrained_model_args") or {}
     if not label_names or list(label_names) == order_names(saved.get("label_names")):
         return None

@@ -18,7 +18,7 @@ def training_images(cifar_sample):
     images = open_dataset(cifar_sample).get("train")
 
     def make(indices=range(40), **options) -> TrainingImages:
-        return TrainingImages(images.take(indices), CONFIG, progress=False, **options)
+        return TrainingImages(images.select(indices), CONFIG, progress=False, **options)
 
     return make
 
@@ -142,7 +142,7 @@ def test_damaged_images_are_counted_and_named_or_skipped(write_parquet):
     assert len(kept) == 2
     assert [line.partition("row ")[2][:1] for line in kept.damaged] == ["1", "2"]
     with pytest.raises(DataError, match="2 of 2 images cannot be read"):
-        TrainingImages(images.take([1, 2]), CONFIG, skip_damaged=True)
+        TrainingImages(images.select([1, 2]), CONFIG, skip_damaged=True)
 
 
 def test_images_need_not_be_square(training_images, cifar_sample):

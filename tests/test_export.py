@@ -156,7 +156,7 @@ def test_int8_that_costs_too_much_is_refused(cifar_sample, tmp_path):
     )
     with pytest.raises(CheckpointError, match=message):
         # Not even a gain of all points is enough.
-        export(SMALL, tmp_path / "out", int8=open_dataset(cifar_sample), largest_loss=-101)
+        export(SMALL, tmp_path / "out", int8_dataset=open_dataset(cifar_sample), max_loss=-101)
     assert not list((tmp_path / "out").iterdir())
 
 
@@ -167,9 +167,9 @@ def test_what_cannot_be_exported_is_one_line(cifar_sample, tmp_path, monkeypatch
     with pytest.raises(
         CheckpointError, match="^.*: int8 is for ONNX alone; leave --int8 or --form"
     ):
-        export(SMALL, tmp_path, "pt2", int8=open_dataset(cifar_sample))
+        export(SMALL, tmp_path, "pt2", int8_dataset=open_dataset(cifar_sample))
     with pytest.raises(DataError, match=r"has the class airplane, but the model knows apple, .*"):
-        export("convmixer_cifar.cifar100", tmp_path, int8=open_dataset(cifar_sample))
+        export("convmixer_cifar.cifar100", tmp_path, int8_dataset=open_dataset(cifar_sample))
     for options in (["--int8"], ["--data", str(cifar_sample)]):
         result = CliRunner().invoke(main, ["export", "--output", str(tmp_path), *options])
         assert result.exit_code == 2

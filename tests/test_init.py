@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from convmixer_hub.model.convmixer import ConvMixer
-from convmixer_hub.model.init import draw_kernels_by_depth, make_covariance
+from convmixer_hub.model.init import init_depthwise_kernels, make_covariance
 
 
 @pytest.mark.parametrize("variance", [0.16, 0.68, 1.92])
@@ -28,7 +28,7 @@ def test_kernels_get_the_covariance_and_keep_their_mean_square():
     torch.manual_seed(0)
     model = ConvMixer(d_model=1024, n_layers=3, kernel_size=5, num_classes=0)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    draw_kernels_by_depth(model)
+    init_depthwise_kernels(model)
     for i, variance in enumerate([0.16, 0.16 + 0.16 + 0.36, 0.16 + 0.32 + 1.44]):
         key = f"conv_mixer_layers.{i}.depth_wise_conv.weight"
         old, new = before.pop(key), model.state_dict()[key]

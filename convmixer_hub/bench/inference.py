@@ -133,7 +133,7 @@ def bench_inference(
         variants: Keys of `VARIANTS`; by default those that can be timed here. `timm` is as a user
             gets it; `prepared` is what `prepare_for_inference` gives, `exported` what `export`
             writes, in onnxruntime.
-        batch_size: Images a call.
+        batch_size: Images per call.
         rounds: Turns of each variant that count, after two that do not.
         bf16: Compute in bfloat16, by autocast, instead of float32 (on a GPU, in what torch uses
             for that, which for convolutions is TF32 by default).

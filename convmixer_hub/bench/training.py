@@ -143,7 +143,7 @@ def bench_train(
         variants: Keys of `VARIANTS`. `timm` and `sequential` (the authors' code) are as a user gets
             them, in fp32, NCHW and eager; `compiled` and `bf16` go with channels_last memory.
             `ours` is prepared as in `train`, in bf16 where that is faster.
-        batch_size: Images a step.
+        batch_size: Images per step.
         rounds: Steps of each variant that count, in turns, after two that do not, four on a
             GPU.
 

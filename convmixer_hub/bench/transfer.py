@@ -31,7 +31,7 @@ class Comparison:
 def bench_finetune(
     name: str,
     dataset: ImageDataset,
-    images_a_class: int = 50,
+    images_per_class: int = 50,
     seeds: int = 3,
 ) -> Iterator[Comparison]:
     """Fine-tune a trained model on a few images of each class, and train one from scratch on them.
@@ -43,7 +43,7 @@ def bench_finetune(
     Args:
         name: The trained model, `arch.tag`, or an arch alone for its default tag.
         dataset: Has training images and others, for test or validation.
-        images_a_class: How many images of each class to train on, those held out included.
+        images_per_class: How many images of each class to train on, those held out included.
         seeds: How many times to do it.
 
     Raises:
@@ -56,7 +56,7 @@ def bench_finetune(
     arch = get_record(name).arch
     dataset.get(dataset.test_split)
     for seed in range(seeds):
-        some = _take_some(dataset, images_a_class, seed)
+        some = _take_some(dataset, images_per_class, seed)
         tuned = choose_settings(name, some, seed=seed)
         untrained = TrainingSettings(arch)
         fresh = replace(
@@ -85,7 +85,7 @@ def _take_some(dataset: ImageDataset, count: int, seed: int) -> ImageDataset:
         if len(indices) < count:
             raise DataError(
                 f"{dataset.source}: has only {len(indices)} training images of {name}; give at "
-                "most that as --images-a-class"
+                "most that as --images-per-class"
             )
         chosen += choice.sample(indices, count)
-    return replace(dataset, splits={"train": images.take(chosen)})
+    return replace(dataset, splits={"train": images.select(chosen)})

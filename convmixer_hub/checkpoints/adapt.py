@@ -1,4 +1,4 @@
-"""What a checkpoint has to go through between timm's reading it and timm's loading it."""
+"""Adapting a checkpoint to a model, after timm has read it and before timm loads it."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def adapt_checkpoint(
     features_only: bool,
     cache_dir: str | Path | None,
 ) -> dict[str, Tensor]:
-    """Make a checkpoint one that timm can load into the model, or refuse it.
+    """Adapt a checkpoint such that timm can load it into the model, or refuse it.
 
     Nothing but the head and the stem may differ, and these only where they are adapted: timm
     loads leniently as soon as the number of classes differs, whatever the checkpoint holds. One
@@ -74,8 +74,11 @@ def adapt_checkpoint(
     if label_names:
         expected[weight] = (trained.num_classes, *expected[weight][1:])
         expected[bias] = (trained.num_classes,)
-    known_head = trained.num_classes if label_names else trained.num_classes == model.num_classes
-    ignored = set() if known_head and not features_only else {weight, bias}
+    if label_names:
+        loads_head = bool(trained.num_classes)
+    else:
+        loads_head = trained.num_classes == model.num_classes
+    ignored = set() if loads_head and not features_only else {weight, bias}
     check_fit(state_dict, expected, source, given, ignored)
     check_finite(state_dict, source)
 
@@ -150,7 +153,7 @@ def _keep_rows(
     trained: PretrainedCfg,
     label_names: Sequence[str],
 ) -> int:
-    """Replace the head by the model's fresh one with the rows of the classes that stay; count."""
+    """Copy the rows of the classes that stay into a fresh head; return their number."""
     known = order_names(trained.label_names) or ()
     rows = {name: row for row, name in enumerate(known) if len(known) == trained.num_classes}
     kept = [name for name in label_names if name in rows]

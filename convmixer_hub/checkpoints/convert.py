@@ -32,7 +32,7 @@ from .resolve import Source, resolve
 
 # What training programs keep beside the weights: their options, and figures as numpy has them.
 _NUMPY = {"scalar": np.float64(0).__reduce__()[0], "_reconstruct": np.empty(0).__reduce__()[0]}
-HARMLESS: list[Any] = [
+SAFE_GLOBALS: list[Any] = [
     argparse.Namespace,
     np.ndarray,
     np.dtype,
@@ -91,6 +91,7 @@ def read_checkpoint(name: str | Path) -> Checkpoint:
         CheckpointError: If there is no whole ConvMixer of any layout in it; the first tensor that
             is wrong is named.
     """
+    # 1. The tensors of the one ConvMixer in the file, and where they were in it.
     source = resolve(name)
     file, config = source.file, source.config
     content: dict[str, Any] = {}
@@ -108,6 +109,7 @@ def read_checkpoint(name: str | Path) -> Checkpoint:
         )
     [(prefix, tensors)] = networks.items()
     part = ".".join(filter(None, (part, prefix)))
+    # 2. Architecture and activation, which no tensor tells.
     arch = config.get("architecture") or content.get("arch") or metadata.get("arch")
     arch = str(arch).partition(".")[0]
     network = _build_convmixer(arch)
@@ -119,6 +121,7 @@ def read_checkpoint(name: str | Path) -> Checkpoint:
             f"{file}: is said to have the activation {activation!r}, which is none of "
             f"{', '.join(ACTIVATIONS)}; fix its metadata, or {CONFIG_FILE} beside it"
         )
+    # 3. The check: every tensor of a ConvMixer of these sizes, and finite.
     layout = detect_layout(tensors)
     if layout is None:
         raise CheckpointError(
@@ -146,7 +149,7 @@ def _build_convmixer(arch: str) -> nn.Module | None:
 def _unpickle(file: Path) -> dict[str, Any]:
     check_is_no_pointer(file)
     try:
-        with torch.serialization.safe_globals(HARMLESS):
+        with torch.serialization.safe_globals(SAFE_GLOBALS):
             content = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load has no error of its own
         raise CheckpointError(
@@ -164,7 +167,7 @@ def _unpickle(file: Path) -> dict[str, Any]:
 def _find_reason(file: Path, error: Exception) -> str:
     """Name what a pickle holds beside tensors, rather than torch's general advice."""
     try:
-        with torch.serialization.safe_globals(HARMLESS):
+        with torch.serialization.safe_globals(SAFE_GLOBALS):
             others = torch.serialization.get_unsafe_globals_in_checkpoint(file)
     except Exception:  # it is no whole file
         others = []
@@ -218,7 +221,7 @@ def _build_like(state_dict: Mapping[str, Tensor], source: str) -> ConvMixer:
 
 
 def _choose_activation(checkpoint: Checkpoint, activation: str | None) -> str:
-    """Tell the activation of a checkpoint: no tensor does, and it is never guessed."""
+    """Return the activation of a checkpoint: no tensor tells it, and it is never guessed."""
     file = checkpoint.source.file
     if activation and checkpoint.activation and activation != checkpoint.activation:
         raise CheckpointError(

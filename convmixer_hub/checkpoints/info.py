@@ -10,7 +10,7 @@ from .convert import read_checkpoint
 
 
 def describe(name: str) -> dict[str, str]:
-    """Describe a checkpoint, one fact a line.
+    """Describe a checkpoint, one fact per line.
 
     Args:
         name: As in `read_checkpoint`.

@@ -53,8 +53,8 @@ class Source:
 def resolve(name: str | Path, embedded: bool = False) -> Source:
     """Find what a name stands for: the one way from a name to a file of weights.
 
-    A known name is never taken for a folder, write `./name` for a folder that is called like one;
-    and a path that exists is no repository.
+    The name of a trained model always means that model; write `./name` for a folder of that name.
+    A path that exists is never taken for a repository.
 
     Args:
         name: A trained model's name, a folder with `config.json` and `model.safetensors`, such a
@@ -69,7 +69,7 @@ def resolve(name: str | Path, embedded: bool = False) -> Source:
     if isinstance(name, Path):
         name = str(name.absolute())  # which no model and no repository is called
     path, repository = Path(name), Repository.parse(name)
-    exists = os.path.exists(path)  # no error where one may not look, unlike Path.exists
+    exists = os.path.exists(path)  # unlike Path.exists, no error without permission
     if name.startswith(PREFIX):
         if repository is None:
             raise UnknownModelError(f"{name}: is no repository; give {PREFIX}OWNER/NAME[@REVISION]")

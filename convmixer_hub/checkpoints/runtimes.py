@@ -1,4 +1,4 @@
-"""Networks in files for other runtimes: ONNX, and programs of torch.export."""
+"""Reading and writing networks for other runtimes: ONNX and torch.export."""
 
 from __future__ import annotations
 
@@ -125,8 +125,9 @@ def write_pt2(network: nn.Module, images: Tensor, metadata: dict[str, Any], file
     with _quietly():
         program = torch.export.export(network, (images,), dynamic_shapes=dynamic_shapes)
         for module in program.graph_module.modules():
-            for node in module.graph.nodes if isinstance(module, GraphModule) else []:
-                node.meta.pop("stack_trace", None)  # with the paths of this machine
+            if isinstance(module, GraphModule):
+                for node in module.graph.nodes:
+                    node.meta.pop("stack_trace", None)  # with the paths of this machine
         torch.export.save(program, file, extra_files={METADATA_FILE: json.dumps(metadata)})
 
 

@@ -12,9 +12,10 @@ import timm
 import torch
 
 from ..bench.ablation import CHANGES, Outcome, compare_changes
-from ..bench.inference import VARIANTS as ANSWERS
+from ..bench.inference import VARIANTS as INFERENCE_VARIANTS
 from ..bench.inference import bench_inference, bench_load, explain_absence
-from ..bench.training import VARIANTS, bench_train
+from ..bench.training import VARIANTS as TRAINING_VARIANTS
+from ..bench.training import bench_train
 from ..bench.transfer import bench_finetune
 from ..hub.find import locate
 from ..hub.records import get_record
@@ -50,7 +51,7 @@ def bench_command() -> None:
 @click.option(
     "--rounds", default=5, show_default=True, type=POSITIVE, help="Timed steps per variant."
 )
-@_variant_option(VARIANTS)
+@_variant_option(TRAINING_VARIANTS)
 def bench_train_command(
     model: str, batch_size: int, rounds: int, variants: tuple[str, ...]
 ) -> None:
@@ -60,7 +61,7 @@ def bench_train_command(
     autocast or torch.compile, and channels_last; sequential: the code in the paper's appendix;
     ours: as convmixer train prepares it, in bf16 where that is faster.
     """
-    speeds = bench_train(model, variants or tuple(VARIANTS), batch_size, rounds)
+    speeds = bench_train(model, variants or tuple(TRAINING_VARIANTS), batch_size, rounds)
     rows = [["variant", "images/s", f"× {speeds[0].variant}", "type", "peak memory"]]
     for speed in speeds:
         ratio = speed.images_per_second / speeds[0].images_per_second
@@ -97,7 +98,7 @@ def bench_train_command(
 @click.option(
     "--rounds", default=7, show_default=True, type=POSITIVE, help="Timed turns per variant."
 )
-@_variant_option(ANSWERS)
+@_variant_option(INFERENCE_VARIANTS)
 @click.option("--bf16", is_flag=True, help="Compute in bfloat16, by autocast, instead of float32.")
 def bench_inference_command(
     name: str, batch_sizes: tuple[int, ...], rounds: int, variants: tuple[str, ...], bf16: bool
@@ -128,9 +129,10 @@ def bench_inference_command(
     dtype = "bf16" if bf16 else "fp32"
     click.echo(f"{name} in {dtype}, median of {rounds} turns, {_describe_setting()}")
     print_table(rows)
-    for variant in ANSWERS if not variants else ():
-        if absence := explain_absence(variant, bf16):
-            click.echo(f"left out: {variant}, which {absence}")
+    if not variants:
+        for variant in INFERENCE_VARIANTS:
+            if absence := explain_absence(variant, bf16):
+                click.echo(f"left out: {variant}, which {absence}")
 
 
 @bench_command.command("load")
@@ -208,21 +210,23 @@ def _print_outcomes(model: str, outcomes: Sequence[Outcome], common: Mapping[str
 @bench_command.command("finetune")
 @click.argument("name", default=DEFAULT_MODEL)
 @data_options
-@click.option("--images-a-class", default=50, show_default=True, type=click.IntRange(min=2))
+@click.option("--images-per-class", default=50, show_default=True, type=click.IntRange(min=2))
 @click.option("--seeds", default=3, show_default=True, type=POSITIVE)
-def bench_finetune_command(name: str, open_data: OpenData, images_a_class: int, seeds: int) -> None:
+def bench_finetune_command(
+    name: str, open_data: OpenData, images_per_class: int, seeds: int
+) -> None:
     """Fine-tune NAME on a few images of each class, and train one like it from scratch on them.
 
     For as many steps on the same images; top-1 is on the test images of the dataset.
     """
-    results = list(bench_finetune(name, open_data(), images_a_class, seeds))
+    results = list(bench_finetune(name, open_data(), images_per_class, seeds))
     columns = [[r.finetuned for r in results], [r.from_scratch for r in results]]
     columns.append([tuned - scratch for tuned, scratch in zip(*columns)])
     rows = [["seed", *(str(result.seed) for result in results), "mean"]]
     for title, values in zip(["fine-tuned", "from scratch", "gain"], columns):
         rows.append([title, *(f"{value:.2f}" for value in [*values, statistics.mean(values)])])
     click.echo(
-        f"{name}, {images_a_class} images a class, top-1 on the test images (%), "
+        f"{name}, {images_per_class} images per class, top-1 on the test images (%), "
         f"{_describe_setting()}"
     )
     print_table([list(row) for row in zip(*rows)])

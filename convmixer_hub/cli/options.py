@@ -20,7 +20,7 @@ OpenData = Callable[[], ImageDataset]
 
 
 def data_options(command: Callable, required: bool = True) -> Callable:
-    """Give a command the options that name a dataset, and as `open_data` what opens it."""
+    """Add the options that name a dataset, and pass `open_data`, which opens it, to the command."""
 
     @click.option(
         "--data",
@@ -46,8 +46,9 @@ def data_options(command: Callable, required: bool = True) -> Callable:
 
         def open_data() -> ImageDataset:
             dataset = open_dataset(data, config, label_column)
-            for line in dataset.left_out if get_rank() == 0 else []:
-                click.echo(line, err=True)
+            if get_rank() == 0:
+                for line in dataset.left_out:
+                    click.echo(line, err=True)
             return dataset
 
         return command(*arguments, open_data=open_data, **options)

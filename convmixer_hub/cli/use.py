@@ -72,7 +72,8 @@ def list_command(markdown: bool) -> None:
                 card if markdown else locate(record),
             ]
         rows.append([f"`{model.name}`", *row[1:]] if markdown else row)
-    (print_markdown if markdown else print_table)(rows)
+    print_rows = print_markdown if markdown else print_table
+    print_rows(rows)
 
 
 @click.command("predict")
@@ -85,7 +86,7 @@ def list_command(markdown: bool) -> None:
     help="A model, a run folder, a file of weights, or a repository of the Hub.",
 )
 @click.option("--top-k", default=3, show_default=True, type=POSITIVE)
-@click.option("--json", "as_json", is_flag=True, help="Print JSON, one object an image.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON, one object per image.")
 @click.option("--figure", type=click.Path(path_type=Path), help="Also draw them into this PNG.")
 def predict_command(
     images: tuple[Path, ...], name: str, top_k: int, as_json: bool, figure: Path | None

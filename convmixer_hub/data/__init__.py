@@ -1,1 +1,1 @@
-"""Images on disk, as models take them."""
+"""Datasets of images: reading them from disk, and augmentation."""

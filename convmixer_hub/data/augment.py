@@ -22,7 +22,7 @@ FLIPS = ("alternating", "random")
 
 
 def is_rand_augment(description: str) -> bool:
-    """Tell whether timm can make a RandAugment of this; it makes none of an empty description."""
+    """Return whether timm accepts this description of RandAugment; an empty one means none."""
     if not description:
         return True
     if not re.fullmatch(r"rand(-((m|n|p|mstd|mmax|inc)\d{1,3}(\.\d+)?|t\w+))*", description):
@@ -117,12 +117,12 @@ class TrainingImages:
         augment: bool = True,
         share: slice = slice(None),
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Give one batch; an epoch has `len(self) // batch_size` of them.
+        """Return one batch; an epoch has `len(self) // batch_size` of them.
 
         Args:
             epoch: Number of the epoch, from 0.
             step: Number of the batch in it, from 0.
-            batch_size: Images a batch.
+            batch_size: Images per batch.
             crop_size: Height and width of the crops, in pixels; an eighth is padded on each side.
             augment: Apply the RandAugment.
             share: Part of the batch to give, for one process of several.
@@ -134,13 +134,13 @@ class TrainingImages:
         order = torch.randperm(len(self), generator=_generator(self.seed, epoch))
         batch = order[step * batch_size : (step + 1) * batch_size]
         borders = [crop // 8 for crop in crop_size]
-        places = [
+        counts = [
             side + 2 * border - crop + 1
             for side, border, crop in zip(self.image_size, borders, crop_size)
         ]
         generator = _generator(self.seed, epoch, step)
         corners = torch.stack(
-            [torch.randint(count, (batch_size, 1), generator=generator) for count in places]
+            [torch.randint(count, (batch_size, 1), generator=generator) for count in counts]
         )
         if self.flip == "random":
             mirrored = torch.rand(batch_size, generator=generator) < 0.5
@@ -157,7 +157,7 @@ class TrainingImages:
                 [transforms.functional.pil_to_tensor(self.rand_augment(p)) for p in pictures]
             )
         # Floats: [batch_size, channels, *crop_size].
-        images = _cut(images, borders, crop_size, corners[:, share], mirrored[share])
+        images = _crop(images, borders, crop_size, corners[:, share], mirrored[share])
         return (images / 255.0 - self.mean) / self.std, self.labels[batch]
 
 
@@ -172,24 +172,32 @@ def _generator(*numbers: int) -> torch.Generator:
     return torch.Generator().manual_seed(derive_seed(*numbers))
 
 
-def _cut(
+def _crop(
     images: torch.Tensor,
     borders: Sequence[int],
     size: Sequence[int],
     corners: torch.Tensor,
     mirrored: torch.Tensor,
 ) -> torch.Tensor:
-    """Cut a part out of each image, bordered by its reflection; mirror some of them."""
-    count, channels = images.shape[:2]
-    padding = [border for border in reversed(borders) for _ in range(2)]
-    images = F.pad(images.float(), padding, mode="reflect")
-    # Each [count, size of the side].
-    rows, columns = (corner + torch.arange(side) for corner, side in zip(corners, size))
+    """Pad images by reflection, crop each at a corner of its own, and mirror some of them.
+
+    Args:
+        images: `[count, channels, height, width]`.
+        borders: Rows and columns to pad on each side.
+        size: Height and width of the crops.
+        corners: First row and first column of each crop, `[2, count, 1]`.
+        mirrored: Which crops to mirror, `[count]`.
+    """
+    (top, left), (height, width) = borders, size
+    images = F.pad(images.float(), (left, left, top, top), mode="reflect")
+    rows = corners[0] + torch.arange(height)  # [count, height]
+    columns = corners[1] + torch.arange(width)  # [count, width]
     columns = torch.where(mirrored[:, None], columns.flip(1), columns)
-    places = (
+    count, channels = images.shape[:2]
+    positions = (
         torch.arange(count)[:, None, None, None],
         torch.arange(channels)[:, None, None],
         rows[:, None, :, None],
         columns[:, None, None, :],
     )
-    return images[places]
+    return images[positions]

@@ -17,10 +17,11 @@ from torchvision import transforms
 
 from ..errors import DataError, first_line
 
-# What Pillow calls images of so many channels.
+# Pillow's mode for images with so many channels.
 MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
-# Very long images are cropped before scaling, to save memory: to so many times the model's input.
-LONGEST = 16
+# Longest side over shortest, in multiples of the model's: longer images are cropped to it before
+# they are resized, which saves memory.
+MAX_ASPECT_RATIO = 16
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -110,12 +111,13 @@ def eval_transform(
     transform = create_transform(**data_config, is_training=False, normalize=normalize)
     steps = [partial(_convert, MODES[channels]), transform]
     if data_config.get("crop_mode", "center") == "center":
-        steps.insert(0, partial(_cut_ends, LONGEST * max(height, width) // min(height, width)))
+        longest = MAX_ASPECT_RATIO * max(height, width) // min(height, width)
+        steps.insert(0, partial(_cut_ends, longest))
     return transforms.Compose(steps)
 
 
 def _cut_ends(times: int, image: Image.Image) -> Image.Image:
-    """Keep the middle of an image that is more than so many times as long as it is wide."""
+    """Crop an image to its middle if its sides differ by more than a factor of `times`."""
     longest = times * min(image.size)
     if max(image.size) <= longest:
         return image

@@ -56,7 +56,7 @@ class LeftOut:
         self._names[kind] += map(str, names)
 
     def describe(self) -> list[str]:
-        """Give one line for each kind."""
+        """Return one line for each kind."""
         return [
             printable(f"left out: {len(names)} × {kind}, the first is {names[0]}")
             for kind, names in self._names.items()
@@ -65,7 +65,7 @@ class LeftOut:
 
 
 def find_split(name: str) -> str:
-    """Tell which split a name stands for; nothing if it stands for none, or for several."""
+    """Return the split that a name stands for; empty if it stands for none, or for several."""
     words = set(re.split(r"[-._ 0-9]+", name.lower()))
     found = [split for split, names in SPLITS.items() if words.intersection(names)]
     return found[0] if len(found) == 1 else ""
@@ -139,18 +139,18 @@ def list_files(root: Path, left_out: LeftOut) -> tuple[list[PurePath], list[Pure
 
 
 def _is_hidden(name: str) -> bool:
-    """Tell the files and folders that systems and programs leave behind."""
+    """Return the files and folders that systems and programs leave behind."""
     return name.startswith(".") or name.lower() in CLUTTER
 
 
 def is_named_like_image(file: PurePath) -> bool:
-    """Tell whether the suffix of a file is of a format that Pillow can read."""
+    """Return whether the suffix of a file is of a format that Pillow can read."""
     Image.init()
     return Image.EXTENSION.get(file.suffix.lower()) in Image.OPEN
 
 
 def is_image(file: Path) -> bool:
-    """Tell whether Pillow can read a file, by its suffix, or else by how it begins."""
+    """Return whether Pillow can read a file, by its suffix, or else by how it begins."""
     if is_named_like_image(file):
         return True
     try:
@@ -161,7 +161,7 @@ def is_image(file: Path) -> bool:
 
 
 def is_metadata(file: PurePath) -> bool:
-    """Tell whether a file lists images and what they show, as the datasets library knows it."""
+    """Return whether a file lists images and what they show, as the datasets library knows it."""
     return file.name in METADATA_FILES
 
 
@@ -177,7 +177,8 @@ def find_tables(
     for file in files:
         # A folder that is called after its split, or `data`, does not make another dataset.
         folders = [part for part in file.parts[:-1] if part != "data" and not find_split(part)]
-        split = next(filter(None, map(find_split, (file.stem, *reversed(file.parts[:-1])))), "")
+        found = [find_split(name) for name in (file.stem, *reversed(file.parts[:-1]))]
+        split = next((name for name in found if name), "")  # the file's own name comes first
         tables["/".join(folders)][split].append(file)
     if len(tables) > 1:
         names = [name or "the folder itself" for name in sorted(tables)]
@@ -232,11 +233,11 @@ class _Tree:
         """Go into one of its folders, or stay if that has no name."""
         if not name:
             return self
-        images, folders = (
-            [p.relative_to(name) for p in paths if p.parts[0] == name and len(p.parts) > 1]
-            for paths in (self.images, self.folders)
-        )
-        return _Tree(self.place / name, images, folders)
+
+        def below(paths: list[PurePath]) -> list[PurePath]:
+            return [p.relative_to(name) for p in paths if p.parts[0] == name and len(p.parts) > 1]
+
+        return _Tree(self.place / name, below(self.images), below(self.folders))
 
 
 def find_class_folders(
@@ -303,7 +304,10 @@ def find_class_folders(
 
 
 def _sort_by_class(tree: _Tree, names: Mapping[str, str], left_out: LeftOut) -> dict[str, RawSplit]:
-    """Take the first folder of each image of a split for its class; `names` are the splits'."""
+    """Sort the images of each split by the first folder that they are in, their class.
+
+    `names` has the folder of each split; an empty name stands for the tree itself.
+    """
     splits: dict[str, RawSplit] = {}
     for split in sorted(names, key=list(SPLITS).index):
         inside = tree.enter(names[split])

@@ -66,21 +66,21 @@ class LabeledImages(Dataset[tuple[Any, int]]):
         image = self._read(self._indices[index])
         return (self._transform(image) if self._transform else image), self.labels[index]
 
-    def take(self, indices: Sequence[int]) -> LabeledImages:
-        """Give some of the images."""
+    def select(self, indices: Sequence[int]) -> LabeledImages:
+        """Return some of the images, by index."""
         view = copy.copy(self)
         view.labels = [self.labels[i] for i in indices]
         view._indices = [self._indices[i] for i in indices]
         return view
 
-    def seen_through(self, transform: Callable[[Image.Image], Any]) -> LabeledImages:
-        """Give the same images with a transform applied to each."""
+    def with_transform(self, transform: Callable[[Image.Image], Any]) -> LabeledImages:
+        """Return the same images with a transform applied to each."""
         view = copy.copy(self)
         view._transform = transform
         return view
 
-    def renumbered(self, numbers: Mapping[int, int]) -> LabeledImages:
-        """Give the same images with other numbers for their classes."""
+    def relabeled(self, numbers: Mapping[int, int]) -> LabeledImages:
+        """Return the same images with other numbers for their classes."""
         view = copy.copy(self)
         view.labels = [numbers[label] for label in self.labels]
         return view
@@ -116,7 +116,7 @@ class ImageDataset:
         return "test" if "test" in self.splits or "validation" not in self.splits else "validation"
 
     def get(self, split: str) -> LabeledImages:
-        """Give the images of a split.
+        """Return the images of a split.
 
         Raises:
             DataError: If there are none.
@@ -224,9 +224,9 @@ def _number_classes(
     raw: Mapping[str, RawSplit],
     left_out: LeftOut,
 ) -> ImageDataset:
-    """Give each class one number in all splits."""
-    # As the Hub keeps the test images of competitions.
+    """Number the classes, the same way in all splits."""
     raw = dict(raw)
+    # Splits of which no image has a label, such as the test images of competitions on the Hub.
     for split in list(raw):
         if all(label in (None, -1) for label in raw[split].labels):
             rows = range(len(raw.pop(split).labels))
@@ -297,7 +297,7 @@ def read_images(
         DataError: If images cannot be read, naming the first of them.
     """
     tensors, labels, damaged = [], [], []
-    images = images.seen_through(transform)
+    images = images.with_transform(transform)
     rows = range(len(images))
     for row in tqdm(rows, desc="read", leave=False, disable=None if progress else True):
         try:

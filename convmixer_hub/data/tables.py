@@ -89,7 +89,7 @@ def load_metadata(
 def load_saved(folder: Path, label_column: str | None, left_out: LeftOut) -> dict[str, RawSplit]:
     """Read a folder that `save_to_disk` wrote; arguments and errors as in `load_parquet`."""
     datasets = _import_datasets(folder)
-    with _naming(f"{folder}:"):
+    with _raising_data_errors(f"{folder}:"):
         loaded = datasets.load_from_disk(str(folder))
     if not isinstance(loaded, Mapping):
         split = find_split(str(loaded.split).partition("[")[0])  # of train[:1000]
@@ -118,11 +118,11 @@ def load_from_hub(
             f"{repo_id}: no such folder; for a dataset of the Hub, pip install datasets"
         ) from None
     where = f"{repo_id}: no such folder, and what the Hub has by that name"
-    with _naming(where):
+    with _raising_data_errors(where):
         names = datasets.get_dataset_config_names(repo_id)
     if config not in names and (config or len(names) > 1):
         raise DataError(f"{repo_id}: holds {', '.join(names)}; choose one of them with --config")
-    with _naming(where):
+    with _raising_data_errors(where):
         loaded = datasets.load_dataset(repo_id, config)
     return _read_tables(datasets, loaded, repo_id, label_column, left_out)
 
@@ -141,7 +141,7 @@ def _import_datasets(place: object) -> ModuleType:
 
 
 @contextmanager
-def _naming(place: str) -> Iterator[None]:
+def _raising_data_errors(place: str) -> Iterator[None]:
     """Let the errors of the datasets library, which are of all kinds, begin with what was read."""
     try:
         yield
@@ -182,7 +182,7 @@ def _load_files(
         split: [glob.escape(os.path.abspath(folder / file)) for file in files]
         for split, files in places.items()
     }
-    with _naming(f"{folder}:"):
+    with _raising_data_errors(f"{folder}:"):
         loaded: Mapping[str, Any] = datasets.load_dataset(kind, data_files=patterns)
     return loaded
 

@@ -15,7 +15,7 @@ from huggingface_hub.file_download import repo_folder_name
 
 from ..errors import CheckpointError, first_line
 from ..files import hash_file, replacing
-from .records import OWN_COPY, WEIGHTS_FILE, CheckpointRecord, get_record
+from .records import OWN_COPY_ADVICE, WEIGHTS_FILE, CheckpointRecord, get_record
 
 SOURCES = ("auto", "embedded", "hub")
 
@@ -61,7 +61,7 @@ def find_cached(record: CheckpointRecord, cache_dir: str | Path | None = None) -
 
 
 def locate(record: CheckpointRecord) -> str:
-    """Tell where `find_checkpoint` would take a model from: `embedded`, `cache` or `hub`.
+    """Return where `find_checkpoint` would take a model from: `embedded`, `cache` or `hub`.
 
     Raises:
         CheckpointError: If `CONVMIXER_HUB_SOURCE` is none of the sources, or the Hub's cache cannot
@@ -147,7 +147,7 @@ def _download(record: CheckpointRecord, cache: Path, damaged: Path | None) -> Pa
                 return _put_in_cache(file, record, commit, cache)
     raise CheckpointError(
         f"{record.repository.address} gives another file, so it is not to be trusted "
-        f"({fault}); check HF_ENDPOINT and CONVMIXER_HUB_NAMESPACE, or {OWN_COPY}"
+        f"({fault}); check HF_ENDPOINT and CONVMIXER_HUB_NAMESPACE, or {OWN_COPY_ADVICE}"
     )
 
 

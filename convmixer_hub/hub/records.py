@@ -16,7 +16,7 @@ GOLDEN_FILE = "golden.json"
 CARD_FILE = "README.md"
 
 # Stands in a card for the repository that it is going to be in.
-SOME_REPOSITORY = "OWNER/REPO"
+PLACEHOLDER_REPO_ID = "OWNER/REPO"
 
 # What of a model's folder goes to others; the states of a training run, for one, do not.
 MODEL_FILES = (
@@ -34,7 +34,7 @@ MODEL_FILES = (
 MISTAKES_FILE = "mistakes.png"
 
 DEFAULT_TAG = "cifar10"
-OWN_COPY = "reinstall the package and unset CONVMIXER_HUB_SOURCE to use its own copy"
+OWN_COPY_ADVICE = "reinstall the package and unset CONVMIXER_HUB_SOURCE to use its own copy"
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,7 @@ class CheckpointRecord:
             self.repo_id,
             self.revision,
             naming="check CONVMIXER_HUB_NAMESPACE and HF_ENDPOINT",
-            otherwise=f", or {OWN_COPY}",
+            otherwise=f", or {OWN_COPY_ADVICE}",
             offline=", or copy the Hub's cache folder from a machine where "
             f"`convmixer pull {self.name}` was run",
         )

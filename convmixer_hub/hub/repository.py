@@ -38,9 +38,9 @@ class Repository:
     Attributes:
         repo_id: `OWNER/NAME`.
         revision: A branch, tag or commit; the main branch if None.
-        naming: What to check where another one may be meant, as a clause.
-        otherwise: How to do without it, as the end of a sentence.
-        offline: How to do without the network, likewise.
+        naming: Advice for when another repository may be meant: a clause.
+        otherwise: Advice on how to do without the repository: ends a sentence.
+        offline: Advice on how to do without the network: likewise.
     """
 
     repo_id: str
@@ -67,7 +67,7 @@ class Repository:
         """Find a file in the Hub's cache, downloading it if it is not there; None if there is none.
 
         Raises:
-            CheckpointError: If nobody can say, in one line with the remedy.
+            CheckpointError: If neither can be found out, in one line with the remedy.
         """
         try:
             read_token()
@@ -160,9 +160,9 @@ class Repository:
 
 
 def _unwrap(error: Exception) -> Exception:
-    """Take an error out of the advice, which does not say what befell, that the client wraps it in.
+    """Return the error that the client wrapped in general advice, which does not say what failed.
 
-    It does that to whatever befell its first request.
+    It wraps any error of its first request like this.
     """
     wrapped = error.__cause__
     if isinstance(error, HfHubHTTPError) or not isinstance(wrapped, Exception):
@@ -173,7 +173,7 @@ def _unwrap(error: Exception) -> Exception:
 def explain_upload(error: Exception) -> str:
     """Say in one line why the Hub did not take files, and what to do."""
     if isinstance(error, RuntimeError) and isinstance(error.__cause__, Exception):
-        # The client wraps what befell an upload into an error that does not say what.
+        # The client wraps an error of an upload in another that does not say what failed.
         error = error.__cause__
     if isinstance(error, HfHubHTTPError):
         status = error.response.status_code
@@ -209,13 +209,13 @@ def explain_upload(error: Exception) -> str:
 
 
 def describe_answer(error: HfHubHTTPError) -> str:
-    """Give the status of an answer and what the Hub says about it, in one line."""
+    """Return the status of an answer and what the Hub says about it, in one line."""
     said = error.server_message or error.response.reason_phrase
     return f"HTTP {error.response.status_code}: {' '.join(said.split())}"
 
 
 def _is_passing(status: int) -> bool:
-    """Tell whether the same request may do better later, by the HTTP status of the answer."""
+    """Return whether the same request may do better later, by the HTTP status of the answer."""
     return status in (408, 429) or status >= 500
 
 

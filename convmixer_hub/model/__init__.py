@@ -1,1 +1,1 @@
-"""The network: the paper in PyTorch, and what makes it fast on a CPU."""
+"""The ConvMixer network, and what makes it fast on a CPU or a GPU."""

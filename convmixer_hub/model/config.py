@@ -19,7 +19,7 @@ def get_config(model: nn.Module) -> dict[str, Any]:
 
 
 def get_label_names(model: nn.Module) -> list[str] | None:
-    """Name the classes of a model by index; None if its configuration is not about its classes."""
+    """Return the names of a model's classes by index; None if it has none, or too few or many."""
     names = order_names(get_config(model).get("label_names"))
     return list(names) if names and len(names) == model.num_classes else None
 

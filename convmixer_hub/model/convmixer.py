@@ -1,15 +1,16 @@
 """ConvMixer, from "Patches Are All You Need?" (Trockman & Kolter, 2022, arXiv:2201.09792).
 
 An image is cut into patches, and every patch becomes a vector of `d_model` numbers. Then come
-layers that mix, in turn, *places* (a depthwise convolution, with a residual connection around it)
-and *channels* (a 1x1 convolution, without one). The mean over all places goes to a linear head.
+layers that mix, in turn, *positions* (a depthwise convolution, with a residual connection around
+it) and *channels* (a 1x1 convolution, without one). The mean over all positions goes to a linear
+head.
 
 The names of the modules, and so the keys of the state dict, are those of labml_nn's ConvMixer.
 Methods and attributes that timm expects of its models stand at the end of `ConvMixer`.
 """
 
-# No `from __future__ import annotations` here: torch.fx would hand on to TorchScript, as the type
-# of an image, the string "Tensor".
+# No `from __future__ import annotations` here: torch.fx would then tell TorchScript that the type
+# of an image is the string "Tensor".
 
 from collections.abc import Mapping
 from typing import Any
@@ -44,7 +45,7 @@ def _get_activation(act_layer: type[nn.Module] | str) -> type[nn.Module]:
 
 
 def name_activation(model: nn.Module) -> str | None:
-    """Tell which of `ACTIVATIONS` a ConvMixer, ours or timm's, has; None if it is another."""
+    """Return which of `ACTIVATIONS` a ConvMixer, ours or timm's, has; None if it is another."""
     for module in model.modules():
         for name, act_layer in ACTIVATIONS.items():
             if type(module) is act_layer and getattr(module, "approximate", "none") == "none":

@@ -1,9 +1,8 @@
-// Passes over the activations of a training step that torch has no fast version of on a CPU.
+// Fused passes over the activations of a training step, for which torch has nothing fast on a CPU.
 //
-// Everything here reads and writes tensors [images, channels, height, width] stored channels last,
-// in fp32 or bfloat16, sixteen channels at a time, and computes in fp32. The processor's cores share
-// the work; no result depends on how many there are. `cpu.py` compiles this file, says what the
-// passes are for and calls them.
+// They read and write tensors [images, channels, height, width] stored channels last, in fp32 or
+// bfloat16, sixteen channels at a time, and compute in fp32. The processor's cores share the work;
+// no result depends on how many there are. `cpu.py` compiles this file and calls the passes.
 
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
@@ -22,7 +21,7 @@ namespace {
 using at::BFloat16;
 using at::Tensor;
 
-// Vectors of sixteen; the compiler makes of them what the processor has.
+// Vectors of sixteen numbers; the compiler maps them to the registers that the processor has.
 constexpr int64_t LANES = 16;
 typedef float Floats __attribute__((vector_size(64), aligned(4)));
 typedef int32_t Ints __attribute__((vector_size(64), aligned(4)));
@@ -50,7 +49,7 @@ inline void store(BFloat16* to, Floats x) {
 
 inline void add(float* to, Floats x) { store(to, load(to) + x); }
 
-// exp(-z * z / 2): 2^(whole + fraction), the former through the exponent's bits.
+// exp(-z * z / 2) = 2^power = 2^whole * 2^f: a polynomial in f, then `whole` added to the exponent.
 inline Floats bell(Floats z) {
   constexpr float rounding = 12582912.0f;  // 1.5 * 2^23: adding it leaves no fraction
   Floats power = z * z * -0.72134752f;
@@ -59,7 +58,7 @@ inline Floats bell(Floats z) {
   Floats exp2 = 1.32764707e-3f * f + 9.67554132e-3f;  // relative error 1e-7
   exp2 = ((exp2 * f + 5.55071328e-2f) * f + 2.40221197e-1f) * f + 6.93146967e-1f;
   exp2 = exp2 * f + 1.00000007f;
-  // Far out it is nothing beside all that follows; a denormal number would slow some CPUs down.
+  // Beyond |z| = 9 it is negligible, and a denormal number would slow some CPUs down.
   Floats result = (Floats)((Ints)exp2 + ((Ints)whole << 23));
   return z * z < 81.0f ? result : Floats{};
 }
@@ -77,7 +76,7 @@ inline void gelu(Floats z, Floats& y, Floats& slope) {
   slope = cdf + z * density * 0.398942280f;
 }
 
-// Images' places are taken in groups, and each group summed by itself: a long sum of fp32 numbers
+// Sums are taken over groups of 64 positions, then over the groups: one long sum of fp32 numbers
 // that are alike would lose digits.
 constexpr int64_t GROUP = 64;
 
@@ -87,7 +86,7 @@ Tensor make_sums(const Tensor& x) {
   return at::zeros({count_groups(x), 2, x.size(1)}, x.options().dtype(at::kFloat));
 }
 
-// Calls f(group, channel, place in memory) for each sixteen channels, in the order of memory.
+// Calls f(group, channel, offset) for each vector of sixteen channels, in the order of memory.
 template <class F>
 void for_each_vector(const Tensor& x, F f) {
   const int64_t channels = x.size(1);
@@ -102,7 +101,7 @@ void for_each_vector(const Tensor& x, F f) {
   });
 }
 
-// Calls f with a number of the type that a tensor holds.
+// Calls f with a number of the tensor's element type, float or bfloat16.
 template <class F>
 void for_type_of(const Tensor& x, F f) {
   if (x.scalar_type() == at::kBFloat16)
@@ -153,7 +152,7 @@ std::tuple<Tensor, Tensor, Tensor> activate(const Tensor& z, const Tensor& cente
   return {y, slope, sums.sum(0)};
 }
 
-// BatchNorm of y by what `activate` summed over `count` values a channel; also mean and variance.
+// BatchNorm of y, by the sums from `activate` over `count` values per channel; mean and variance.
 std::tuple<Tensor, Tensor, Tensor> normalize(const Tensor& y, const Tensor& sums,
                                              const Tensor& center, const Tensor& weight,
                                              const Tensor& bias, int64_t count, double eps) {
@@ -204,7 +203,10 @@ Tensor sum_gradient(const Tensor& grad, const Tensor& y, const Tensor& mean) {
   return sums.sum(0);
 }
 
-// What z gets: back through BatchNorm, by what `sum_gradient` summed, and through the GELU.
+// The gradient of z: back through BatchNorm, by the sums from `sum_gradient`, and through GELU.
+// With s = weight / std and means over the batch, it is
+//   slope * s * (grad - mean(grad) - (y - mean) / variance * mean(grad * (y - mean))),
+// here with one factor of grad, one of y and one constant per channel.
 Tensor input_gradient(const Tensor& grad, const Tensor& y, const Tensor& slope, const Tensor& sums,
                       const Tensor& weight, const Tensor& mean, const Tensor& variance,
                       int64_t count, double eps) {
@@ -236,12 +238,13 @@ Tensor input_gradient(const Tensor& grad, const Tensor& y, const Tensor& slope, 
   return result;
 }
 
-// Gradients of one image, sixteen channels: K * K products of x, shifted, and grad, and their bias.
+// Sums of products for one image and sixteen channels: grad with x shifted by each of the K * K
+// offsets of the kernel, and grad alone (the gradient of the bias).
 //
-// Args: x and grad at the first of the channels; sums [K * K + 1, channels]; wide, an image of
-// zeros with K / 2 more columns on both sides, and copy, one as large as grad, both fp32.
+// x and grad point at the first of the channels; sums is [K * K + 1, channels]. Scratch space in
+// fp32: `wide` is an image with K / 2 more columns on both sides, zero at first; `copy` holds grad.
 template <int K, class T>
-void add_products(const T* x, const T* grad, float* sums, float* wide, float* copy,
+void sum_products(const T* x, const T* grad, float* sums, float* wide, float* copy,
                   int64_t height, int64_t width, int64_t channels) {
   constexpr int PADDING = K / 2;
   const int64_t row = (width + 2 * PADDING) * LANES;
@@ -274,7 +277,7 @@ void add_products(const T* x, const T* grad, float* sums, float* wide, float* co
 }
 
 template <int K>
-void add_products(const Tensor& x, const Tensor& grad, Tensor& sums) {
+void sum_products(const Tensor& x, const Tensor& grad, Tensor& sums) {
   const int64_t images = x.size(0), channels = x.size(1), height = x.size(2), width = x.size(3);
   const int64_t size = channels * height * width;
   for_type_of(x, [&](auto zero) {
@@ -285,25 +288,25 @@ void add_products(const Tensor& x, const Tensor& grad, Tensor& sums) {
       std::vector<float> wide(height * (width + K - 1) * LANES), copy(height * width * LANES);
       for (int64_t image = begin; image < end; image++)
         for (int64_t channel = 0; channel < channels; channel += LANES)
-          add_products<K>(xs + image * size + channel, grads + image * size + channel,
+          sum_products<K>(xs + image * size + channel, grads + image * size + channel,
                           to + image * (K * K + 1) * channels + channel, wide.data(), copy.data(),
                           height, width, channels);
     });
   });
 }
 
-// What weight [channels, 1, kernel_size, kernel_size] and bias [channels] of a depthwise
-// convolution with stride 1 and "same" padding get, in fp32.
+// The gradients, in fp32, of weight [channels, 1, kernel_size, kernel_size] and of bias [channels]
+// of a depthwise convolution with stride 1 and "same" padding.
 std::tuple<Tensor, Tensor> depth_wise_gradients(const Tensor& x, const Tensor& grad,
                                                 int64_t kernel_size) {
   check(x, grad), check(grad, grad);
   const int64_t channels = x.size(1), products = kernel_size * kernel_size;
   Tensor sums = at::empty({x.size(0), products + 1, channels}, x.options().dtype(at::kFloat));
   switch (kernel_size) {
-    case 3: add_products<3>(x, grad, sums); break;
-    case 5: add_products<5>(x, grad, sums); break;
-    case 7: add_products<7>(x, grad, sums); break;
-    case 9: add_products<9>(x, grad, sums); break;
+    case 3: sum_products<3>(x, grad, sums); break;
+    case 5: sum_products<5>(x, grad, sums); break;
+    case 7: sum_products<7>(x, grad, sums); break;
+    case 9: sum_products<9>(x, grad, sums); break;
     default: TORCH_CHECK(false, "kernel_size is ", kernel_size);
   }
   sums = sums.sum(0);

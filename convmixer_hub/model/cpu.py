@@ -1,8 +1,9 @@
-"""Faster training on a CPU, for a model that is trained there: the same results, in less time.
+"""Faster training on a CPU: GELU and BatchNorm fused, and a fast depthwise weight gradient.
 
-Next to the convolutions, GELU and BatchNorm are most of a training step, and what they cost is
-reading and writing memory. `cpu.cpp` has them in as few passes as there can be, and a fast weight
-gradient of the depthwise convolutions; it is compiled the first time that it is needed.
+The results are the same. Next to the convolutions, GELU and BatchNorm are most of a training step,
+and what they cost is reading and writing memory. `cpu.cpp` has them in as few passes as there can
+be, and a fast weight gradient of the depthwise convolutions; it is compiled the first time that it
+is needed.
 
 With several processes the statistics are those of all their batches together, which torch's own
 SyncBatchNorm computes on GPUs alone.
@@ -42,7 +43,7 @@ _logger = logging.getLogger(__package__)
 
 @cache
 def load_passes() -> bool:
-    """Compile `cpu.cpp` (10 seconds, once a machine) and load it as `torch.ops.convmixer_hub`.
+    """Compile `cpu.cpp` (10 seconds, once per machine) and load it as `torch.ops.convmixer_hub`.
 
     Returns:
         Whether that worked; if not, one WARNING says why.
@@ -177,12 +178,12 @@ def _store_channels_last(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple
 
 
 def speed_up_on_cpu(model: nn.Module) -> None:
-    """Let a ConvMixer and its layers compute what is above, in place.
+    """Replace the modules of a ConvMixer with the faster ones above, in place.
 
-    Results, gradients and the state dict stay those of the separate modules, up to rounding, and
-    as with these, `torch.autocast` has all but statistics and parameters in bfloat16. Make the
-    optimizer after this: some parameters are new objects. Without a C++ compiler, images are
-    stored channels last and all else stays as it is.
+    Results, gradients and the state dict stay the same, up to rounding. Under `torch.autocast`, all
+    but statistics and parameters is in bfloat16, as with the separate modules. Make the optimizer
+    after this: some parameters are new objects. Without a C++ compiler, the model only stores
+    images channels last.
 
     Args:
         model: On the CPU, in fp32. Layers with another activation, or whose number of channels is
@@ -241,19 +242,20 @@ def choose_dtype(
     layer = copy.deepcopy(model.conv_mixer_layers[0]).train()
     side = image_size // model.patch_emb.patch_size
     x = torch.rand(max(2, 8192 // side**2), model.num_features, side, side)
-    inputs = (x.clone().requires_grad_(), x.bfloat16().requires_grad_())
-    seconds: tuple[list[float], list[float]] = ([], [])
+    dtypes = (torch.float32, torch.bfloat16)
+    inputs = {dtype: x.to(dtype, copy=True).requires_grad_() for dtype in dtypes}
+    seconds: dict[torch.dtype, list[float]] = {dtype: [] for dtype in dtypes}
     for _ in range(5):  # in turns, and the first of each does not count
-        for in_bf16, taken in enumerate(seconds):
+        for dtype, features in inputs.items():
             layer.zero_grad()
-            inputs[in_bf16].grad = None
+            features.grad = None
             start = time.perf_counter()
-            with torch.autocast("cpu", torch.bfloat16, enabled=bool(in_bf16)):
-                y = layer(inputs[in_bf16])
+            with torch.autocast("cpu", torch.bfloat16, enabled=dtype is torch.bfloat16):
+                y = layer(features)
             y.backward(y.detach())
-            taken.append(time.perf_counter() - start)
-    medians = sum_over_processes(torch.tensor([statistics.median(s[1:]) for s in seconds]))
-    fp32, bf16 = (1000 * medians / get_world_size()).tolist()
+            seconds[dtype].append(time.perf_counter() - start)
+    medians = torch.tensor([statistics.median(taken[1:]) for taken in seconds.values()])
+    fp32, bf16 = (1000 * sum_over_processes(medians) / get_world_size()).tolist()
     if bf16 < fp32:
         return torch.bfloat16, f"bf16: a layer takes {bf16:.1f} ms, {fp32:.1f} ms in fp32"
     return torch.float32, f"fp32: a layer takes {fp32:.1f} ms, {bf16:.1f} ms in bf16"

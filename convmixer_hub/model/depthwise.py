@@ -61,12 +61,14 @@ class _DepthWiseConvFunction(torch.autograd.Function):
         ctx: Any,
         x_tangent: Tensor | None,
         weight_tangent: Tensor | None,
-        bias: Tensor | None,
+        bias_tangent: Tensor | None,
         fast: None,
     ) -> Tensor:
         x, weight = ctx.saved_tensors
         options = {"padding": weight.shape[-1] // 2, "groups": weight.shape[0]}
-        tangent = torch.zeros_like(x) if bias is None else bias.view(-1, 1, 1).expand_as(x)
+        tangent = torch.zeros_like(x)
+        if bias_tangent is not None:
+            tangent = tangent + bias_tangent.view(-1, 1, 1)
         if x_tangent is not None:
             tangent = tangent + F.conv2d(x_tangent, weight, **options)
         if weight_tangent is not None:
@@ -75,7 +77,7 @@ class _DepthWiseConvFunction(torch.autograd.Function):
 
 
 def _get_dtype(weight: Tensor) -> torch.dtype:
-    """Give the type in which a convolution with these weights computes, which autocast decides."""
+    """Return the dtype in which a convolution with these weights computes, as autocast decides."""
     return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else weight.dtype
 
 

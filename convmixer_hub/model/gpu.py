@@ -1,13 +1,13 @@
-"""Faster training on a GPU, for a model that is trained there: the same results, in less time.
+"""Faster training on a GPU: depthwise convolutions as matrix products, GELU and BatchNorm fused.
 
-A GPU multiplies matrices ten times as fast as it does anything else, but has no such unit for
-depthwise convolutions. On small images these are products of matrices, too: for each channel,
-`[images, places]` times `[places, places]`, a matrix that holds each weight of the kernel once for
-every pair of places that it connects (a Toeplitz matrix). What is left, GELU, BatchNorm and the
-residual connection, costs what reading and writing memory costs, so it is done in as few passes as
-there can be.
+The results are the same. A GPU multiplies matrices ten times as fast as it does anything else, but
+has no such unit for depthwise convolutions. On small images these are matrix products, too: for
+each channel, `[images, positions]` times `[positions, positions]`, a matrix that holds each weight
+of the kernel once for every pair of positions that it connects (a Toeplitz matrix). What is left,
+GELU, BatchNorm and the residual connection, costs what reading and writing memory costs, so it is
+done in as few passes as there can be.
 
-Activations are `[channels, images, places]`, so that a 1x1 convolution is one product of matrices,
+Activations are `[channels, images, positions]`, so that a 1x1 convolution is one matrix product,
 and the statistics of a channel are sums over a row.
 """
 
@@ -28,15 +28,15 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from ..errors import first_line
 from .convmixer import ConvMixer, ConvMixerLayer, name_activation
 
-# The matrices grow with its square: with 256 channels, these take 0.5 GB a layer in bfloat16.
-MOST_PLACES = 1024
+# The matrices grow with its square: with 256 channels, these take 0.5 GB per layer in bfloat16.
+MAX_POSITIONS = 1024
 # Matrix products are faster where rows have a multiple of this length.
 ALIGNMENT = 8
-# How many sums a GPU is given at a time, where rows can be split into so many.
+# Into how many partial sums rows are split, if they can be, so that a GPU has enough to do.
 PARTS = 1024
-# For how many shapes a function is compiled at most. Three sizes of images in a run and in its
+# How many shapes torch.compile compiles a function for. Three sizes of images in a run and in its
 # teacher, with and without a residual, are 12.
-MOST_SHAPES = 64
+MAX_SHAPES = 64
 
 _logger = logging.getLogger(__package__)
 
@@ -58,7 +58,7 @@ def _compiled_on_gpu(function: Callable) -> Callable:
         try:
             # By default torch.compile gives up after 8 shapes. Since torch 2.7 this is another name
             # of recompile_limit.
-            with torch._dynamo.config.patch(cache_size_limit=MOST_SHAPES):
+            with torch._dynamo.config.patch(cache_size_limit=MAX_SHAPES):
                 return compile_it()(x, *others)
         except torch.OutOfMemoryError:
             raise
@@ -75,7 +75,7 @@ def _compiled_on_gpu(function: Callable) -> Callable:
 
 
 def _normal_cdf(z: Tensor) -> tuple[Tensor, Tensor]:
-    """Give the cumulative standard normal distribution, which is GELU(z) / z, and exp(-z²/2)."""
+    """Return the cumulative standard normal distribution, which is GELU(z) / z, and exp(-z²/2)."""
     density = torch.exp(-0.5 * z * z)
     if z.dtype != torch.float32:
         return 0.5 + 0.5 * torch.erf(z * 0.5**0.5), density
@@ -156,7 +156,7 @@ def _input_gradient(
     weight: Tensor,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Give the gradients of z, of the bias, and of the weight of BatchNorm."""
+    """Return the gradients of z, of the bias, and of the weight of BatchNorm."""
     rstd = (variance + eps).rsqrt()
     from_mean = sums[0] / z.shape[1]
     from_variance = sums[1] * rstd * rstd / z.shape[1]
@@ -170,11 +170,11 @@ def _input_gradient(
 
 
 def _multiply(x: Tensor, matrix: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Mix places, by a matrix for each channel, or channels; also give the residual of the former.
+    """Mix positions (one matrix per channel) or channels; also return the former's residual.
 
     Args:
-        x: `[channels, images, places]`.
-        matrix: `[channels, places, places]`, or `[channels out, channels]`.
+        x: `[channels, images, positions]`.
+        matrix: `[channels, positions, positions]`, or `[channels out, channels]`.
 
     Returns:
         Both as rows, `[channels, values]`.
@@ -184,7 +184,11 @@ def _multiply(x: Tensor, matrix: Tensor) -> tuple[Tensor, Tensor | None]:
 
 
 class _MixFunction(torch.autograd.Function):
-    """A product with one matrix or one for each channel, GELU, BatchNorm, and a residual."""
+    """A matrix product, GELU, BatchNorm and a residual, all of it one function.
+
+    `bias` is that of the convolution; `weight`, `shift` (its bias) and `center` (its running mean)
+    are those of BatchNorm.
+    """
 
     @staticmethod
     def forward(
@@ -230,7 +234,7 @@ class _MixFunction(torch.autograd.Function):
 
 
 def _mix(x: Tensor, matrix: Tensor, bias: Tensor, norm: nn.BatchNorm2d) -> Tensor:
-    """Mix places or channels of `[channels, images, places]`, as `ConvMixerLayer` does."""
+    """Mix positions or channels of `[channels, images, positions]`, as `ConvMixerLayer` does."""
     mean, variance = norm.running_mean, norm.running_var
     assert mean is not None and variance is not None and norm.momentum is not None
     if not norm.training:
@@ -261,10 +265,10 @@ def _pad(x: Tensor, dim: int) -> Tensor:
 def _find_pairs(
     kernel_size: int, rows: int, columns: int, device: torch.device, dtype: torch.dtype
 ) -> Tensor:
-    """Tell which weight connects which places: `[weights, places * places]`, of ones and zeros."""
+    """Return which weight connects which positions: `[weights, positions * positions]`, 0 or 1."""
     y, x = torch.arange(rows, device=device), torch.arange(columns, device=device)
     y, x = y.repeat_interleave(columns), x.repeat(rows)
-    # [places in, places out]: the row and the column of the weight between them.
+    # [positions in, positions out]: the row and the column of the weight between them.
     dy = y[:, None] - y[None, :] + kernel_size // 2
     dx = x[:, None] - x[None, :] + kernel_size // 2
     connected = (dy >= 0) & (dy < kernel_size) & (dx >= 0) & (dx < kernel_size)
@@ -274,7 +278,7 @@ def _find_pairs(
 
 
 def _make_toeplitz(kernels: Tensor, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
-    """Turn depthwise kernels `[channels, 1, k, k]` into `[channels, places in, places out]`."""
+    """Turn depthwise kernels `[channels, 1, k, k]` into `[channels, positions, positions]`."""
     pairs = _find_pairs(kernels.shape[-1], rows, columns, kernels.device, dtype)
     matrices = _pad(kernels.flatten(1), dim=1).to(dtype) @ pairs
     return matrices.view(-1, rows * columns, rows * columns)
@@ -298,11 +302,11 @@ class FastOnGPU(nn.Module):
         model, kind = self.model, images.device.type
         size = model.patch_emb.patch_size
         rows, columns = images.shape[2] // size, images.shape[3] // size
-        if rows * columns > MOST_PLACES:
+        if rows * columns > MAX_POSITIONS:
             return model(images)
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else images.dtype
 
-        # Patches: [channels of a patch, images, places].
+        # Patches: [channels of a patch, images, positions].
         patches = images[:, :, : rows * size, : columns * size].to(dtype)
         patches = patches.unflatten(3, (columns, size)).unflatten(2, (rows, size))
         patches = patches.permute(1, 3, 5, 0, 2, 4).flatten(4).flatten(0, 2)
@@ -311,7 +315,7 @@ class FastOnGPU(nn.Module):
         patches = _pad(patches.flatten(1), dim=0).view(-1, *patches.shape[1:])
         x = _mix(patches, matrix, _bias(stem.conv), stem.norm)
 
-        # Layers: [d_model, images, places].
+        # Layers: [d_model, images, positions].
         for layer in model.conv_mixer_layers:
             assert isinstance(layer, ConvMixerLayer)
             matrices = _make_toeplitz(layer.depth_wise_conv.weight, rows, columns, dtype)
@@ -327,7 +331,7 @@ def _bias(conv: nn.Conv2d) -> Tensor:
 
 
 def can_speed_up(model: ConvMixer) -> bool:
-    """Tell whether `FastOnGPU` can stand in for a model: all must be as in the paper."""
+    """Return whether `FastOnGPU` can stand in for a model: all must be as in the paper."""
     head = model.classification
     norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
     return (

@@ -1,9 +1,9 @@
-"""A ConvMixer that only answers: the logits of the model it is made from, several times faster.
+"""A ConvMixer prepared for inference: the same logits, several times faster on a CPU.
 
-Three things make it fast on a CPU. What BatchNorm does in evaluation, one factor and one summand a
-channel, is computed with the residual connection or goes into the next convolution; GELU is
-computed by oneDNN while a convolution's output is in the cache, as PyTorch's compiled models do
-it; and a batch goes through in parts that are small enough to stay there.
+Three things make it fast. What BatchNorm does in evaluation, one scale and one shift per channel,
+is computed with the residual connection or goes into the next convolution; GELU is computed by
+oneDNN while a convolution's output is in the cache, as PyTorch's compiled models do it; and a batch
+goes through in parts that are small enough to stay there.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def prepare_for_inference(model: nn.Module) -> InferenceConvMixer:
 
 
 def prepare_if_possible(model: nn.Module) -> nn.Module:
-    """Give the model prepared for inference, or as it is if it is none that can be prepared."""
+    """Return the model prepared for inference, or as it is if it cannot be prepared."""
     try:
         return prepare_for_inference(model)
     except ModelSizeError:
@@ -59,9 +59,9 @@ class _Convolution(nn.Module):
     """A convolution and the activation after it.
 
     Args:
-        conv: The convolution, whose input is `x` instead of `x + shift`.
+        conv: The convolution. Given `shift`, it takes `x` in place of `x + shift`.
         act: The activation; None for exact GELU.
-        shift: What was added to each channel of the input, of a 1x1 convolution.
+        shift: One number for each input channel, which goes into the bias; for a 1x1 convolution.
     """
 
     weight: Tensor
@@ -101,6 +101,8 @@ class _Convolution(nn.Module):
 
 
 class _Layer(nn.Module):
+    """A ConvMixer layer; each BatchNorm is a scale and a shift, or folded into what follows."""
+
     scale1: Tensor
     scale2: Tensor
     shift2: Tensor
@@ -201,7 +203,7 @@ class InferenceConvMixer(nn.Module):
         )
 
     def _is_fused_right(self) -> bool:
-        """Try oneDNN's operation, which is none of PyTorch's public ones."""
+        """Check that oneDNN's fused operation, which PyTorch does not make public, is right."""
         conv = self.stem
         if conv.weight.device.type != "cpu" or conv.weight.dtype != torch.float32:
             return False
@@ -217,7 +219,7 @@ class InferenceConvMixer(nn.Module):
 
 
 def _read_norm(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
-    """Give what BatchNorm multiplies by and then adds in evaluation, each `[channels, 1, 1]`."""
+    """Return what BatchNorm multiplies by and then adds in evaluation, each `[channels, 1, 1]`."""
     assert norm.running_var is not None and norm.running_mean is not None
     tensors = (norm.running_mean, norm.running_var, norm.weight, norm.bias)
     mean, variance, weight, bias = (tensor.detach().cpu().double() for tensor in tensors)

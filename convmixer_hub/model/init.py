@@ -8,8 +8,8 @@ from torch import Tensor
 from .convmixer import ConvMixer
 
 
-def draw_kernels_by_depth(model: ConvMixer) -> None:
-    """Draw the depthwise kernels of a model anew, smoother and wider the deeper the layer.
+def init_depthwise_kernels(model: ConvMixer) -> None:
+    """Initialize the depthwise kernels of a model, smoother and wider the deeper the layer.
 
     After Trockman, Willmott & Kolter (2022, arXiv:2210.03651), with a simpler covariance and the
     mean square that PyTorch's own initialization gives the values of a layer. The numbers come
@@ -32,15 +32,15 @@ def draw_kernels_by_depth(model: ConvMixer) -> None:
 def make_covariance(kernel_size: int, variance: float) -> Tensor:
     """Make the covariance `[kernel_size², kernel_size²]` of the values of one kernel.
 
-    It is a product of Gaussians, of the distance between two places and of the distance of each
+    It is a product of Gaussians, of the distance between two positions and of the distance of each
     from the center: values are alike where they are near one another, and small far outside.
 
     Args:
         kernel_size: Side of the kernel.
-        variance: Of both Gaussians, in squared places (the paper's sigma).
+        variance: Of both Gaussians, in squared positions (the paper's sigma).
     """
     sides = torch.arange(kernel_size, dtype=torch.float64) - kernel_size // 2
-    places = torch.cartesian_prod(sides, sides)
-    alike = torch.exp(-torch.cdist(places, places).square() / (2 * variance))
-    spread = torch.exp(-places.square().sum(dim=1) / (2 * variance)).sqrt()
+    positions = torch.cartesian_prod(sides, sides)
+    alike = torch.exp(-torch.cdist(positions, positions).square() / (2 * variance))
+    spread = torch.exp(-positions.square().sum(dim=1) / (2 * variance)).sqrt()
     return spread[:, None] * alike * spread

@@ -100,7 +100,7 @@ ALIASES = {"labml": OURS}
 # DistributedDataParallel and AveragedModel; torch.compile; Lightning; moving averages by others.
 PREFIXES = ("module.", "_orig_mod.", "model.", "ema.", "ema_model.", "model_ema.")
 _COUNTER = "n_averaged"  # AveragedModel's, beside the tensors of the model
-# The only whole numbers of a ConvMixer; torch does without them, as in checkpoints from before 0.4.
+# BatchNorm's counters, the only integers; torch loads without them, as from before 0.4.
 _OPTIONAL = ".num_batches_tracked"
 
 
@@ -108,12 +108,10 @@ def strip_prefixes(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Remove what wrappers of a model put before all of its keys."""
     stripped = {key: tensor for key, tensor in state_dict.items() if key != _COUNTER}
     while stripped:
-        for prefix in PREFIXES:
-            if all(key.startswith(prefix) for key in stripped):
-                stripped = {key.removeprefix(prefix): stripped[key] for key in stripped}
-                break
-        else:
+        prefix = next((p for p in PREFIXES if all(key.startswith(p) for key in stripped)), None)
+        if prefix is None:
             break
+        stripped = {key.removeprefix(prefix): tensor for key, tensor in stripped.items()}
     return stripped
 
 
@@ -141,7 +139,7 @@ def find_networks(state_dict: Mapping[str, Tensor]) -> dict[str, dict[str, Tenso
     A state dict that is one itself, or in which there is none, is given whole, without a prefix.
     """
 
-    def is_one(tensors: Mapping[str, Tensor]) -> bool:
+    def is_convmixer(tensors: Mapping[str, Tensor]) -> bool:
         modules = {_get_module(key) for key in strip_prefixes(tensors)}
         return any(
             modules.issuperset(layout.stem) and layout.count_layers(modules)
@@ -149,11 +147,12 @@ def find_networks(state_dict: Mapping[str, Tensor]) -> dict[str, dict[str, Tenso
         )
 
     parts: dict[str, dict[str, Tensor]] = {}
-    if not is_one(state_dict):
+    if not is_convmixer(state_dict):
         for key, tensor in state_dict.items():
             prefix, _, rest = key.partition(".")
             parts.setdefault(prefix, {})[rest] = tensor
-    return {p: tensors for p, tensors in parts.items() if is_one(tensors)} or {"": {**state_dict}}
+    networks = {prefix: tensors for prefix, tensors in parts.items() if is_convmixer(tensors)}
+    return networks or {"": {**state_dict}}
 
 
 def convert_layout(state_dict: Mapping[str, Tensor], target: str = OURS) -> dict[str, Tensor]:

@@ -44,8 +44,8 @@ from ..files import hash_file, write_file
 from ..hub.records import (
     CARD_FILE,
     DATASETS,
+    PLACEHOLDER_REPO_ID,
     RECORDS,
-    SOME_REPOSITORY,
     WEIGHTS_FILE,
     get_record,
 )
@@ -144,7 +144,7 @@ def write_card(
         model=model,
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         preprocessing=preprocessing,
-        source=name if name in RECORDS else f"{PREFIX}{SOME_REPOSITORY}",
+        source=name if name in RECORDS else f"{PREFIX}{PLACEHOLDER_REPO_ID}",
         base_model=base_model,
         has_predictions=(output / "predictions.png").is_file(),
         settings=settings,
@@ -169,14 +169,6 @@ def write_card(
     text = re.sub(r"\n{3,}", "\n\n", str(card)).strip()
     write_file(output / CARD_FILE, f"{text}\n\n{notes}".strip().encode() + b"\n")
     return output / CARD_FILE
-
-
-def _draw_weights(model: ConvMixer) -> dict[str, bytes]:
-    kernels = [m.weight.detach() for m in model.modules() if isinstance(m, DepthWiseConv2d)]
-    return {
-        "patch_embedding.png": draw_patch_embedding(model.patch_emb.conv.weight.detach()),
-        "kernels.png": draw_kernels(kernels),
-    }
 
 
 def propose_record(card: Path) -> str:
@@ -211,6 +203,14 @@ def propose_record(card: Path) -> str:
     ece={results["ECE"].metric_value},
     revision="{revision}",
 ),"""
+
+
+def _draw_weights(model: ConvMixer) -> dict[str, bytes]:
+    kernels = [m.weight.detach() for m in model.modules() if isinstance(m, DepthWiseConv2d)]
+    return {
+        "patch_embedding.png": draw_patch_embedding(model.patch_emb.conv.weight.detach()),
+        "kernels.png": draw_kernels(kernels),
+    }
 
 
 def _make_metadata(
@@ -266,7 +266,7 @@ def _find_base_model(settings: Mapping[str, Any]) -> str | None:
 def _read_plan(settings: Mapping[str, Any]) -> TrainingSettings | None:
     """Read the settings of a run; None if they are of another version, or there are none."""
     try:
-        # Settings that are younger than the run change nothing by default.
+        # Settings that were added after the run change nothing by default.
         return TrainingSettings(**settings)
     except (TypeError, TrainingError):
         return None
@@ -277,9 +277,9 @@ def _describe_curve(plan: TrainingSettings | None, image_size: int) -> str:
     caption = "Training loss and top-1 by epoch; training images are augmented."
     if plan is None:
         return caption
-    caption += f" From epoch {plan.peak_epochs + 1} on, the learning rate falls"
+    caption += f" From epoch {plan.epochs_before_decay + 1} on, the learning rate falls"
     augments = plan.mixes or plan.rand_augment or plan.random_erasing
-    if plan.peak_epochs and plan.late_augmentation and augments:
+    if plan.epochs_before_decay and plan.late_augmentation and augments:
         caption += " and images are augmented more"
     sizes = [plan.choose_crop_size(epoch, (image_size,))[0] for epoch in range(plan.epochs)]
     for epoch, (before, size) in enumerate(itertools.pairwise(sizes), start=2):
@@ -288,7 +288,7 @@ def _describe_curve(plan: TrainingSettings | None, image_size: int) -> str:
                 f"; from epoch {epoch} on, crops have {size} pixels a side instead of {before}"
             )
         elif size > before:
-            caption += f"; the last {plan.whole_epochs} epochs see whole images"
+            caption += f"; the last {plan.full_size_epochs} epochs see whole images"
     return f"{caption}."
 
 

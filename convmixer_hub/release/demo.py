@@ -47,7 +47,7 @@ class _Choice:
     description: str  # Markdown
 
     def classify(self, file: str) -> tuple[dict[str, float], Image.Image]:
-        """Give the most likely classes of an image file, and what the model sees of it."""
+        """Return the most likely classes of an image file, and what the model sees of it."""
         image = open_image(file, Path(file).name)
         [predictions] = predict(self.model, [image], TOP_K)
         config = resolve_input_data_config(self.model)

@@ -75,8 +75,8 @@ def export(
     output: Path,
     format: str = "onnx",
     with_preprocessing: bool = False,
-    int8: ImageDataset | None = None,
-    largest_loss: float = 0.3,
+    int8_dataset: ImageDataset | None = None,
+    max_loss: float = 0.3,
 ) -> Export:
     """Export a trained model as one file, and compare what it answers with torch.
 
@@ -89,9 +89,9 @@ def export(
         format: A key of `RUNTIMES`; `pt2` is for `torch.export.load` and AOTInductor.
         with_preprocessing: Take bytes `[batch, height, width, channels]` of images that have the
             model's size, instead of normalized floats `[batch, channels, height, width]`.
-        int8: A dataset: store the weights in int8, a third of the size, and measure on the test
-            images what that costs. Only for ONNX.
-        largest_loss: How many percentage points of top-1 it may cost.
+        int8_dataset: If given, store the weights in int8, a third of the size, and measure on its
+            test images what that costs. Only for ONNX.
+        max_loss: How many percentage points of top-1 that may cost.
 
     Returns:
         The export, `model.onnx`, `model_int8.onnx` or `model.pt2`.
@@ -102,7 +102,7 @@ def export(
             else, or a library is missing.
         DataError: If the file cannot be written, or the dataset does not serve.
     """
-    if int8 and format != "onnx":
+    if int8_dataset and format != "onnx":
         raise CheckpointError(f"{name}: int8 is for ONNX alone; leave --int8 or --format out")
     if format == "onnx":
         check_onnx_libraries()
@@ -117,12 +117,12 @@ def export(
         network = _FromPixels(model, config["mean"], config["std"]).eval()
         images = (images * 64 + 125).byte().permute(0, 2, 3, 1)
     test = None
-    if int8:
+    if int8_dataset:
         transform = eval_transform(config, normalize=not with_preprocessing)
         if with_preprocessing:
             transform = transforms.Compose([transform, lambda pixels: pixels.permute(1, 2, 0)])
-        test = prepare_test_images(model, int8).seen_through(transform)
-    file = output / f"model{'_int8' if int8 else ''}.{format}"
+        test = prepare_test_images(model, int8_dataset).with_transform(transform)
+    file = output / f"model{'_int8' if int8_dataset else ''}.{format}"
     try:
         output.mkdir(parents=True, exist_ok=True)
         with replacing(file) as temporary:
@@ -138,7 +138,7 @@ def export(
             in_fp32 = _measure(temporary, test)
             store_weights_in_int8(temporary)
             in_int8 = _measure(temporary, test)
-            if in_fp32 - in_int8 > largest_loss + 1e-9:
+            if in_fp32 - in_int8 > max_loss + 1e-9:
                 raise CheckpointError(
                     f"{name}: int8 lowers the top-1 from {in_fp32:.2f} to {in_int8:.2f} %; give a "
                     "larger --max-loss, or leave --int8 out"
@@ -147,8 +147,8 @@ def export(
         raise DataError(
             f"{file}: cannot be written ({first_line(error)}); make room, or name another --output"
         ) from None
-    assert int8 is not None
-    split = f"{len(test)} {int8.test_split} images"
+    assert int8_dataset is not None
+    split = f"{len(test)} {int8_dataset.test_split} images"
     return Export(file, difference, (in_fp32, in_int8), split)
 
 
@@ -199,7 +199,7 @@ def _write(
 
 
 def _measure(file: Path, images: LabeledImages) -> float:
-    """Give the top-1 of an ONNX file on images, in percent."""
+    """Return the top-1 of an ONNX file on images, in percent."""
     run = open_onnx(file)
     correct = 0
     loader = DataLoader(images, batch_size=64)

@@ -1,4 +1,4 @@
-"""Whether a model computes here what it computed when it was made.
+"""Reference logits: record what a model computes, and check that it computes the same here.
 
 `golden.json` beside the weights holds the logits for an input that anybody can make: it follows
 from a formula, needs no random generator and no image decoder, and every floating-point type has

@@ -52,7 +52,7 @@ FINETUNE_OPTIONS = (
 CONFUSION_FILE = "validation_confusion.png"
 MISTAKES_SHOWN = 20
 FEW_IMAGES = 5000
-LEAST_STEPS = 200
+MIN_STEPS = 200
 
 
 def choose_settings(name: str, dataset: ImageDataset, **changes: Any) -> TrainingSettings:
@@ -61,12 +61,12 @@ def choose_settings(name: str, dataset: ImageDataset, **changes: Any) -> Trainin
     Args:
         name: The trained model, as in `load.load_trained`.
         dataset: What to fine-tune on.
-        changes: Settings to be different from what would be chosen; None for no change. By
-            default a fifth of the training images is held out, if there are none for validation.
+        changes: Settings that override those chosen here; None overrides nothing. By default a
+            fifth of the training images is held out, if there are none for validation.
 
     Raises:
         DataError: If there are no training images.
-        TrainingError: If a setting cannot be.
+        TrainingError: If a setting is out of its range.
     """
     source = resolve(name)
     source.check_is_whole()
@@ -82,7 +82,7 @@ def choose_settings(name: str, dataset: ImageDataset, **changes: Any) -> Trainin
     unit = 2 * get_world_size()  # each process takes a share, and mixup and cutmix pairs
     batch_size = changes.setdefault("batch_size", max(unit, min(50, kept // 4) // unit * unit))
     settings: dict[str, Any] = {
-        "epochs": max(10, math.ceil(LEAST_STEPS / max(1, kept // max(1, batch_size)))),
+        "epochs": max(10, math.ceil(MIN_STEPS / max(1, kept // max(1, batch_size)))),
         "final_share": 1.0,  # the learning rate falls from the start, and images are seen whole
         "optimizer": "adamw",
         "learning_rate": 0.01,
@@ -102,9 +102,8 @@ def finetune(
 ) -> Evaluation:
     """Fine-tune a trained model, or resume it if it was interrupted.
 
-    Beside what `train` writes, the run folder gets `validation_confusion.png`, the counts of what
-    was taken for what among the validation images, and `mistakes.png`, where the model was surest
-    of a wrong class.
+    Besides what `train` writes, the run folder gets `validation_confusion.png`, the confusion
+    matrix of the validation images, and `mistakes.png`, the most confident mistakes.
 
     Args:
         settings: From `choose_settings`.
@@ -157,13 +156,13 @@ def _draw_mistakes(
         probabilities: `[count, num_classes]`.
         classes: Their names.
     """
-    sureness, chosen = probabilities.max(dim=1)
-    order = sureness.argsort(descending=True)
-    wrong = order[(chosen != labels)[order]][:MISTAKES_SHOWN]
+    confidence, predicted = probabilities.max(dim=1)
+    order = confidence.argsort(descending=True)
+    wrong = order[(predicted != labels)[order]][:MISTAKES_SHOWN]
     if not len(wrong):
         file.unlink(missing_ok=True)  # what an earlier epoch got wrong
         return
     titles = [classes[label] for label in labels[wrong].tolist()]
-    first_choices = list(name_best(probabilities[wrong], classes, top_k=3))
+    predictions = list(name_best(probabilities[wrong], classes, top_k=3))
     pictures = [to_pil_image(image).convert("RGB") for image in images[wrong]]
-    write_file(file, draw_predictions(pictures, titles, first_choices))
+    write_file(file, draw_predictions(pictures, titles, predictions))

@@ -5,7 +5,7 @@ It holds
 - `training_state.pt`: all that the next step needs, and what the epochs before it gave;
 - `config.json`, `model.safetensors`: the model after the last whole epoch (the best one, if that is
   kept; calibrated at the end, if images are held out), as timm takes it; on a GPU, where epochs are
-  short, after one a minute;
+  short, after one per minute;
 - `metrics.csv`: one line an epoch.
 
 The state is written first and the others follow from it, each replaced whole or not at all.
@@ -44,10 +44,10 @@ class RunState:
         classes: Names of its classes.
         images: Number of its training images, with those held out.
         held_out_images: What tells which of them are held out; empty if none are.
-        epoch: Whole epochs done.
-        step: Steps done in the epoch after these.
-        sums: Of that epoch so far: `loss`, `correct`, `seconds`.
-        metrics: One dict for each whole epoch: the lines of `metrics.csv`.
+        epoch: Number of completed epochs.
+        step: Number of steps taken in the current epoch.
+        sums: Of the current epoch so far: `loss`, `correct`, `seconds`.
+        metrics: One dict for each completed epoch: the lines of `metrics.csv`.
         precision: `fp32` or `bf16`, chosen when the run began.
         machine: What computed it, in words.
         model: State dict of the model.
@@ -187,7 +187,7 @@ def save_state(folder: Path, state: RunState) -> None:
     Raises:
         TrainingError: If it cannot be written, a full disk for one.
     """
-    with _naming_failures(folder), replacing(folder / STATE_FILE) as temporary:
+    with _raising_training_errors(folder), replacing(folder / STATE_FILE) as temporary:
         torch.save(vars(state), temporary)
 
 
@@ -215,7 +215,7 @@ def save_results(folder: Path, model: nn.Module, state: RunState) -> None:
     }
     if state.temperature != 1.0:
         config["temperature"] = state.temperature
-    with _naming_failures(folder):
+    with _raising_training_errors(folder):
         save_model(model, folder, config)
         with (
             replacing(folder / METRICS_FILE) as temporary,
@@ -227,14 +227,14 @@ def save_results(folder: Path, model: nn.Module, state: RunState) -> None:
 
 
 def _without_path(model: str) -> str:
-    """Give the name of a folder alone: the rest of the path is of this machine."""
+    """Return the name of a folder alone: the rest of the path is of this machine."""
     if not model or (Repository.parse(model) and not os.path.exists(model)):
         return model
     return os.path.basename(os.path.abspath(model))
 
 
 def read_metrics(file: Path) -> dict[str, list[float]]:
-    """Read what a run measured, one number an epoch each; nothing if there is no such file.
+    """Read what a run measured, one number per epoch; nothing if there is no such file.
 
     Raises:
         CheckpointError: If it cannot be read, or is no such file.
@@ -258,7 +258,7 @@ def read_metrics(file: Path) -> dict[str, list[float]]:
 
 
 @contextmanager
-def _naming_failures(folder: Path) -> Iterator[None]:
+def _raising_training_errors(folder: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:  # RuntimeError: from torch.save

@@ -1,4 +1,4 @@
-"""Which images a run is trained on, by which it measures itself, and both in memory."""
+"""The training and validation images of a run: chosen, loaded into memory, served in batches."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ class RunImages(NamedTuple):
     Attributes:
         training: Those that it is trained on.
         validation: Those by which it measures itself after each epoch; there may be none.
-        held_out: What tells which training images are held out; empty if none are.
+        held_out_digest: Digest of which training images are held out; empty if none are.
     """
 
     training: LabeledImages
     validation: LabeledImages
-    held_out: str
+    held_out_digest: str
 
 
 def choose_images(settings: TrainingSettings, dataset: ImageDataset) -> RunImages:
@@ -56,7 +56,7 @@ def choose_images(settings: TrainingSettings, dataset: ImageDataset) -> RunImage
         generator = torch.Generator().manual_seed(settings.seed)
         order = torch.randperm(len(kept), generator=generator)[: settings.train_images]
         kept = [kept[i] for i in sorted(order.tolist())]
-    validation = images.take(held_out)
+    validation = images.select(held_out)
     if settings.keep_best and not held_out:
         if "validation" not in dataset.splits:
             raise TrainingError(
@@ -65,7 +65,7 @@ def choose_images(settings: TrainingSettings, dataset: ImageDataset) -> RunImage
             )
         validation = dataset.get("validation")
     digest = hashlib.sha256(repr(held_out).encode()).hexdigest()[:16] if held_out else ""
-    return RunImages(images.take(kept), validation, digest)
+    return RunImages(images.select(kept), validation, digest)
 
 
 def hold_out(dataset: ImageDataset, size: int, seed: int) -> tuple[list[int], list[int]]:

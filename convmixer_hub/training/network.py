@@ -22,7 +22,7 @@ from ..machine import get_world_size
 from ..model.convmixer import ConvMixer
 from ..model.cpu import keep_freed_memory, speed_up_on_cpu
 from ..model.gpu import FastOnGPU, can_speed_up
-from ..model.init import draw_kernels_by_depth
+from ..model.init import init_depthwise_kernels
 from .folder import RunState
 from .settings import OPTIMIZERS, TrainingSettings
 
@@ -49,7 +49,7 @@ class Network:
         return self.model if self.average is None else self.average.module
 
     def get_state(self) -> dict[str, Any]:
-        """Give the state dicts, by their names in `RunState`."""
+        """Return the state dicts, by their names in `RunState`."""
         average = None if self.average is None else self.average.module.state_dict()
         return {
             "model": self.model.state_dict(),
@@ -93,7 +93,7 @@ def build_network(
         model = timm.create_model(str(start), num_classes=len(classes))
     assert isinstance(model, ConvMixer)  # as every arch of this package is
     if settings.covariance_init:
-        draw_kernels_by_depth(model)
+        init_depthwise_kernels(model)
     model.to(device)
     module: nn.Module = model
     if device.type == "cpu":

@@ -59,16 +59,16 @@ def train(
     the result by rounding alone (unless images are mixed, erased or RandAugmented, which each
     process does for itself).
 
-    Where bfloat16 is faster, forward and backward pass compute in it, and Muon; otherwise nothing
-    does; a run keeps what it began with. On a CPU, the C library keeps memory that tensors gave
-    back, from here on in this Python process.
+    Where bfloat16 is faster, the forward and backward passes and Muon compute in it; otherwise all
+    is in fp32. A resumed run keeps the precision that it began with. On a CPU, the C library keeps
+    memory that tensors gave back, from here on in this Python process.
 
     Args:
         settings: What to compute.
         dataset: Its test images are not looked at.
         output: The run folder. If it holds a run with the same settings, that run is resumed.
         skip_damaged: Train without the images that cannot be read, naming them on stderr.
-        progress: Show progress bars, if there is a terminal, and a line an epoch.
+        progress: Show progress bars, if there is a terminal, and a line per epoch.
 
     Returns:
         The run folder, which `timm.create_model("local-dir:…", pretrained=True)` takes as it is.
@@ -107,7 +107,7 @@ def train(
 
     def begin() -> RunState:
         open_files.enter_context(lock_run(folder))
-        new = RunState(asdict(settings), dataset.classes, len(images), chosen.held_out)
+        new = RunState(asdict(settings), dataset.classes, len(images), chosen.held_out_digest)
         return open_run(folder, new)
 
     with ExitStack() as open_files, join_processes() as device:
@@ -134,7 +134,7 @@ def _check_same_everywhere(dataset: ImageDataset, device: torch.device) -> None:
 
 
 class _Run:
-    """One process's part in a training run; all of it that lasts is in `state`."""
+    """What one process does in a training run; `state` holds all that a resumed run needs."""
 
     def __init__(
         self,
@@ -180,7 +180,7 @@ class _Run:
             label_smoothing=settings.label_smoothing,
             num_classes=len(dataset.classes),
         )
-        self.saved = self.saved_all = time.monotonic()
+        self.state_saved_at = self.all_saved_at = time.monotonic()
         if state.model is not None:
             self.network.load_state(state)
             if state.step == 0:
@@ -225,7 +225,7 @@ class _Run:
             state.temperature = fit_temperature(logits.to(device), labels.to(device))
         self._update_state(state.epoch + 1, 0, {})
         # On a GPU, an epoch may take little longer than saving.
-        is_due = time.monotonic() - self.saved_all > SECONDS_BETWEEN_SAVES
+        is_due = time.monotonic() - self.all_saved_at > SECONDS_BETWEEN_SAVES
         if self.device.type == "cpu" or is_last or is_due:
             self._save_all()
         if self.progress:
@@ -256,7 +256,9 @@ class _Run:
                     self._add(numbers, sums, epoch, step)
                     numbers = None
                 sums["seconds"] = time.monotonic() - start
-                count = (step + (numbers is None)) * settings.batch_size or 1
+                # The numbers of the step just taken may not be in the sums yet.
+                counted = step + 1 if numbers is None else step
+                count = max(1, counted * settings.batch_size)
                 bar.set_postfix_str(
                     f"loss {sums['loss'] / count:.3f}, "
                     f"accuracy {100 * sums['correct'] / count:.1f} %, "
@@ -267,10 +269,10 @@ class _Run:
                     self._update_state(epoch, step + 1, sums)
                     if get_rank() == 0:
                         save_state(self.folder, state)
-                    self.saved = time.monotonic()
+                    self.state_saved_at = time.monotonic()
 
     def _measure(self, sums: dict[str, float]) -> dict[str, Any]:
-        """Give the metrics of the epoch, and keep its weights if they are the best."""
+        """Return the metrics of the epoch, and keep its weights if they are the best."""
         settings, state = self.settings, self.state
         epoch = state.epoch
         count = len(self.images) // settings.batch_size * settings.batch_size
@@ -325,14 +327,14 @@ class _Run:
 
     @property
     def _save_is_due(self) -> bool:
-        return time.monotonic() - self.saved > SECONDS_BETWEEN_SAVES
+        return time.monotonic() - self.state_saved_at > SECONDS_BETWEEN_SAVES
 
     def _save_all(self) -> None:
         """Write the whole folder, between two epochs."""
         if get_rank() == 0:
             save_state(self.folder, self.state)
             save_results(self.folder, self._make_result(), self.state)
-        self.saved = self.saved_all = time.monotonic()
+        self.state_saved_at = self.all_saved_at = time.monotonic()
 
     def _make_result(self) -> nn.Module:
         """Copy what the run gives: the last or the best weights, calibrated at its end."""

@@ -131,7 +131,7 @@ class TrainingSettings:
         "Apply RandAugment, erasing, mixup and cutmix only in the decay phase.",
     )
 
-    # Averages and data
+    # Averaging and data
     ema_decay: float = _setting(
         0.0,
         "Decay of the exponential moving average (EMA); its weights are saved. 0 for none.",
@@ -161,6 +161,7 @@ class TrainingSettings:
         "head where the classes differ.",
     )
 
+    # Distillation
     teacher: str = _setting(
         "",
         "Trained model, by name or folder, whose soft targets are learned beside the labels "
@@ -179,11 +180,11 @@ class TrainingSettings:
     freeze_batch_norm: bool = _setting(False, "Keep BatchNorm's means and variances as they are.")
     keep_best: bool = _setting(
         False,
-        "Give the weights of the epoch that did best on the validation images: those of the data "
-        "set, or else those held out.",
+        "Keep the weights of the epoch that did best on the validation images: those held out, or "
+        "else those of the dataset.",
     )
 
-    # Numbers
+    # Precision and seed
     precision: str = _setting(
         "auto",
         "Precision of a step; bf16 uses autocast, auto takes the faster one when the run begins.",
@@ -214,34 +215,37 @@ class TrainingSettings:
 
     @property
     def mixes(self) -> bool:
-        """Tell whether images are mixed with one another."""
+        """Return whether images are mixed with one another."""
         return self.mixup > 0 or self.cutmix > 0
 
     @property
-    def final_epochs(self) -> int:
+    def decay_epochs(self) -> int:
         """Number of epochs in which the learning rate falls."""
         return max(1, round(self.final_share * self.epochs))
 
     @property
-    def peak_epochs(self) -> int:
+    def epochs_before_decay(self) -> int:
         """Number of epochs before the learning rate falls."""
-        return self.epochs - self.final_epochs
+        return self.epochs - self.decay_epochs
 
     @property
-    def whole_epochs(self) -> int:
-        """Number of epochs in which images are seen whole."""
-        return round(self.whole_share * self.final_epochs)
+    def full_size_epochs(self) -> int:
+        """Number of epochs at full resolution."""
+        return round(self.whole_share * self.decay_epochs)
 
-    def shows_whole_images(self, epoch: int) -> bool:
-        """Tell whether images are seen whole in an epoch, counted from 0."""
-        return epoch >= self.epochs - self.whole_epochs
+    def is_full_size(self, epoch: int) -> bool:
+        """Return whether an epoch, counted from 0, is at full resolution."""
+        return epoch >= self.epochs - self.full_size_epochs
 
     def choose_crop_size(self, epoch: int, image_size: tuple[int, ...]) -> tuple[int, ...]:
-        """Give height and width of the crops in an epoch, counted from 0."""
-        if self.shows_whole_images(epoch):
+        """Return height and width of the crops in an epoch, counted from 0."""
+        if self.is_full_size(epoch):
             return image_size
-        is_first = epoch < (self.epochs - self.whole_epochs) // 2
-        return ((is_first and self.first_crop_size) or self.small_crop_size,) * 2
+        is_first_half = epoch < (self.epochs - self.full_size_epochs) // 2
+        side = self.small_crop_size
+        if is_first_half and self.first_crop_size:
+            side = self.first_crop_size
+        return (side, side)
 
     def check_crops(self, side: int, patch_size: int) -> None:
         """Refuse crops that do not fit a model.
@@ -253,7 +257,7 @@ class TrainingSettings:
         Raises:
             TrainingError: If they are larger than the images, or smaller than a patch.
         """
-        if self.shows_whole_images(0):
+        if self.is_full_size(0):
             return
         if not patch_size <= self.small_crop_size <= side:
             raise TrainingError(
@@ -268,11 +272,11 @@ class TrainingSettings:
             )
 
     def augments(self, epoch: int) -> bool:
-        """Tell whether RandAugment, erasing, mixup and cutmix are applied in an epoch, from 0."""
-        return epoch >= self.peak_epochs or not self.late_augmentation
+        """Return whether RandAugment, erasing, mixup and cutmix are applied in an epoch, from 0."""
+        return epoch >= self.epochs_before_decay or not self.late_augmentation
 
     def learning_rate_factor(self, epochs_done: float) -> float:
-        """Give the learning rate as a share of its peak."""
+        """Return the learning rate as a share of its peak."""
         rise = epochs_done / self.warmup_epochs if self.warmup_epochs else 1.0
-        fall = (self.epochs - epochs_done) / self.final_epochs
+        fall = (self.epochs - epochs_done) / self.decay_epochs
         return min(rise, 1.0, fall)

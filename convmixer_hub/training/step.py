@@ -16,7 +16,7 @@ from .teacher import Teacher
 
 # Steps before one is captured: they compile what they need, and make the optimizer's buffers.
 WARM_UP_STEPS = 3
-# Of Hinton et al. (arXiv:1503.02531), with the values of Tian et al. (arXiv:1910.10699).
+# Distillation (Hinton et al., arXiv:1503.02531), with the values of Tian et al. (arXiv:1910.10699).
 TEACHER_TEMPERATURE = 4.0
 TEACHER_SHARE = 0.9
 
@@ -28,10 +28,10 @@ class _Captured(NamedTuple):
 
 
 class TrainingStep:
-    """A step of a run; calling it takes one.
+    """Takes the training steps of a run; each call is one step.
 
-    On a GPU, a step is a thousand kernels, and launching them takes longer than they do. So the
-    step is captured there as a CUDA graph when the size of the images changes, and replayed.
+    On a GPU, a step is a thousand kernels, and launching them takes longer than running them. So
+    the step is captured there as a CUDA graph when the size of the images changes, and replayed.
 
     Args:
         network: What is trained.
@@ -109,7 +109,7 @@ class TrainingStep:
             in_bf16 = in_bf16 and self.device.type == "cuda"
             with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=in_bf16):
                 theirs = self.teacher(images).float()
-            loss = loss.lerp(_compare(logits, theirs), TEACHER_SHARE)
+            loss = loss.lerp(_distillation_loss(logits, theirs), TEACHER_SHARE)
         correct = (logits.detach().argmax(dim=1) == labels).sum()
         network.optimizer.zero_grad()
         loss.backward()
@@ -138,8 +138,8 @@ class TrainingStep:
         return _Captured(graph, buffers, numbers)
 
 
-def _compare(logits: Tensor, teacher: Tensor) -> Tensor:
-    """Give the KL divergence of softened probabilities, times T², mean over the images."""
+def _distillation_loss(logits: Tensor, teacher: Tensor) -> Tensor:
+    """Return the KL divergence of softened probabilities, times T², as a mean over the batch."""
     mine = F.log_softmax(logits / TEACHER_TEMPERATURE, dim=1)
     theirs = F.log_softmax(teacher / TEACHER_TEMPERATURE, dim=1)
     divergence = F.kl_div(mine, theirs, reduction="batchmean", log_target=True)
