@@ -49,6 +49,18 @@ def test_gives_logits_gradients_and_statistics_of_the_model(options):
             assert torch.allclose(mine, theirs, atol=1e-10), name
 
 
+def test_frozen_kernels_are_turned_into_matrices_once(monkeypatch):
+    torch.manual_seed(0)
+    model = ConvMixer(16, 3, 5, 2, num_classes=5).eval()
+    fast, images = FastOnGPU(model.requires_grad_(False)).eval(), torch.randn(2, 3, 16, 12)
+    expected = model(images)
+    made, make = [], gpu._make_toeplitz
+    monkeypatch.setattr(gpu, "_make_toeplitz", lambda *args: made.append(args) or make(*args))
+    for _ in range(2):
+        torch.testing.assert_close(fast(images), expected, atol=1e-5, rtol=1e-4)
+    assert len(made) == 3
+
+
 def test_under_autocast_computes_in_bfloat16():
     torch.manual_seed(0)
     model = timm.create_model("convmixer_cifar")

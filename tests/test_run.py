@@ -19,7 +19,6 @@ import safetensors.torch
 import timm
 import torch
 from click.testing import CliRunner
-from timm.optim import muon
 
 from convmixer_hub import DataError, TrainingError, UnknownModelError
 from convmixer_hub.checkpoints.files import save_model
@@ -32,7 +31,6 @@ from convmixer_hub.training import network as network_module
 from convmixer_hub.training import run as run_module
 from convmixer_hub.training.folder import lock_run
 from convmixer_hub.training.images import choose_images, hold_out, load_images, serve_batches
-from convmixer_hub.training.network import muon_computing_in
 from convmixer_hub.training.run import train
 from convmixer_hub.training.settings import TrainingSettings
 
@@ -249,15 +247,6 @@ def test_a_run_keeps_the_precision_it_began_with(
     train(settings, open_dataset(cifar_sample), tmp_path / "run")
     assert "computes in" not in capsys.readouterr().out
     assert json.loads((tmp_path / "run" / "config.json").read_text())["machine"].endswith(", bf16")
-
-
-def test_muon_computes_in_another_type_for_as_long_as_asked():
-    before = muon.zeropower_via_newtonschulz
-    with pytest.raises(KeyboardInterrupt), muon_computing_in(torch.float32):
-        result = muon.zeropower_via_newtonschulz(torch.eye(4), 1, [(1.0, 0.0, 0.0)])
-        raise KeyboardInterrupt
-    assert result.dtype == torch.float32
-    assert muon.zeropower_via_newtonschulz is before
 
 
 def save_at_every_step(settings, data, output):

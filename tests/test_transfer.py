@@ -49,7 +49,9 @@ def test_fine_tuning_is_compared_on_the_same_images_and_steps(photos, monkeypatc
     monkeypatch.setattr(transfer_module, "train", train_and_look)
     monkeypatch.setattr(transfer_module, "choose_settings", partial(choose_settings, epochs=1))
     *_, title, _, row, mean = compare(photos, "--images-per-class", "5", "--seeds", "1")
-    assert title[0].startswith("convmixer_cifar, 5 images per class, top-1 on the test images (%), ")
+    assert title[0].startswith(
+        "convmixer_cifar, 5 images per class, top-1 on the test images (%), "
+    )
     assert row == ["0", *mean[1:]]
     assert all(0 <= float(top1) <= 100 for top1 in row[1:3])
     (tuned, images), (fresh, same_images) = runs

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from functools import cache, wraps
 from typing import Any
 
@@ -290,12 +290,14 @@ class FastOnGPU(nn.Module):
     As with the model itself, `torch.autocast` has all but statistics and parameters in bfloat16.
 
     Args:
-        model: It must be one that `can_speed_up` takes.
+        model: It must be one that `can_speed_up` takes. Where its parameters need no gradients, as
+            a teacher's, they must not change any more.
     """
 
     def __init__(self, model: ConvMixer) -> None:
         super().__init__()
         self.model = model
+        self._frozen: dict[Hashable, Tensor] = {}  # matrices of layers by size and dtype
 
     def forward(self, images: Tensor) -> Tensor:
         """Map images `[batch, in_chans, height, width]` to logits `[batch, num_classes]`."""
@@ -318,11 +320,21 @@ class FastOnGPU(nn.Module):
         # Layers: [d_model, images, positions].
         for layer in model.conv_mixer_layers:
             assert isinstance(layer, ConvMixerLayer)
-            matrices = _make_toeplitz(layer.depth_wise_conv.weight, rows, columns, dtype)
+            matrices = self._make_matrices(layer.depth_wise_conv.weight, rows, columns, dtype)
             x = _mix(x, matrices, _bias(layer.depth_wise_conv), layer.norm1)
             matrix = layer.point_wise_conv.weight.flatten(1).to(dtype)
             x = _mix(x, matrix, _bias(layer.point_wise_conv), layer.norm2)
         return model.classification.linear(x.mean(2).mT)
+
+    def _make_matrices(
+        self, kernels: Tensor, rows: int, columns: int, dtype: torch.dtype
+    ) -> Tensor:
+        if kernels.requires_grad:
+            return _make_toeplitz(kernels, rows, columns, dtype)
+        key = (kernels, rows, columns, dtype)
+        if key not in self._frozen:
+            self._frozen[key] = _make_toeplitz(kernels, rows, columns, dtype)
+        return self._frozen[key]
 
 
 def _bias(conv: nn.Conv2d) -> Tensor:

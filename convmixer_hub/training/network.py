@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
-from timm.optim import create_optimizer_v2, muon
+from timm.optim import create_optimizer_v2
 from timm.utils import ModelEmaV3
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -128,17 +125,3 @@ def build_network(
         **OPTIMIZERS[settings.optimizer],
     )
     return Network(model, module, average, optimizer)
-
-
-@contextmanager
-def muon_computing_in(dtype: torch.dtype) -> Iterator[None]:
-    """Let timm's Muon, which has no option for this, compute in another type than bfloat16.
-
-    Where that is slow, it would take longer than the rest of the step.
-    """
-    in_bf16 = muon.zeropower_via_newtonschulz
-    muon.zeropower_via_newtonschulz = partial(in_bf16, dtype=dtype)
-    try:
-        yield
-    finally:
-        muon.zeropower_via_newtonschulz = in_bf16

@@ -37,7 +37,8 @@ from ..model.cpu import choose_dtype
 from ..zoo import default_cfgs
 from .folder import RunState, lock_run, open_run, save_results, save_state
 from .images import RunImages, choose_images, load_images, serve_batches
-from .network import build_network, muon_computing_in
+from .muon import fast_muon
+from .network import build_network
 from .settings import TrainingSettings
 from .step import TrainingStep
 from .teacher import Teacher
@@ -115,7 +116,7 @@ def train(
         state = ask_first_process(begin)
         progress = progress and get_rank() == 0
         run = _Run(settings, folder, state, dataset, chosen, device, skip_damaged, progress)
-        open_files.enter_context(muon_computing_in(run.dtype))
+        open_files.enter_context(fast_muon(run.dtype, device))
         while state.epoch < settings.epochs:
             run.train_epoch()
         # Wait until the first has written it all.
