@@ -23,7 +23,8 @@ from convmixer_hub.data.reader import open_dataset
 from convmixer_hub.evaluate import evaluate
 from convmixer_hub.machine import count_workers, find_device
 from convmixer_hub.training.images import choose_images, load_images, serve_batches
-from convmixer_hub.training.network import Network, muon_computing_in
+from convmixer_hub.training.muon import fast_muon
+from convmixer_hub.training.network import Network
 from convmixer_hub.training.settings import OPTIMIZERS, TrainingSettings
 from convmixer_hub.training.step import TrainingStep
 from convmixer_hub.training.teacher import ForOtherImages
@@ -100,7 +101,7 @@ def main() -> None:
         for step in range(steps):
             images, labels = (x.to(device, non_blocking=True) for x in next(batches))
             factor = settings.learning_rate_factor(epoch + (step + 0.5) / steps)
-            with muon_computing_in(dtype):
+            with fast_muon(dtype, device):
                 numbers += take_step(images, labels, labels, factor)
         loss, correct, _ = (numbers / (steps * settings.batch_size)).tolist()
         if not math.isfinite(loss):
