@@ -16,7 +16,7 @@ GOLDEN_FILE = "golden.json"
 CARD_FILE = "README.md"
 
 # Stands in a card for the repository that it is going to be in.
-PLACEHOLDER_REPO_ID = "OWNER/REPO"
+EXAMPLE_REPO_ID = "OWNER/REPO"
 
 # What of a model's folder goes to others; the states of a training run, for one, do not.
 MODEL_FILES = (

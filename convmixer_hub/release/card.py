@@ -44,7 +44,7 @@ from ..files import hash_file, write_file
 from ..hub.records import (
     CARD_FILE,
     DATASETS,
-    PLACEHOLDER_REPO_ID,
+    EXAMPLE_REPO_ID,
     RECORDS,
     WEIGHTS_FILE,
     get_record,
@@ -144,7 +144,7 @@ def write_card(
         model=model,
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         preprocessing=preprocessing,
-        source=name if name in RECORDS else f"{PREFIX}{PLACEHOLDER_REPO_ID}",
+        source=name if name in RECORDS else f"{PREFIX}{EXAMPLE_REPO_ID}",
         base_model=base_model,
         has_predictions=(output / "predictions.png").is_file(),
         settings=settings,

@@ -17,7 +17,7 @@ from ..checkpoints.files import read_model_files
 from ..checkpoints.resolve import resolve_folder
 from ..errors import ConvMixerHubError, PublishError, UnknownModelError
 from ..files import hash_file
-from ..hub.records import CARD_FILE, GOLDEN_FILE, PLACEHOLDER_REPO_ID, WEIGHTS_FILE, get_record
+from ..hub.records import CARD_FILE, EXAMPLE_REPO_ID, GOLDEN_FILE, WEIGHTS_FILE, get_record
 from ..hub.repository import describe_answer, explain_upload, read_token
 from ..load import load_trained
 from .golden import parse_golden
@@ -63,7 +63,7 @@ class Publication:
     tag: str | None = None
 
 
-def list_uploads(name: str, repo_id: str = PLACEHOLDER_REPO_ID) -> list[Upload]:
+def list_uploads(name: str, repo_id: str = EXAMPLE_REPO_ID) -> list[Upload]:
     """List what `publish` uploads. The network is not asked.
 
     Args:
@@ -82,7 +82,7 @@ def list_uploads(name: str, repo_id: str = PLACEHOLDER_REPO_ID) -> list[Upload]:
     files = read_model_files(source.folder.resolve())
     uploads = {file.name: Upload(file, data) for file, data in files.items()}
     if card := uploads.get(CARD_FILE):
-        text = card.content.replace(PLACEHOLDER_REPO_ID.encode(), repo_id.encode())
+        text = card.content.replace(EXAMPLE_REPO_ID.encode(), repo_id.encode())
         uploads[CARD_FILE] = Upload(card.file, text)
     if golden := uploads.get(GOLDEN_FILE):
         remedy = f"`convmixer card {shlex.quote(str(name))} --data DIR` writes it"
