@@ -2,6 +2,7 @@ import copy
 import io
 import re
 import warnings
+from itertools import cycle
 
 import pytest
 import timm
@@ -16,10 +17,10 @@ from convmixer_hub.model.cpu import speed_up_on_cpu
 from convmixer_hub.predict import predict
 from convmixer_hub.zoo import VARIANTS
 
-from .conftest import CHECKOUT, IMAGES
+from .conftest import ARCH, CHECKOUT, IMAGES
 from .test_convmixer import randomise_norms
 
-ARCH = "convmixer_96_8_ks5_p1"
+MIXED = cycle([nn.GELU, nn.SiLU])
 
 
 @pytest.fixture
@@ -70,6 +71,7 @@ def test_images_of_any_size(make_model, size):
         {"act_layer": "relu"},
         {"act_layer": nn.SiLU},
         {"act_layer": lambda: nn.GELU("tanh")},
+        {"act_layer": lambda: next(MIXED)()},
         {"global_pool": "catavgmax"},
         {"global_pool": "", "num_classes": 0},
         {"num_classes": 0},
@@ -174,8 +176,11 @@ def test_what_cannot_be_is_refused(make_model, batch):
             ModelSizeError, match=f"a {type(other).__name__} cannot be prepared for"
         ):
             prepare_for_inference(other)
+    model.conv_mixer_layers[0].norm1 = nn.GroupNorm(4, 96)
+    with pytest.raises(ModelSizeError, match="layers.0.norm1 is a GroupNorm, so the model cannot"):
+        prepare_for_inference(model)
     speed_up_on_cpu(model)
-    with pytest.raises(ModelSizeError, match="the model is prepared for training: load the one"):
+    with pytest.raises(ModelSizeError, match="patch_emb.norm is a GELUBatchNorm2d, so the model"):
         prepare_for_inference(model)
 
 

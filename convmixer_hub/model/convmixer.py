@@ -45,12 +45,16 @@ def _get_activation(act_layer: type[nn.Module] | str) -> type[nn.Module]:
 
 
 def name_activation(model: nn.Module) -> str | None:
-    """Return which of `ACTIVATIONS` a ConvMixer, ours or timm's, has; None if it is another."""
-    for module in model.modules():
-        for name, act_layer in ACTIVATIONS.items():
-            if type(module) is act_layer and getattr(module, "approximate", "none") == "none":
-                return name
-    return None
+    """Return which of `ACTIVATIONS` a ConvMixer, ours or timm's, has; None if it has another."""
+    found = {
+        next((name for name, act_layer in ACTIVATIONS.items() if type(module) is act_layer), None)
+        if getattr(module, "approximate", "none") == "none"
+        else None
+        for path, module in model.named_modules()
+        if path.rpartition(".")[2] in ("act", "act1", "act2")  # ours
+        or isinstance(module, tuple(ACTIVATIONS.values()))
+    }
+    return found.pop() if len(found) == 1 else None
 
 
 class ConvMixerLayer(nn.Module):
@@ -60,7 +64,7 @@ class ConvMixerLayer(nn.Module):
         d_model: Number of channels.
         kernel_size: Side of the depthwise kernel, in patches; odd.
         act_layer: Class of the activation; the paper uses exact (erf) GELU.
-        drop_path_rate: Probability that, in training, an image skips the mixing of places.
+        drop_path_rate: Probability that, in training, an image skips spatial mixing.
 
     Raises:
         ModelSizeError: If a size is not positive, or the kernel size is even.
@@ -146,7 +150,7 @@ class PatchEmbeddings(nn.Module):
 
 
 class ClassificationHead(nn.Module):
-    """Pool over all places, then one linear map to the classes.
+    """Pool over all positions, then one linear map to the classes.
 
     Args:
         d_model: Number of channels.
@@ -282,9 +286,10 @@ class ConvMixer(nn.Module):
                 fit.
         """
         own = self.state_dict()
-        quantized = not all(isinstance(value, Tensor) for value in own.values())
-        if quantized or not isinstance(state_dict, Mapping):
-            return super().load_state_dict(state_dict, strict, assign)  # or torch's own refusal
+        given = state_dict.values() if isinstance(state_dict, Mapping) else [state_dict]
+        if not all(isinstance(value, Tensor) for value in [*own.values(), *given]):
+            # A quantized model, or what torch refuses.
+            return super().load_state_dict(state_dict, strict, assign)
         converted = convert_layout(state_dict)
         if strict:
             shapes = {key: tensor.shape for key, tensor in own.items()}

@@ -9,7 +9,7 @@ goes through in parts that are small enough to stay there.
 from __future__ import annotations
 
 import copy
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -17,8 +17,17 @@ from torch.nn import functional as F
 
 from ..errors import ModelSizeError
 from .convmixer import ConvMixer, ConvMixerLayer, name_activation
+from .depthwise import DepthWiseConv2d
 
 BYTES_IN_CACHE = 2**21  # of one feature map of a part of a batch
+
+# What has to be there as it is in a `ConvMixer`.
+PLAIN = {
+    "conv": (nn.Conv2d,),
+    "depth_wise_conv": (nn.Conv2d, DepthWiseConv2d),
+    "point_wise_conv": (nn.Conv2d,),
+    **dict.fromkeys(("norm", "norm1", "norm2"), (nn.BatchNorm2d,)),
+}
 
 
 def prepare_for_inference(model: nn.Module) -> InferenceConvMixer:
@@ -35,15 +44,21 @@ def prepare_for_inference(model: nn.Module) -> InferenceConvMixer:
         The model, on the same device and in the same type.
 
     Raises:
-        ModelSizeError: If it is another model, or one that `cpu.speed_up_on_cpu` changed.
+        ModelSizeError: If it is another model, or its convolutions or BatchNorms were replaced, as
+            `cpu.speed_up_on_cpu` does.
     """
     if not isinstance(model, ConvMixer):
         raise ModelSizeError(
             f"a {type(model).__name__} cannot be prepared for inference: give a ConvMixer of this "
             "package, whole rather than with features_only"
         )
-    if any(type(m) is not nn.BatchNorm2d for m in model.modules() if isinstance(m, nn.BatchNorm2d)):
-        raise ModelSizeError("the model is prepared for training: load the one that was saved")
+    for name, module in model.named_modules():
+        kind = PLAIN.get(name.rpartition(".")[2])
+        if kind is not None and type(module) not in kind:
+            raise ModelSizeError(
+                f"{name} is a {type(module).__name__}, so the model cannot be prepared for "
+                "inference: give one as it was saved"
+            )
     return InferenceConvMixer(model)
 
 
@@ -56,39 +71,55 @@ def prepare_if_possible(model: nn.Module) -> nn.Module:
 
 
 class _Convolution(nn.Module):
-    """A convolution and the activation after it.
+    """A convolution, the activation after it, and the scale and shift of the BatchNorm after that.
 
     Args:
-        conv: The convolution. Given `shift`, it takes `x` in place of `x + shift`.
-        act: The activation; None for exact GELU.
-        shift: One number for each input channel, which goes into the bias; for a 1x1 convolution.
+        conv: The convolution.
+        act: The activation.
+        norm: The BatchNorm after it.
+        before: A BatchNorm whose shift was left out of the input; it goes into the bias. For a 1x1
+            convolution.
     """
 
     weight: Tensor
     bias: Tensor
+    scale: Tensor
+    shift: Tensor
 
-    def __init__(self, conv: nn.Conv2d, act: nn.Module | None, shift: Tensor | None = None) -> None:
+    def __init__(
+        self,
+        conv: nn.Conv2d,
+        act: nn.Module,
+        norm: nn.BatchNorm2d,
+        before: nn.BatchNorm2d | None = None,
+    ) -> None:
         super().__init__()
-        self.act = act
+        self.act = copy.deepcopy(act).eval()
         self.stride, self.padding, self.groups = conv.stride, conv.padding, conv.groups
         bias = torch.zeros_like(conv.weight[:, 0, 0, 0]) if conv.bias is None else conv.bias
         bias = bias.detach().cpu().double()  # not every device has this type
-        if shift is not None:
+        if before is not None:
+            _, shift = _read_norm(before)
             bias = bias + conv.weight.detach().cpu().double().flatten(1) @ shift.flatten()
-        self.register_buffer("weight", conv.weight.detach().clone(), persistent=False)
-        self.register_buffer("bias", bias.to(conv.weight), persistent=False)
+        scale, shift = _read_norm(norm)
+        tensors = {"weight": conv.weight.detach().clone(), "bias": bias}
+        for name, tensor in {**tensors, "scale": scale, "shift": shift}.items():
+            self.register_buffer(name, tensor.to(conv.weight), persistent=False)
         self._packed: Tensor | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_packed": None}  # in oneDNN's own layout, of this machine
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Compute with ordinary operations."""
+    def activate(self, x: Tensor, fused: bool) -> Tensor:
+        """Compute convolution and activation, by one call of oneDNN if `fused`."""
+        if fused:
+            return self.compute_fused(x)
         x = F.conv2d(x, self.weight, self.bias, self.stride, self.padding, groups=self.groups)
-        return F.gelu(x, approximate="none") if self.act is None else self.act(x)
+        y: Tensor = self.act(x)
+        return y
 
     def compute_fused(self, x: Tensor) -> Tensor:
-        """Compute the same, with exact GELU, by one call of oneDNN; on a CPU, in float32."""
+        """Compute the same where the activation is exact GELU; on a CPU, in float32."""
         geometry = (self.padding, self.stride, [1, 1], self.groups)
         if self._packed is None:
             self._packed = torch.ops.mkldnn._reorder_convolution_weight(
@@ -99,58 +130,34 @@ class _Convolution(nn.Module):
         )
         return y
 
-
-class _Layer(nn.Module):
-    """A ConvMixer layer; each BatchNorm is a scale and a shift, or folded into what follows."""
-
-    scale1: Tensor
-    scale2: Tensor
-    shift2: Tensor
-
-    def __init__(self, layer: nn.Module, act: nn.Module | None) -> None:
-        super().__init__()
-        assert isinstance(layer, ConvMixerLayer)
-        scale1, shift1 = _read_norm(layer.norm1)
-        scale2, shift2 = _read_norm(layer.norm2)
-        self.depth_wise = _Convolution(layer.depth_wise_conv, act)
-        self.point_wise = _Convolution(layer.point_wise_conv, act, shift1)
-        weight = self.point_wise.weight
-        self.register_buffer("scale1", scale1.to(weight), persistent=False)
-        self.register_buffer("scale2", scale2.to(weight), persistent=False)
-        self.register_buffer("shift2", shift2.to(weight), persistent=False)
-
     def forward(self, x: Tensor, fused: bool) -> Tensor:
-        """Map `[batch, d_model, height, width]` to the same shape."""
-        mixed = self.depth_wise.compute_fused(x) if fused else self.depth_wise(x)
-        x = torch.addcmul(x, mixed, self.scale1)  # and shift1 is in the bias of what follows
-        mixed = self.point_wise.compute_fused(x) if fused else self.point_wise(x)
-        return torch.addcmul(self.shift2, mixed, self.scale2)
+        """Map `[batch, channels, height, width]` to what BatchNorm gives."""
+        return torch.addcmul(self.shift, self.activate(x, fused), self.scale)
 
 
 class InferenceConvMixer(nn.Module):
     """What `prepare_for_inference` gives; it has the attributes by which timm knows a model."""
 
-    stem_scale: Tensor
-    stem_shift: Tensor
-
     def __init__(self, model: ConvMixer) -> None:
         super().__init__()
-        stem = model.patch_emb
+        stem, layers = model.patch_emb, cast("list[ConvMixerLayer]", model.conv_mixer_layers)
         self.patch_size = stem.patch_size
         self.num_features = model.num_features
-        act = None if name_activation(model) == "gelu" else copy.deepcopy(stem.act).eval()
-        scale, shift = _read_norm(stem.norm)
-        self.stem = _Convolution(stem.conv, act)
-        self.register_buffer("stem_scale", scale.to(stem.conv.weight), persistent=False)
-        self.register_buffer("stem_shift", shift.to(stem.conv.weight), persistent=False)
-        self.layers = nn.ModuleList(_Layer(layer, act) for layer in model.conv_mixer_layers)
+        self.stem = _Convolution(stem.conv, stem.act, stem.norm)
+        self.spatial = nn.ModuleList(
+            _Convolution(layer.depth_wise_conv, layer.act1, layer.norm1) for layer in layers
+        )
+        self.channel = nn.ModuleList(
+            _Convolution(layer.point_wise_conv, layer.act2, layer.norm2, before=layer.norm1)
+            for layer in layers
+        )
         self.classification = copy.deepcopy(model.classification)
         self.requires_grad_(False)
         super().train(False)
         for name in ("num_classes", "in_chans", "global_pool", "pretrained_cfg"):
             setattr(self, name, copy.copy(getattr(model, name, None)))
         self._traits = copy.copy(getattr(model, "_traits", {}))
-        self._can_fuse = act is None and self._is_fused_right()
+        self._can_fuse = name_activation(model) == "gelu" and self._is_fused_right()
 
     def train(self, mode: bool = True) -> InferenceConvMixer:
         """Refuse to be trained."""
@@ -183,10 +190,11 @@ class InferenceConvMixer(nn.Module):
                 "the image is smaller than one patch: resize it, or use a model with smaller "
                 "patches",
             )
-        x = self.stem.compute_fused(x) if fused else self.stem(x)
-        x = torch.addcmul(self.stem_shift, x, self.stem_scale)
-        for layer in self.layers:
-            x = layer(x, fused)
+        x = self.stem(x, fused)
+        for module, channel in zip(self.spatial, self.channel):
+            spatial = cast("_Convolution", module)
+            # The shift of this BatchNorm is in the bias of the next convolution.
+            x = channel(torch.addcmul(x, spatial.activate(x, fused), spatial.scale), fused)
         return x
 
     def _fuses(self, x: Tensor) -> bool:
@@ -215,7 +223,7 @@ class InferenceConvMixer(nn.Module):
             return False
         finally:
             conv._packed = None  # for images of the usual size
-        return torch.allclose(found, conv(x), atol=1e-5, rtol=1e-5)
+        return torch.allclose(found, conv.activate(x, False), atol=1e-5, rtol=1e-5)
 
 
 def _read_norm(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
