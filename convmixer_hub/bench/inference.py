@@ -1,8 +1,7 @@
-"""How fast a trained model is there, and how fast it answers."""
+"""How fast a trained model answers, beside others of the same weights."""
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -23,31 +22,14 @@ from ..checkpoints.runtimes import (
     write_onnx,
 )
 from ..errors import TrainingError
-from ..hub.records import get_record
 from ..machine import find_device
 from ..model.config import get_config
 from ..model.convmixer import ConvMixer
 from ..model.inference import prepare_for_inference
 from .training import check_is_ours, make_timms
-from .turns import time_in_turns
+from .turns import Timing, time_in_turns
 
 IMAGES_A_TURN = 64  # at least
-
-
-@dataclass(frozen=True)
-class AnswerSpeed:
-    """How fast one variant answers.
-
-    Attributes:
-        variant: Its name.
-        images_per_second: Median over the rounds.
-        difference: Largest difference of its logits from those of timm's model in float32, as a
-            share of the largest one.
-    """
-
-    variant: str
-    images_per_second: float
-    difference: float
 
 
 def explain_absence(variant: str, bf16: bool = False) -> str:
@@ -125,7 +107,7 @@ def bench_inference(
     batch_size: int = 64,
     rounds: int = 7,
     bf16: bool = False,
-) -> list[AnswerSpeed]:
+) -> dict[str, Timing]:
     """Time the answers of a model, and of timm's with the same weights, on the GPU if there is one.
 
     Args:
@@ -138,6 +120,10 @@ def bench_inference(
         bf16: Compute in bfloat16, by autocast, instead of float32 (on a GPU, in what torch uses
             for that, which for convolutions is TF32 by default).
 
+    Returns:
+        What each took. The remark is the largest difference of its logits from those of timm's
+        model in float32, as a share of the largest one.
+
     Raises:
         TrainingError: If it is no ConvMixer of this package, or a variant cannot be timed here.
     """
@@ -149,12 +135,7 @@ def bench_inference(
         variant: partial(_make_turn, name, variant, batch_size, bf16)
         for variant in variants or [v for v in VARIANTS if not explain_absence(v, bf16)]
     }
-    timings = time_in_turns(makers, rounds)
-    images = max(IMAGES_A_TURN, batch_size) // batch_size * batch_size
-    return [
-        AnswerSpeed(variant, images / timing.seconds, float(timing.remark))
-        for variant, timing in timings.items()
-    ]
+    return time_in_turns(makers, rounds)
 
 
 def _load(name: str) -> nn.Module:
@@ -164,7 +145,7 @@ def _load(name: str) -> nn.Module:
 
 def _make_turn(
     name: str, variant: str, batch_size: int, bf16: bool
-) -> tuple[Callable[[], float], str]:
+) -> tuple[Callable[[], float], float]:
     device = find_device()
     ours = _load(name).to(device)
     assert isinstance(ours, ConvMixer)
@@ -183,37 +164,13 @@ def _make_turn(
 
     @torch.inference_mode()
     def turn() -> float:
+        calls = max(IMAGES_A_TURN, batch_size) // batch_size
         start = time.perf_counter()
         with autocast:
-            for _ in range(max(IMAGES_A_TURN, batch_size) // batch_size):
+            for _ in range(calls):
                 network(images)
         if device.type == "cuda":
             torch.cuda.synchronize()
-        return time.perf_counter() - start
+        return (time.perf_counter() - start) / (calls * batch_size)
 
-    return turn, str(difference.item())
-
-
-def bench_load(name: str, rounds: int = 30) -> tuple[float, float]:
-    """Time building a trained model without its weights and with them, in turns.
-
-    Args:
-        name: As in `find_checkpoint`.
-        rounds: How often each counts, after one of each that does not.
-
-    Returns:
-        Medians without and with weights, in seconds.
-
-    Raises:
-        UnknownModelError: If no trained model has this name.
-        CheckpointError: If the weights cannot be found or downloaded.
-    """
-    name = get_record(name).name
-    seconds: tuple[list[float], list[float]] = ([], [])
-    for _ in range(rounds + 1):
-        for pretrained in (False, True):
-            start = time.perf_counter()
-            timm.create_model(name, pretrained=pretrained)
-            seconds[pretrained].append(time.perf_counter() - start)
-    without, with_weights = (statistics.median(each[1:]) for each in seconds)
-    return without, with_weights
+    return turn, difference.item()

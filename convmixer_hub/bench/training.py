@@ -24,24 +24,7 @@ from ..training.network import Network
 from ..training.settings import TrainingSettings
 from ..training.step import WARM_UP_STEPS, TrainingStep
 from ..zoo import default_cfgs
-from .turns import time_in_turns
-
-
-@dataclass(frozen=True)
-class Speed:
-    """What one variant took.
-
-    Attributes:
-        variant: Its name.
-        images_per_second: Median over the rounds.
-        dtype: What most of it computed in, `fp32` or `bf16`; for ours, and why.
-        peak_memory: The most memory its process held, in MiB; on a GPU, of the GPU.
-    """
-
-    variant: str
-    images_per_second: float
-    dtype: str
-    peak_memory: float
+from .turns import Timing, time_in_turns
 
 
 def _make_ours(model: ConvMixer) -> nn.Module:
@@ -135,7 +118,7 @@ def bench_train(
     variants: Sequence[str] = tuple(VARIANTS),
     batch_size: int = 128,
     rounds: int = 5,
-) -> list[Speed]:
+) -> dict[str, Timing]:
     """Time training steps (forward, backward, AdamW) of several implementations of one ConvMixer.
 
     Args:
@@ -148,7 +131,8 @@ def bench_train(
             GPU.
 
     Returns:
-        The speeds, in the order of the variants.
+        What each took, in the order of the variants. The remark is what most of it computed in,
+        `fp32` or `bf16`; for ours, and why.
 
     Raises:
         TrainingError: If it is no model of this package, or a variant fails.
@@ -157,11 +141,7 @@ def bench_train(
     makers = {name: partial(_make_step, arch, VARIANTS[name], batch_size) for name in variants}
     # On a GPU, ours captures a step after these.
     warm_up = WARM_UP_STEPS + 1 if torch.cuda.is_available() else 2
-    timings = time_in_turns(makers, rounds, warm_up)
-    return [
-        Speed(name, batch_size / timing.seconds, timing.remark, timing.peak_memory)
-        for name, timing in timings.items()
-    ]
+    return time_in_turns(makers, rounds, warm_up)
 
 
 def _make_step(arch: str, variant: _Variant, batch_size: int) -> tuple[Callable[[], float], str]:
@@ -194,7 +174,7 @@ def _make_step(arch: str, variant: _Variant, batch_size: int) -> tuple[Callable[
         start = time.perf_counter()
         if ours_on_gpu:
             take_step(images, labels, labels, 1.0).tolist()
-            return time.perf_counter() - start
+            return (time.perf_counter() - start) / batch_size
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=bf16):
             loss = F.cross_entropy(model(images).float(), labels)
         optimizer.zero_grad()
@@ -203,6 +183,6 @@ def _make_step(arch: str, variant: _Variant, batch_size: int) -> tuple[Callable[
         loss.item()
         if device.type == "cuda":
             torch.cuda.synchronize()
-        return time.perf_counter() - start
+        return (time.perf_counter() - start) / batch_size
 
     return step, reason

@@ -13,12 +13,10 @@ import torch
 
 from ..bench.ablation import CHANGES, Outcome, compare_changes
 from ..bench.inference import VARIANTS as INFERENCE_VARIANTS
-from ..bench.inference import bench_inference, bench_load, explain_absence
+from ..bench.inference import bench_inference, explain_absence
 from ..bench.training import VARIANTS as TRAINING_VARIANTS
 from ..bench.training import bench_train
 from ..bench.transfer import bench_finetune
-from ..hub.find import locate
-from ..hub.records import get_record
 from ..machine import describe_machine, find_device, get_rank
 from ..training.settings import TrainingSettings
 from .options import DEFAULT_MODEL, NOT_NEGATIVE, POSITIVE, OpenData, data_options, print_table
@@ -61,17 +59,17 @@ def bench_train_command(
     autocast or torch.compile, and channels_last; sequential: the code in the paper's appendix;
     ours: as convmixer train prepares it, in bf16 where that is faster.
     """
-    speeds = bench_train(model, variants or tuple(TRAINING_VARIANTS), batch_size, rounds)
-    rows = [["variant", "images/s", f"× {speeds[0].variant}", "type", "peak memory"]]
-    for speed in speeds:
-        ratio = speed.images_per_second / speeds[0].images_per_second
+    timings = bench_train(model, variants or tuple(TRAINING_VARIANTS), batch_size, rounds)
+    first = next(iter(timings))
+    rows = [["variant", "images/s", f"× {first}", "type", "peak memory"]]
+    for variant, timing in timings.items():
         rows.append(
             [
-                speed.variant,
-                f"{speed.images_per_second:.1f}",
-                f"{ratio:.2f}",
-                speed.dtype.partition(":")[0],
-                f"{speed.peak_memory:.0f} MiB",
+                variant,
+                f"{timing.images_per_second:.1f}",
+                f"{timing.images_per_second / timings[first].images_per_second:.2f}",
+                timing.remark.partition(":")[0],
+                f"{timing.peak_memory:.0f} MiB",
             ]
         )
     click.echo(
@@ -79,9 +77,8 @@ def bench_train_command(
         f"{_describe_setting()}"
     )
     print_table(rows)
-    for speed in speeds:
-        if speed.variant == "ours":
-            click.echo(f"ours computes in {speed.dtype}")
+    if "ours" in timings:
+        click.echo(f"ours computes in {timings['ours'].remark}")
 
 
 @bench_command.command("inference")
@@ -113,17 +110,17 @@ def bench_inference_command(
     """
     rows: list[list[str]] = []
     for batch_size in batch_sizes:
-        speeds = bench_inference(name, variants, batch_size, rounds, bf16)
-        rows = rows or [["batch", "variant", "images/s", f"× {speeds[0].variant}", "difference"]]
-        for speed in speeds:
-            ratio = speed.images_per_second / speeds[0].images_per_second
+        timings = bench_inference(name, variants, batch_size, rounds, bf16)
+        first = next(iter(timings))
+        rows = rows or [["batch", "variant", "images/s", f"× {first}", "difference"]]
+        for variant, timing in timings.items():
             rows.append(
                 [
                     str(batch_size),
-                    speed.variant,
-                    f"{speed.images_per_second:.0f}",
-                    f"{ratio:.2f}",
-                    f"{speed.difference:.0e}",
+                    variant,
+                    f"{timing.images_per_second:.0f}",
+                    f"{timing.images_per_second / timings[first].images_per_second:.2f}",
+                    f"{timing.remark:.0e}",
                 ]
             )
     dtype = "bf16" if bf16 else "fp32"
@@ -133,19 +130,6 @@ def bench_inference_command(
         for variant in INFERENCE_VARIANTS:
             if absence := explain_absence(variant, bf16):
                 click.echo(f"left out: {variant}, which {absence}")
-
-
-@bench_command.command("load")
-@click.argument("name", default=DEFAULT_MODEL)
-@click.option("--rounds", default=30, show_default=True, type=POSITIVE)
-def bench_load_command(name: str, rounds: int) -> None:
-    """Time building NAME without its weights and with them, in turns."""
-    without, with_weights = bench_load(name, rounds)
-    click.echo(
-        f"{name}: {1000 * without:.1f} ms without weights, {1000 * with_weights:.1f} ms with "
-        f"them, × {with_weights / without:.2f} (medians of {rounds}), from "
-        f"{locate(get_record(name))}, {describe_machine(torch.device('cpu'))}"
-    )
 
 
 @bench_command.command("recipe")
@@ -217,16 +201,18 @@ def bench_finetune_command(
 ) -> None:
     """Fine-tune NAME on a few images of each class, and train one like it from scratch on them.
 
-    For as many steps on the same images; top-1 is on the test images of the dataset.
+    For as many steps on the same images; top-1 is on the test images of the dataset, or else on
+    those for validation.
     """
-    results = list(bench_finetune(name, open_data(), images_per_class, seeds))
+    dataset = open_data()
+    results = list(bench_finetune(name, dataset, images_per_class, seeds))
     columns = [[r.finetuned for r in results], [r.from_scratch for r in results]]
     columns.append([tuned - scratch for tuned, scratch in zip(*columns)])
     rows = [["seed", *(str(result.seed) for result in results), "mean"]]
     for title, values in zip(["fine-tuned", "from scratch", "gain"], columns):
         rows.append([title, *(f"{value:.2f}" for value in [*values, statistics.mean(values)])])
     click.echo(
-        f"{name}, {images_per_class} images per class, top-1 on the test images (%), "
-        f"{_describe_setting()}"
+        f"{name}, {images_per_class} images per class, top-1 on the {dataset.test_split} images "
+        f"(%), {_describe_setting()}"
     )
     print_table([list(row) for row in zip(*rows)])
