@@ -17,7 +17,7 @@ from ..checkpoints.info import describe
 from ..data.images import open_image
 from ..errors import DataError, printable
 from ..evaluate import evaluate_on
-from ..figures import draw_predictions
+from ..figures import check_matplotlib, draw_predictions
 from ..files import write_file
 from ..hub.doctor import examine
 from ..hub.find import find_checkpoint, locate
@@ -26,7 +26,7 @@ from ..load import load_trained
 from ..machine import describe_machine, get_rank
 from ..predict import Prediction, predict_each
 from ..release.demo import run_demo
-from ..release.golden import TOLERANCES, verify
+from ..release.golden import TOLERANCE, verify
 from ..zoo import list_models
 from .options import (
     DEFAULT_MODEL,
@@ -98,8 +98,10 @@ def predict_command(
     A file that is no image is named on stderr, the others are still answered, and the exit
     status is 1.
     """
-    if figure is not None and figure.suffix.lower() != ".png":
-        raise click.UsageError(f"--figure {figure}: is written as PNG; give it a name in .png")
+    if figure is not None:
+        check_matplotlib()
+        if figure.suffix.lower() != ".png":
+            raise click.UsageError(f"--figure {figure}: is written as PNG; give it a name in .png")
     model = load_trained(name)
     answered: list[Path] = []
     thumbnails: list[Image.Image] = []
@@ -184,21 +186,14 @@ def doctor_command(name: str | None) -> None:
 
 @click.command("verify")
 @click.argument("name", default=DEFAULT_MODEL)
-@click.option(
-    "--dtype",
-    default="float32",
-    show_default=True,
-    type=click.Choice(list(TOLERANCES)),
-    help="What to compute in.",
-)
-def verify_command(name: str, dtype: str) -> None:
+def verify_command(name: str) -> None:
     """Compare the logits of a model with reference logits.
 
     The logits of NAME, a model or a folder, for a fixed input are compared with those recorded
     beside the weights, which `convmixer card` writes. The exit status is 1 if they differ by more
     than the tolerance.
     """
-    result = verify(name, dtype)
+    result = verify(name)
     verdict = "its logits match the reference"
     if not result.holds:
         verdict = (
@@ -206,7 +201,7 @@ def verify_command(name: str, dtype: str) -> None:
         )
     click.echo(
         f"{name}: {verdict}; largest difference {result.difference:.1e} of the largest logit, "
-        f"tolerance {result.tolerance:.0e} ({dtype}, torch {torch.__version__}, "
+        f"tolerance {TOLERANCE:.0e} (torch {torch.__version__}, "
         f"{describe_machine(torch.device('cpu'))})"
     )
     if not result.holds:
