@@ -37,25 +37,20 @@ class Evaluation:
         return 100.0 * self.correct / self.count
 
 
-@torch.inference_mode()
-def evaluate(
-    model: nn.Module, loader: DataLoader, device: torch.device, progress: bool = True
-) -> Evaluation:
+def evaluate(model: nn.Module, loader: DataLoader, progress: bool = True) -> Evaluation:
     """Compare the top-1 prediction of the model with the label of every image.
 
     Args:
         model: Maps images to logits; left in evaluation mode.
         loader: Serves `(images, labels)`; under torchrun, this process's share of them.
-        device: Where the model is.
         progress: Show a progress bar, if there is a terminal.
+
+    Raises:
+        DataError: If an image cannot be read.
     """
-    model.eval()
-    correct = count = 0
-    for images, labels in read_batches(loader, "evaluate", progress):
-        predicted = model(images.to(device)).argmax(dim=1)
-        correct += int((predicted == labels.to(device)).sum())
-        count += len(labels)
-    total = sum_over_processes(torch.tensor([correct, count], device=device))
+    logits, labels = collect_logits(model, loader, progress)
+    counts = torch.stack([(logits.argmax(dim=1) == labels).sum(), torch.tensor(len(labels))])
+    total = sum_over_processes(counts.to(next(model.parameters()).device))
     return Evaluation(*total.tolist())
 
 
@@ -113,11 +108,13 @@ def evaluate_on(
         DataError: As `prepare_test_images` does, and if an image cannot be read.
     """
     images = prepare_test_images(model, dataset)
+    if len(images) < get_world_size():
+        raise DataError(f"{dataset.source}: has fewer images than there are processes; start one")
     share = images.select(range(get_rank(), len(images), get_world_size()))
     loader = DataLoader(share, batch_size, num_workers=workers)
     with join_processes() as device:
         network = prepare_if_possible(model.to(device).eval())
-        return evaluate(network, loader, device, get_rank() == 0)
+        return evaluate(network, loader, get_rank() == 0)
 
 
 @torch.inference_mode()

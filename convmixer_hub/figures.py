@@ -6,6 +6,8 @@ Every function raises a DataError if matplotlib, an extra of this package, is no
 from __future__ import annotations
 
 import io
+import logging
+import re
 import warnings
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
@@ -26,7 +28,11 @@ if TYPE_CHECKING:
 
 FILTERS_PER_ROW = 32
 KERNELS_PER_LAYER = 24
+# Fonts that have what DejaVu Sans, matplotlib's own, lacks: scripts of East Asia, for one.
+WIDE_FONTS = "Noto Sans|CJK|Arial Unicode|WenQuanYi|YaHei|Malgun|Yu Gothic|PingFang|Hiragino|Nanum"
 BLUE, ORANGE = "#3f72a6", "#d9772b"
+
+_logger = logging.getLogger(__package__)
 
 
 def check_matplotlib() -> None:
@@ -186,9 +192,19 @@ def _new_figure(width: float, height: float, layout: Any = "constrained") -> Fig
 
 
 def _to_png(figure: Figure) -> bytes:
+    from matplotlib.font_manager import get_font_names
+    from matplotlib.text import Text
+
+    fonts = [name for name in get_font_names() if re.search(WIDE_FONTS, name)]
+    for text in figure.findobj(Text):
+        text.set_fontfamily(["sans-serif", *fonts])
     content = io.BytesIO()
-    with warnings.catch_warnings():
-        # A name in a script that the font lacks is drawn as boxes.
-        warnings.filterwarnings("ignore", "Glyph .* missing from font")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.filterwarnings("always", "Glyph .* missing from font")
         figure.savefig(content, format="png", dpi="figure")
+    if caught:
+        _logger.warning(
+            "no font here has all characters of the names in a figure, so some are boxes; install "
+            "Noto Sans CJK, or another font that has them"
+        )
     return content.getvalue()

@@ -6,7 +6,7 @@ import itertools
 import os
 import platform
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +28,16 @@ def describe_machine(device: torch.device) -> str:
     """Name what computes on a device in a few words, such as `2 CPU cores (AMD EPYC)`."""
     if device.type == "cuda":
         return f"{get_world_size()} × {torch.cuda.get_device_name(device)}"
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        models = [line.partition(":")[2].strip() for line in lines if "model name" in line]
-    except OSError:
-        models = []
-    kind = models[0] if models else platform.processor() or platform.machine()
-    return f"{os.cpu_count()} CPU cores ({kind})"
+    return f"{os.cpu_count()} CPU cores ({describe_processor('model name')})"
+
+
+def describe_processor(*names: str) -> str:
+    """Return what Linux says of the first processor under one of the names; else its kind."""
+    with suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith(names):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
 
 
 def count_workers() -> int:

@@ -23,14 +23,7 @@ from .checkpoints.adapt import adapt_checkpoint
 from .checkpoints.files import check_safetensors
 from .errors import ModelSizeError, UnknownModelError
 from .hub.find import find_checkpoint
-from .hub.records import (
-    CIFAR10,
-    DEFAULT_TAG,
-    RECORDS,
-    REPOSITORIES,
-    WEIGHTS_FILE,
-    CheckpointRecord,
-)
+from .hub.records import CIFAR10, RECORDS, REPOSITORIES, WEIGHTS_FILE, CheckpointRecord
 from .model.config import CLASSIFIER, FIRST_CONV, order_names
 from .model.convmixer import ConvMixer
 
@@ -94,12 +87,8 @@ def _make_cfg(arch: str, record: CheckpointRecord | None = None) -> dict[str, An
 
 
 def _make_cfgs(arch: str) -> dict[str, dict[str, Any]]:
-    """Make the configurations of an architecture by `arch.tag`, the default tag first."""
-    records = sorted(
-        (record for record in RECORDS.values() if record.arch == arch),
-        key=lambda record: record.tag != DEFAULT_TAG,
-    )
-    trained = {record.name: _make_cfg(arch, record) for record in records}
+    """Make the configurations of an architecture by `arch.tag`; timm's default is the first."""
+    trained = {r.name: _make_cfg(arch, r) for r in RECORDS.values() if r.arch == arch}
     return trained or {f"{arch}.untrained": _make_cfg(arch)}
 
 
@@ -213,7 +202,7 @@ def _list_names(label_names: Any) -> list[str] | None:
     """
     if label_names is None:
         return None
-    names = label_names.tolist() if hasattr(label_names, "tolist") else order_names(label_names)
+    names = order_names(label_names.tolist() if hasattr(label_names, "tolist") else label_names)
     if (
         not isinstance(names, (list, tuple))
         or not all(isinstance(name, str) for name in names)

@@ -8,13 +8,11 @@ from datetime import date
 import pytest
 import timm
 import torch
-from click.testing import CliRunner
 from huggingface_hub import ModelCard
 from PIL import Image
 
 from convmixer_hub import CheckpointError, DataError
 from convmixer_hub.checkpoints.files import save_model
-from convmixer_hub.cli.main import main
 from convmixer_hub.cli.train import finetune_command, train_command
 from convmixer_hub.data.images import eval_transform
 from convmixer_hub.data.reader import open_dataset
@@ -27,9 +25,9 @@ from convmixer_hub.release.publish import list_uploads
 from convmixer_hub.training.finetune import FINETUNE_OPTIONS, choose_settings
 from convmixer_hub.training.settings import RECIPE, TrainingSettings
 
+from .conftest import ARCH, convmixer
 from .test_evaluate import calibration_error
 
-ARCH = "convmixer_96_8_ks5_p1"
 SETTINGS = TrainingSettings(
     ARCH,
     epochs=3,
@@ -157,6 +155,7 @@ def test_the_card_of_a_fine_tuned_model_serves_others(run, cifar_sample):
         (settings.model, "convmixer-hub/convmixer_cifar.cifar10"),
         ("hf-hub:somebody/birds@v2", "somebody/birds"),
         ("/home/me/secret", None),
+        ("./convmixer_cifar", None),
     ]:
         change_config(run, training=asdict(replace(settings, model=model)))
         data = ModelCard.load(write_card(run, cifar_sample, license="cc-by-4.0")).data
@@ -166,8 +165,8 @@ def test_the_card_of_a_fine_tuned_model_serves_others(run, cifar_sample):
 
 
 def test_the_license_is_an_option(run, cifar_sample):
-    command = ["card", str(run), "--data", str(cifar_sample), "--license", "cc-by-4.0"]
-    assert CliRunner().invoke(main, command, catch_exceptions=False).exit_code == 0
+    result = convmixer("card", run, "--data", cifar_sample, "--license", "cc-by-4.0")
+    assert result.exit_code == 0
     assert ModelCard.load(run / "README.md").data.license == "cc-by-4.0"
 
 

@@ -199,6 +199,7 @@ def test_other_kernel_sizes_keep_their_gradient(kernel_size):
         ("nowhere", "nowhere"),
         ("false", "false failed without a message"),
         ("./broken", "error: no space"),
+        ("c++ -DX='", "No closing quotation"),
     ],
 )
 def test_without_a_compiler_training_works_and_says_why_it_is_slow(

@@ -7,11 +7,10 @@ import timm
 import torch
 from torch.nn import functional as F
 
-import convmixer_hub  # noqa: F401  (registers the models)
 from convmixer_hub.model import gpu
 from convmixer_hub.model.convmixer import ConvMixer
 from convmixer_hub.model.gpu import FastOnGPU, _gelu, can_speed_up
-from convmixer_hub.training.network import build_network
+from convmixer_hub.training.network import _has_room, build_network
 from convmixer_hub.training.settings import TrainingSettings
 from convmixer_hub.training.step import TrainingStep
 
@@ -35,7 +34,6 @@ def train_step(network, model, images, labels):
     ],
 )
 def test_gives_logits_gradients_and_statistics_of_the_model(options):
-    torch.manual_seed(0)
     model = ConvMixer(16, 3, num_classes=5, **options).double()
     images, labels = torch.randn(6, model.in_chans, 16, 12).double(), torch.arange(6) % 5
     reference = copy.deepcopy(model)
@@ -50,7 +48,6 @@ def test_gives_logits_gradients_and_statistics_of_the_model(options):
 
 
 def test_frozen_kernels_are_turned_into_matrices_once(monkeypatch):
-    torch.manual_seed(0)
     model = ConvMixer(16, 3, 5, 2, num_classes=5).eval()
     fast, images = FastOnGPU(model.requires_grad_(False)).eval(), torch.randn(2, 3, 16, 12)
     expected = model(images)
@@ -62,7 +59,6 @@ def test_frozen_kernels_are_turned_into_matrices_once(monkeypatch):
 
 
 def test_under_autocast_computes_in_bfloat16():
-    torch.manual_seed(0)
     model = timm.create_model("convmixer_cifar")
     images, labels = torch.randn(8, 3, 32, 32), torch.arange(8)
     exact, exact_grads = train_step(model, model, images, labels)
@@ -77,7 +73,6 @@ def test_under_autocast_computes_in_bfloat16():
 
 
 def test_evaluates_as_the_model_does():
-    torch.manual_seed(0)
     model = timm.create_model("convmixer_cifar", pretrained=True).double().eval()
     images = torch.randn(4, 3, 32, 32).double()
     with torch.no_grad():
@@ -106,13 +101,20 @@ def test_leaves_other_models_alone(options, fits):
     assert can_speed_up(timm.create_model("convmixer_cifar", **options)) is fits
 
 
+@pytest.mark.parametrize(("free", "fits"), [(8.7e9, True), (8.5e9, False)])
+def test_needs_room_for_its_matrices(monkeypatch, free, fits):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: True)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (free, 24e9))
+    model = timm.create_model("convmixer_256_8_ks9_p1")
+    assert _has_room(model, 32, torch.device("cuda")) is fits
+
+
 @on_gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_on_a_gpu_gives_logits_and_gradients_at_many_sizes(dtype, monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     # These are more kinds than torch.compile takes unless told otherwise.
     monkeypatch.setattr(torch._dynamo.config, "fail_on_recompile_limit_hit", True)
-    torch.manual_seed(0)
     model = ConvMixer(64, 2, kernel_size=5, patch_size=2, num_classes=5).cuda()
     reference = copy.deepcopy(model).double()
     labels = torch.arange(16, device="cuda") % 5

@@ -4,8 +4,6 @@ import argparse
 import hashlib
 import json
 import shutil
-import socket
-import time
 from pathlib import Path
 
 import numpy as np
@@ -16,18 +14,15 @@ import torch
 from huggingface_hub import constants
 from timm.models.convmixer import ConvMixer as TimmConvMixer
 
-from convmixer_hub import CheckpointError, UnknownModelError, find_checkpoint, get_record
+from convmixer_hub import CheckpointError, UnknownModelError, get_record
 from convmixer_hub.checkpoints.files import save_model
 from convmixer_hub.checkpoints.info import describe
-from convmixer_hub.hub import find
 from convmixer_hub.load import load_trained
 from convmixer_hub.model.config import get_label_names
 
-from .conftest import REVISION, use_endpoint
+from .conftest import ARCH, NAME, REVISION, no_network, offline
 from .hub_server import error
 
-NAME = "convmixer_cifar.cifar10"
-ARCH = "convmixer_96_8_ks5_p1"
 MISSING = "is missing or private \\(HTTP 401\\); check its name, @REVISION and HF_ENDPOINT, or l"
 
 
@@ -82,13 +77,6 @@ def test_a_repository_without_a_configuration_is_a_file(somebodys, hub):
     assert info["size"].endswith("7 classes")
 
 
-def no_network(hub, monkeypatch):
-    monkeypatch.setattr(time, "sleep", lambda _: None)  # between the attempts of the client
-    with socket.socket() as unused:
-        unused.bind(("127.0.0.1", 0))
-        use_endpoint(monkeypatch, f"http://127.0.0.1:{unused.getsockname()[1]}")
-
-
 def with_a_token_of_others(hub, monkeypatch):
     hub.tokens.add("hf_others")
     hub.repositories.clear()  # to others, a private repository is not there
@@ -99,21 +87,13 @@ def with_a_folder_for_a_token(hub, monkeypatch):
     Path(constants.HF_TOKEN_PATH).mkdir()
 
 
-def offline(hub, monkeypatch):
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-
-
 @pytest.mark.parametrize(
     ("name", "arrange", "message"),
     [
         ("hf-hub:no/such", None, f"^http://[^ ]*/no/such {MISSING}"),
         ("no/such", None, f"^no/such: no file or folder, and http://[^ ]*/no/such {MISSING}"),
         ("somebody/small@v9", None, "/somebody/small has no revision 'v9'; check its name, @REV"),
-        (
-            "hf-hub:somebody/small",
-            no_network,
-            "cannot be read \\(.*\\); check the network and HF_E",
-        ),
+        ("hf-hub:somebody/small", no_network, r"cannot be read \(.*\); check the network and HF_E"),
         (
             "hf-hub:somebody/small",
             with_a_token_of_others,
@@ -156,9 +136,9 @@ def test_a_repository_that_cannot_be_read_is_one_line(
     assert "\n" not in str(refusal.value)
 
 
-def test_a_repository_in_the_cache_needs_no_network(somebodys, monkeypatch):
+def test_a_repository_in_the_cache_needs_no_network(somebodys, hub, monkeypatch):
     described = describe("hf-hub:somebody/small")
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    offline(hub, monkeypatch)
     assert describe("hf-hub:somebody/small") == described
 
 
@@ -226,12 +206,6 @@ def test_a_network_is_found_among_the_modules_of_a_lightning_checkpoint(tmp_path
         describe(str(file))
 
 
-def test_a_copy_of_a_recorded_file_is_told(tmp_path):
-    shutil.copy(find_checkpoint(NAME), tmp_path / "copy.safetensors")
-    info = describe(str(tmp_path / "copy.safetensors"))
-    assert info["sha256"] == f"{get_record(NAME).sha256}, on record for {NAME}"
-
-
 def test_a_configuration_may_begin_with_a_mark_and_hold_any_letters(tmp_path):
     save_model(timm.create_model(ARCH, label_names=["Kätzchen", "熊"]), tmp_path, {})
     config = json.loads((tmp_path / "config.json").read_text())
@@ -269,19 +243,8 @@ def test_what_transformers_wrote_otherwise_is_named(tmp_path):
         load_trained(tmp_path)
     (tmp_path / "model.safetensors.index.json").rename(tmp_path / "pytorch_model.bin")
     message = (
-        f"no such file, but pytorch_model.bin beside it; convert that: convmixer convert {tmp_path}"
+        "no such file, but pytorch_model.bin beside it; convert that: convmixer convert "
+        f"{tmp_path}/pytorch_model.bin {tmp_path}/model.safetensors --layout ours$"
     )
     with pytest.raises(CheckpointError, match=message):
         load_trained(tmp_path)
-
-
-def test_a_file_on_record_is_hashed_once(monkeypatch):
-    hashed = []
-    find_fault = find._find_fault
-    monkeypatch.setattr(
-        find,
-        "_find_fault",
-        lambda *arguments: hashed.append(arguments) or find_fault(*arguments),
-    )
-    describe(NAME)
-    assert len(hashed) == 1

@@ -2,30 +2,34 @@
 
 import hashlib
 import re
-import socket
 import time
 from pathlib import Path
 
 import pytest
 import timm
 import torch
-from click.testing import CliRunner
 from huggingface_hub import constants
 
 from convmixer_hub import CheckpointError, PublishError, UnknownModelError, find_checkpoint
 from convmixer_hub.checkpoints.files import read_model_files, save_model
-from convmixer_hub.cli.main import main
 from convmixer_hub.hub.find import find_embedded
 from convmixer_hub.hub.records import RECORDS
 from convmixer_hub.load import load_trained
 from convmixer_hub.release.golden import write_golden
 from convmixer_hub.release.publish import list_uploads, publish
 
-from .conftest import REVISION, as_ordinary_user, use_endpoint
+from .conftest import (
+    ARCH,
+    NAME,
+    REVISION,
+    as_ordinary_user,
+    convmixer,
+    forbid_sockets,
+    no_network,
+    offline,
+)
 from .hub_server import error, headers, other_body
 
-NAME = "convmixer_cifar.cifar10"
-ARCH = "convmixer_96_8_ks5_p1"
 TARGET = "someone/mine"
 OF_THE_RUN = ["README.md", "config.json", "metrics.csv", "model.safetensors"]
 
@@ -37,7 +41,7 @@ def run(tmp_path) -> str:
     save_model(timm.create_model(ARCH), folder, {})
     (folder / "README.md").write_text("---\nlicense: mit\n---\n\n# A run\n")
     (folder / "metrics.csv").write_text("epoch\n1\n")
-    for name in ("training_state.pt", ".env", ".saving.png", "letter.txt"):
+    for name in ("training_state.pt", ".env", ".saving.png", "letter.txt", "family.png"):
         (folder / name).write_text("secret")
     (folder / "checkpoints.png").mkdir()
     return str(folder)
@@ -50,12 +54,6 @@ def writable(hub, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
     hub.tokens.add("hf_write")
     return hub
-
-
-def convmixer(*arguments: str) -> tuple[int, str]:
-    """Run the command line; give its exit status and what it printed."""
-    result = CliRunner().invoke(main, arguments)
-    return result.exit_code, result.output
 
 
 def count(hub, method: str, path: str) -> int:
@@ -83,12 +81,12 @@ def test_what_is_published_is_pulled_with_the_same_logits(lfs_suffixes, writable
 
 def test_a_shipped_model_is_published_whole_and_found_there(writable, monkeypatch):
     folder = find_embedded(RECORDS[NAME]).parent
-    status, output = convmixer("publish", NAME, "--repo-id", f"someone/{NAME}")
+    result = convmixer("publish", NAME, "--repo-id", f"someone/{NAME}")
     files = {file.name: file.read_bytes() for file in folder.iterdir()}
     assert writable.repositories[f"someone/{NAME}"] == {"main": files, REVISION: files}
     digest = hashlib.sha256(files["model.safetensors"]).hexdigest()
-    first, second, third = output.splitlines()[-3:]
-    assert (status, first) == (0, f"someone/{NAME}: {len(files)} files, published")
+    first, second, third = result.output.splitlines()[-3:]
+    assert (result.exit_code, first) == (0, f"someone/{NAME}: {len(files)} files, published")
     assert re.fullmatch(rf"revision [0-9a-f]{{40}}, tag {REVISION}", second)
     assert third == f"SHA-256 of model.safetensors {digest}, downloaded again and compared"
     monkeypatch.setenv("CONVMIXER_HUB_NAMESPACE", "someone")
@@ -114,24 +112,20 @@ def test_a_changed_file_alone_makes_the_next_commit(writable, run):
 
 def test_a_second_publication_says_that_nothing_changed(writable, run):
     Path(run, "README.md").unlink()
-    _, first = convmixer("publish", run, "--repo-id", TARGET)
-    _, second = convmixer("publish", run, "--repo-id", TARGET)
+    first, second = (convmixer("publish", run, "--repo-id", TARGET).output for _ in range(2))
     assert f"{TARGET}: 3 files, published\n" in first
     assert f"{TARGET}: 3 files, nothing changed, all were there before\n" in second
     assert f"there is no model card; `convmixer card {run} --data DIR` writes one\n" in second
 
 
 def test_a_dry_run_asks_no_network_and_no_token(run, monkeypatch):
-    def fail(*_, **__):
-        raise AssertionError("a socket was opened")
-
-    monkeypatch.setattr(socket, "socket", fail)
+    forbid_sockets(monkeypatch)
     monkeypatch.delenv("HF_TOKEN", raising=False)
     for name in (run, NAME):
-        status, output = convmixer("publish", name, "--repo-id", TARGET, "--dry-run")
-        *lines, last = output.splitlines()
+        result = convmixer("publish", name, "--repo-id", TARGET, "--dry-run")
+        *lines, last = result.output.splitlines()
         uploads = list_uploads(name)
-        assert (status, last) == (0, f"{TARGET}: would get these {len(uploads)} files")
+        assert (result.exit_code, last) == (0, f"{TARGET}: would get these {len(uploads)} files")
         assert [line.split() for line in lines] == [
             [upload.file.name, f"{upload.size:,}", "bytes", upload.sha256] for upload in uploads
         ]
@@ -150,17 +144,17 @@ def test_logits_of_other_weights_are_not_published(writable, run):
     save_model(timm.create_model(ARCH), Path(run), {})
     writable.requests.clear()
     for option in ([], ["--dry-run"]):
-        status, output = convmixer("publish", run, "--repo-id", TARGET, *option)
-        assert (status, output) == (
-            1,
+        result = convmixer("publish", run, "--repo-id", TARGET, *option)
+        assert result.exit_code == 1
+        assert result.output == (
             f"Error: {run}/golden.json: is of weights with another SHA-256; `convmixer card {run} "
-            "--data DIR` writes it\n",
+            "--data DIR` writes it\n"
         )
     assert writable.requests == []
 
 
 def test_a_private_repository_is_made_and_read_back(writable, run):
-    assert convmixer("publish", run, "--repo-id", TARGET, "--private")[0] == 0
+    assert convmixer("publish", run, "--repo-id", TARGET, "--private").exit_code == 0
     assert writable.private == {TARGET}
     assert not publish(run, TARGET, private=True).changed
 
@@ -184,10 +178,6 @@ def wrong_token(hub, monkeypatch):
 def of_another_type(hub, monkeypatch):
     """The name is taken, but there is no model of this name."""
     hub.order(error(404, X_Error_Code="RepoNotFound"), "GET")
-
-
-def offline(hub, monkeypatch):
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
 
 
 def storage_fails(hub, monkeypatch):
@@ -232,7 +222,7 @@ FAULTS = {
         r"http\S+ refuses \(HTTP 400: The name is reserved.*\); correct that, or ",
     ),
     "refused connection": (
-        lambda hub, monkeypatch: use_endpoint(monkeypatch, "http://127.0.0.1:1"),
+        no_network,
         r"cannot be published \(.*Connection refused\); check the network and HF_ENDPOINT, and ",
     ),
     "offline": (offline, "the network may not be used; unset HF_HUB_OFFLINE$"),
@@ -267,12 +257,12 @@ def test_what_is_pulled_back_is_written_nowhere_else(writable, run, tmp_path):
 
 
 def test_a_tag_that_the_hub_refuses_is_one_line(writable, run):
-    status, output = convmixer("publish", run, "--repo-id", TARGET, "--tag", "v 1")
-    assert status == 1
+    result = convmixer("publish", run, "--repo-id", TARGET, "--tag", "v 1")
+    assert result.exit_code == 1
     assert re.fullmatch(
         f"Error: {TARGET}: the files are there at commit [0-9a-f]{{40}}, but the Hub refuses tag "
         r"'v 1' \(HTTP 400: Invalid tag name.*\); give another --tag\n",
-        output,
+        result.output,
     )
 
 
@@ -280,12 +270,12 @@ def test_a_tag_that_the_hub_refuses_is_one_line(writable, run):
 def test_a_folder_that_cannot_be_read_whole_is_one_line(path, mode, writable, run):
     write_golden(run)
     Path(run, path).chmod(mode)
-    status, output = as_ordinary_user(lambda: convmixer("publish", run, "--repo-id", TARGET))
+    result = as_ordinary_user(lambda: convmixer("publish", run, "--repo-id", TARGET))
     Path(run).chmod(0o700)
-    assert (status, output.count("\n")) == (1, 1)
+    assert (result.exit_code, result.output.count("\n")) == (1, 1)
     assert re.match(
         rf"Error: {run}: cannot be read whole \(.*Permission denied: '{Path(run, path)}'\); make ",
-        output,
+        result.output,
     )
     assert writable.requests == []
 
@@ -316,11 +306,11 @@ def test_a_bad_repository_id_is_one_line(repo_id, message, writable, run):
 
 
 def test_what_does_not_load_is_not_published(writable, run):
-    status, output = convmixer("publish", "no_such_run", "--repo-id", TARGET)
-    assert (status, output.count("\n")) == (1, 1)
+    result = convmixer("publish", "no_such_run", "--repo-id", TARGET)
+    assert (result.exit_code, result.output.count("\n")) == (1, 1)
     with pytest.raises(UnknownModelError):
         publish("no_such_run", TARGET)
     Path(run, "model.safetensors").write_bytes(b"damaged")
-    status, output = convmixer("publish", run, "--repo-id", TARGET)
-    assert (status, output.count("\n")) == (1, 1)
+    result = convmixer("publish", run, "--repo-id", TARGET)
+    assert (result.exit_code, result.output.count("\n")) == (1, 1)
     assert writable.requests == []

@@ -4,6 +4,7 @@ import os
 import pickle
 import shutil
 from collections import Counter
+from unicodedata import normalize
 
 import datasets
 import numpy as np
@@ -16,6 +17,7 @@ from convmixer_hub import DataError
 from convmixer_hub.data.reader import open_dataset
 from convmixer_hub.hub.records import CIFAR10
 from convmixer_hub.training.images import hold_out
+from convmixer_hub.zoo import _list_names
 
 from .conftest import IMAGES, as_ordinary_user, encode
 
@@ -177,11 +179,13 @@ FOLDERS = {
             ("cat/b.txt", b"x"),
             "dog/1.png",
             ("dog/film.mp4", b"x"),
+            ("dog/film.mpg", b"x"),
         ],
         {"train": {"cat": 1, "dog": 1}},
         [
             "left out: 2 × files that are not images (.txt), the first is cat/a.txt",
             "left out: 1 × files that are not images (.mp4), the first is dog/film.mp4",
+            "left out: 1 × files that are not images (.mpg), the first is dog/film.mpg",
         ],
     ),
     "formats of every kind": (
@@ -205,7 +209,7 @@ FOLDERS = {
         [],
     ),
     "names with characters that patterns know": (
-        ["a [1]/x [2].png", "b*/?.png", "c\nd/1.png".replace("\n", " ")],
+        ["a [1]/x [2].png", "b*/?.png", "c d/1.png"],
         {"train": {"a [1]": 1, "b*": 1, "c d": 1}},
         [],
     ),
@@ -351,6 +355,14 @@ def test_a_folder_that_may_not_be_listed_is_named(tmp_path):
     (tmp_path / "dog").chmod(0)
     with pytest.raises(DataError, match="dog: cannot be listed .*; change its permissions, or mov"):
         as_ordinary_user(lambda: open_dataset(tmp_path))
+
+
+def test_a_class_has_one_name_on_macos_and_linux(tmp_path):
+    name = "전기차"
+    paths = [f"train/{normalize('NFD', name)}/1.png", "train/b/1.png", f"test/{name}/1.png"]
+    dataset = open_dataset(write_tree(tmp_path, *paths))
+    assert count_images(dataset) == {"train": {name: 1, "b": 1}, "test": {name: 1}}
+    assert _list_names([normalize("NFD", name)]) == [name]
 
 
 def test_one_of_several_data_sets_is_chosen(tmp_path):

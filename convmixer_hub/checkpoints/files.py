@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..errors import CheckpointError, first_line
 from ..files import replacing
-from ..hub.records import CONFIG_FILE, MISTAKES_FILE, MODEL_FILES, WEIGHTS_FILE
+from ..hub.records import CONFIG_FILE, MODEL_FILES, WEIGHTS_FILE
 from ..model.config import get_label_names
 from ..model.convmixer import ConvMixer, name_activation
 
@@ -33,17 +33,12 @@ def read_model_files(folder: Path) -> dict[Path, bytes]:
         CheckpointError: If one cannot be read.
     """
     try:
-        return {f: f.read_bytes() for f in sorted(folder.iterdir()) if _is_model_file(f)}
+        files = [f for f in sorted(folder.iterdir()) if f.name in MODEL_FILES and f.is_file()]
+        return {file: file.read_bytes() for file in files}
     except OSError as error:
         raise CheckpointError(
             f"{folder}: cannot be read whole ({first_line(error)}); make all in it readable to you"
         ) from None
-
-
-def _is_model_file(file: Path) -> bool:
-    is_named = any(file.match(pattern) for pattern in MODEL_FILES)
-    is_private = file.name.startswith(".") or file.name == MISTAKES_FILE
-    return is_named and not is_private and file.is_file()
 
 
 def check_safetensors(path: Path) -> dict[str, str]:
@@ -67,7 +62,7 @@ def check_safetensors(path: Path) -> dict[str, str]:
             remedy = "save the model whole, with a larger max_shard_size"
             if others == [PICKLE_FILE]:
                 paths = shlex.join(map(str, [path.with_name(PICKLE_FILE), path]))
-                remedy = f"convert that: convmixer convert {paths}"
+                remedy = f"convert that: convmixer convert {paths} --layout ours"
     except (SafetensorError, OSError) as error:
         reason = f"not a whole safetensors file ({first_line(error)})"
         remedy = "copy it again; pickles are not opened, `convmixer convert` rewrites them"
@@ -135,9 +130,9 @@ def save_model(model: nn.Module, folder: Path, extra_config: Mapping[str, Any]) 
         )
         _correct_config(Path(temporary, CONFIG_FILE))
         for name in (WEIGHTS_FILE, CONFIG_FILE):
-            Path(temporary, name).chmod(0o644)  # safetensors lets nobody but the writer read
             with replacing(folder / name) as file:
-                Path(temporary, name).rename(file)
+                # A copy, as safetensors lets nobody but the writer read its own.
+                file.write_bytes(Path(temporary, name).read_bytes())
 
 
 def _correct_config(file: Path) -> None:

@@ -125,7 +125,7 @@ def finetune_command(
     """
     with _stopping_at(output):
         dataset = open_data()
-        settings = choose_settings(name, dataset, **changes)
+        settings = choose_settings(name, dataset, output, **changes)
         result = finetune(settings, dataset, output, skip_damaged)
     if get_rank() == 0:
         click.echo(

@@ -23,6 +23,7 @@ SPLITS = {
     "test": ("test", "testing", "eval", "evaluation"),
 }
 METADATA_FILES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
+STUBS = ("BUFR", "GRIB", "HDF5", "MPEG")  # which Pillow knows, but cannot decode
 CLUTTER = ("thumbs.db", "desktop.ini", "@eadir", "__macosx", "__pycache__")
 
 
@@ -36,6 +37,7 @@ class RawSplit:
         names: Names of the classes by number, if they are known.
         is_in_files: Whether the images are files of their own.
         folder: Where another folder would be taken for a class, if they lie in class folders.
+        files: Their paths in the dataset, if so.
     """
 
     labels: list[Any]
@@ -43,6 +45,7 @@ class RawSplit:
     names: list[str] | None = None
     is_in_files: bool = False
     folder: Path | None = None
+    files: Sequence[str] = ()
 
 
 class LeftOut:
@@ -146,7 +149,8 @@ def _is_hidden(name: str) -> bool:
 def is_named_like_image(file: PurePath) -> bool:
     """Return whether the suffix of a file is of a format that Pillow can read."""
     Image.init()
-    return Image.EXTENSION.get(file.suffix.lower()) in Image.OPEN
+    kind = Image.EXTENSION.get(file.suffix.lower())
+    return kind in Image.OPEN and kind not in STUBS
 
 
 def is_image(file: Path) -> bool:
@@ -334,9 +338,13 @@ def _sort_by_class(tree: _Tree, names: Mapping[str, str], left_out: LeftOut) -> 
                 "into it, or remove it"
             )
         if classed:
-            read = partial(_read_file, [file for _, file in classed])
+            files = [file for _, file in classed]
             splits[split] = RawSplit(
-                [label for label, _ in classed], read, is_in_files=True, folder=place
+                [label for label, _ in classed],
+                partial(_read_file, files),
+                is_in_files=True,
+                folder=place,
+                files=[file.relative_to(tree.place).as_posix() for file in files],
             )
     return splits
 

@@ -15,10 +15,11 @@ import copy
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path, PurePath
 from typing import Any
+from unicodedata import normalize
 
 import torch
 from PIL import Image
@@ -50,11 +51,13 @@ class LabeledImages(Dataset[tuple[Any, int]]):
 
     Attributes:
         folder: See `RawSplit`.
+        files: Likewise; of the whole split.
     """
 
     def __init__(self, raw: RawSplit, labels: Sequence[int]) -> None:
         self.labels = labels
         self.folder = raw.folder
+        self.files = raw.files
         self._indices: Sequence[int] = range(len(labels))
         self._read = raw.read
         self._transform: Callable[[Image.Image], Any] | None = None
@@ -174,13 +177,13 @@ def open_dataset(
 
 def _read_folder(folder: Path, label_column: str | None, left_out: LeftOut) -> dict[str, RawSplit]:
     """Find out the layout of a folder, and read its splits."""
-    if folder.name in TORCHVISION:
-        return _read_torchvision(folder)
+    if (place := Path(os.path.abspath(folder))).name in TORCHVISION:
+        return _read_torchvision(place)
     found = [folder / name for name in TORCHVISION if os.path.isdir(folder / name)]
     if len(found) > 1:
         raise DataError(f"{folder}: holds {' and '.join(TORCHVISION)}; choose one with --config")
     files, empty = list_files(folder, left_out)
-    tables = [file for file in files if file.suffix == ".parquet" and not is_metadata(file)]
+    tables = [file for file in files if file.suffix.lower() == ".parquet" and not is_metadata(file)]
     metadata = [file for file in files if is_metadata(file)]
     if found:
         splits = _read_torchvision(found[0])
@@ -225,7 +228,14 @@ def _number_classes(
     left_out: LeftOut,
 ) -> ImageDataset:
     """Number the classes, the same way in all splits."""
-    raw = dict(raw)
+    raw = {
+        split: replace(
+            images,
+            labels=_compose(images.labels),
+            names=None if images.names is None else _compose(images.names),
+        )
+        for split, images in raw.items()
+    }
     # Splits of which no image has a label, such as the test images of competitions on the Hub.
     for split in list(raw):
         if all(label in (None, -1) for label in raw[split].labels):
@@ -262,6 +272,11 @@ def _number_classes(
                 f"{source}: has a class named {name!r}; give it a name that can be printed"
             )
     return ImageDataset(source, hub_id, classes, splits, left_out.describe())
+
+
+def _compose(names: Sequence[Any]) -> list[Any]:
+    """Bring names to one Unicode form: those of folders made on macOS have another."""
+    return [normalize("NFC", name) if isinstance(name, str) else name for name in names]
 
 
 def _number(labels: Sequence[Any], numbers: Mapping[Any, int], place: str) -> list[int]:

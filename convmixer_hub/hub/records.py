@@ -18,7 +18,8 @@ CARD_FILE = "README.md"
 # Stands in a card for the repository that it is going to be in.
 EXAMPLE_REPO_ID = "OWNER/REPO"
 
-# What of a model's folder goes to others; the states of a training run, for one, do not.
+# What of a model's folder goes to others; the state of a training run and the user's own pictures,
+# such as mistakes.png, do not.
 MODEL_FILES = (
     CONFIG_FILE,
     WEIGHTS_FILE,
@@ -27,13 +28,15 @@ MODEL_FILES = (
     "NOTES.md",
     "RECIPE.md",
     "metrics.csv",
-    "*.png",
+    "confusion.png",
+    "curve.png",
+    "kernels.png",
+    "patch_embedding.png",
+    "predictions.png",
+    "reliability.png",
+    "validation_confusion.png",
 )
 
-# The user's own images, which are nobody else's business.
-MISTAKES_FILE = "mistakes.png"
-
-DEFAULT_TAG = "cifar10"
 OWN_COPY_ADVICE = "reinstall the package and unset CONVMIXER_HUB_SOURCE to use its own copy"
 
 
@@ -109,11 +112,6 @@ class CheckpointRecord:
         return self.name.partition(".")[0]
 
     @property
-    def tag(self) -> str:
-        """Which training the weights are from."""
-        return self.name.partition(".")[2]
-
-    @property
     def repo_id(self) -> str:
         """The Hub repository; `CONVMIXER_HUB_NAMESPACE` moves it to another owner."""
         return f"{os.environ.get('CONVMIXER_HUB_NAMESPACE') or 'convmixer-hub'}/{self.name}"
@@ -131,6 +129,7 @@ class CheckpointRecord:
         )
 
 
+# The first one of an arch is its default.
 RECORDS: dict[str, CheckpointRecord] = {
     record.name: record
     for record in [
@@ -187,13 +186,12 @@ def suggest(name: str, known: Iterable[str]) -> str:
 
 
 def get_record(name: str) -> CheckpointRecord:
-    """Look up the record of a trained model; a bare arch means its `DEFAULT_TAG`, if that is there.
+    """Look up the record of a trained model; a bare arch means the first of its tags.
 
     Raises:
         UnknownModelError: If no trained model has this name.
     """
-    record = RECORDS.get(name) or RECORDS.get(f"{name}.{DEFAULT_TAG}")
-    record = record or next((r for r in RECORDS.values() if r.arch == name), None)
+    record = next((r for r in RECORDS.values() if name in (r.name, r.arch)), None)
     if record is None:
         raise UnknownModelError(f"no trained weights are named '{name}'; {suggest(name, RECORDS)}")
     return record

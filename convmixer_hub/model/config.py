@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any, cast
+from unicodedata import normalize
 
 from torch import nn
 
@@ -25,12 +26,19 @@ def get_label_names(model: nn.Module) -> list[str] | None:
 
 
 def order_names(label_names: Any) -> Any:
-    """List names of classes that are given by number, as in `id2label`; None if not from 0 on."""
-    if not isinstance(label_names, Mapping):
+    """List names of classes, in one Unicode form (NFC).
+
+    They may be given by number, as in `id2label`: None if not from 0 on. What is no list, tuple or
+    dict is returned as it is.
+    """
+    if isinstance(label_names, Mapping):
+        by_number = {str(number): name for number, name in label_names.items()}
+        label_names = [by_number.get(str(i)) for i in range(len(by_number))]
+        if None in label_names:
+            return None
+    if not isinstance(label_names, (list, tuple)):
         return label_names
-    by_number = {str(number): name for number, name in label_names.items()}
-    names = [by_number.get(str(i)) for i in range(len(by_number))]
-    return None if None in names else names
+    return [normalize("NFC", name) if isinstance(name, str) else name for name in label_names]
 
 
 def check_classifies(model: nn.Module) -> None:

@@ -16,7 +16,6 @@ import ctypes
 import hashlib
 import logging
 import os
-import platform
 import shlex
 import statistics
 import subprocess
@@ -31,7 +30,7 @@ from torch.nn import functional as F
 
 from ..errors import first_line
 from ..files import replacing
-from ..machine import get_world_size, sum_over_processes
+from ..machine import describe_processor, get_world_size, sum_over_processes
 from .convmixer import ConvMixer, ConvMixerLayer, PatchEmbeddings
 from .depthwise import FAST_KERNEL_SIZES, DepthWiseConv2d
 
@@ -50,14 +49,15 @@ def load_passes() -> bool:
     """
     source = Path(__file__).with_suffix(".cpp")
     torch_folder = Path(torch.__file__).parent
-    compiler = shlex.split(os.environ.get("CXX") or "c++")
     abi = int(torch.compiled_with_cxx11_abi())
     flags = [*FLAGS, f"-D_GLIBCXX_USE_CXX11_ABI={abi}", f"-I{torch_folder / 'include'}"]
     flags += [f"-L{torch_folder / 'lib'}", "-ltorch_cpu", "-lc10"]
-    # What is compiled for one processor may not run on another that shares the folder.
-    made_of = [source.read_text(), *compiler, *flags, torch.__version__, _describe_processor()]
-    digest = hashlib.sha256("\0".join(made_of).encode()).hexdigest()
     try:
+        compiler = shlex.split(os.environ.get("CXX") or "c++")
+        # What is compiled for one processor may not run on another that shares the folder.
+        processor = describe_processor("flags", "Features")
+        made_of = [source.read_text(), *compiler, *flags, torch.__version__, processor]
+        digest = hashlib.sha256("\0".join(made_of).encode()).hexdigest()
         folder = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
         library = folder / "convmixer_hub" / f"cpu_{digest[:16]}.so"
         if not library.exists():
@@ -65,7 +65,7 @@ def load_passes() -> bool:
             with replacing(library) as temporary:
                 _run_compiler([*compiler, str(source), *flags, "-o", str(temporary)])
         torch.ops.load_library(str(library))
-    except (OSError, RuntimeError) as error:  # the latter where there is no home folder
+    except (OSError, RuntimeError, ValueError) as error:  # of no home folder, of quotes in CXX
         _logger.warning(
             "training is several times slower than it could be: cpu.cpp cannot be compiled (%s); "
             "install a C++ compiler such as g++, or name one in CXX; if the cache folder cannot be "
@@ -82,14 +82,6 @@ def _run_compiler(command: list[str]) -> None:
     except subprocess.CalledProcessError as error:
         lines = [line for line in error.stderr.splitlines() if "error" in line] or [error.stderr]
         raise OSError(lines[0] or f"{command[0]} failed without a message") from None
-
-
-def _describe_processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    return next((line for line in lines if line.startswith(("flags", "Features"))), "")
 
 
 def keep_freed_memory() -> None:

@@ -7,6 +7,7 @@ pictures of what the model still gets wrong.
 from __future__ import annotations
 
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +20,15 @@ from torchvision.transforms.functional import to_pil_image
 from ..checkpoints.resolve import resolve
 from ..data.images import eval_transform
 from ..data.reader import ImageDataset, read_images
+from ..errors import UnknownModelError
 from ..evaluate import Evaluation, collect_logits, count_confusions
 from ..figures import check_matplotlib, draw_confusion, draw_predictions
 from ..files import write_file
-from ..hub.records import MISTAKES_FILE
 from ..load import load_trained
 from ..machine import get_rank, get_world_size
 from ..model.config import get_label_names
 from ..predict import name_best
+from .folder import STATE_FILE
 from .images import choose_images
 from .run import train
 from .settings import TrainingSettings
@@ -50,28 +52,40 @@ FINETUNE_OPTIONS = (
     "seed",
 )
 CONFUSION_FILE = "validation_confusion.png"
+MISTAKES_FILE = "mistakes.png"
 MISTAKES_SHOWN = 20
 FEW_IMAGES = 5000
 MIN_STEPS = 200
 
 
-def choose_settings(name: str, dataset: ImageDataset, **changes: Any) -> TrainingSettings:
+def choose_settings(
+    name: str, dataset: ImageDataset, output: str | Path | None = None, **changes: Any
+) -> TrainingSettings:
     """Choose how to fine-tune, for the data at hand.
 
     Args:
-        name: The trained model, as in `load.load_trained`.
+        name: The trained model, as in `load.load_trained`; it may be gone if a run is resumed.
         dataset: What to fine-tune on.
+        output: The run folder, if there may be such a run in it.
         changes: Settings that override those chosen here; None overrides nothing. By default a
             fifth of the training images is held out, if there are none for validation.
 
     Raises:
         DataError: If there are no training images.
         TrainingError: If a setting is out of its range.
+        UnknownModelError: If there is no such model.
+        CheckpointError: If it cannot be found or downloaded, or is a file alone.
     """
-    source = resolve(name)
-    source.check_is_whole()
-    is_folder = source.name.startswith("local-dir:")
-    name = str(source.folder.absolute()) if is_folder else source.name
+    try:
+        source = resolve(name)
+    except UnknownModelError:
+        if output is None or not Path(output, STATE_FILE).exists():
+            raise
+        name = os.path.abspath(name)
+    else:
+        source.check_is_whole()
+        is_folder = source.name.startswith("local-dir:")
+        name = str(source.folder.absolute()) if is_folder else source.name
     changes = {setting: value for setting, value in changes.items() if value is not None}
     labels = dataset.get("train").labels
     count = len(labels)

@@ -43,6 +43,7 @@ class RunState:
         settings: Those of the run.
         classes: Names of its classes.
         images: Number of its training images, with those held out.
+        image_digest: What tells them from others, see `images.RunImages`; empty in older runs.
         held_out_images: What tells which of them are held out; empty if none are.
         epoch: Number of completed epochs.
         step: Number of steps taken in the current epoch.
@@ -62,6 +63,7 @@ class RunState:
     settings: dict[str, Any]
     classes: list[str]
     images: int
+    image_digest: str = ""
     held_out_images: str = ""
     epoch: int = 0
     step: int = 0
@@ -79,10 +81,16 @@ class RunState:
     @property
     def identity(self) -> dict[str, Any]:
         """What has to be the same for the run to be resumed."""
-        return {
+        settings = {
             **self.settings,
+            "model": _without_path(self.settings["model"]),
+            "teacher": _without_paths(self.settings["teacher"]),
+        }
+        return {
             "classes": self.classes,
-            "images": self.images,
+            "images": self.images,  # before the settings that follow from it
+            **settings,
+            "image_digest": self.image_digest,
             "held_out_images": self.held_out_images,
         }
 
@@ -147,6 +155,7 @@ def open_run(folder: Path, new: RunState) -> RunState:
             "name another --output"
         )
     state = _read_state(folder / STATE_FILE)
+    state.image_digest = state.image_digest or new.image_digest
     _check_same(folder, state.identity, new.identity)
     return state
 
@@ -175,8 +184,11 @@ def _check_same(folder: Path, found: dict[str, Any], wanted: dict[str, Any]) -> 
                 "lacks; upgrade convmixer-hub, or name another run folder"
             )
         if found[name] != wanted[name]:
+            differs = f"with {name} {found[name]!r}, not {wanted[name]!r}"
+            if name in ("image_digest", "held_out_images"):
+                differs = "on other images, or with others of them held out"
             raise TrainingError(
-                f"{folder}: holds a run with {name} {found[name]!r}, not {wanted[name]!r}; "
+                f"{folder}: holds a run {differs}; "
                 "give the same settings and data to resume it, or name another run folder"
             )
 
@@ -204,13 +216,7 @@ def save_results(folder: Path, model: nn.Module, state: RunState) -> None:
     """
     config: dict[str, Any] = {
         "label_names": state.classes,
-        "training": state.settings
-        | {
-            "model": _without_path(state.settings["model"]),
-            "teacher": ",".join(
-                _without_path(name.strip()) for name in state.settings["teacher"].split(",")
-            ),
-        },
+        "training": {name: state.identity[name] for name in state.settings},
         "machine": state.machine,
     }
     if state.temperature != 1.0:
@@ -227,10 +233,15 @@ def save_results(folder: Path, model: nn.Module, state: RunState) -> None:
 
 
 def _without_path(model: str) -> str:
-    """Return the name of a folder alone: the rest of the path is of this machine."""
-    if not model or (Repository.parse(model) and not os.path.exists(model)):
+    """Return `./` and the name of a folder: the rest of the path is of this machine."""
+    is_path = set("/\\") & set(model) or model in (".", "..")
+    if not is_path or (Repository.parse(model) and not os.path.exists(model)):
         return model
-    return os.path.basename(os.path.abspath(model))
+    return f"./{os.path.basename(os.path.abspath(model))}"
+
+
+def _without_paths(models: str) -> str:
+    return ",".join(_without_path(name.strip()) for name in models.split(","))
 
 
 def read_metrics(file: Path) -> dict[str, list[float]]:

@@ -29,11 +29,14 @@ class RunImages(NamedTuple):
     Attributes:
         training: Those that it is trained on.
         validation: Those by which it measures itself after each epoch; there may be none.
-        held_out_digest: Digest of which training images are held out; empty if none are.
+        image_digest: Digest of the labels of all training images, and of their paths if they lie in
+            class folders.
+        held_out_digest: Digest of which of them are held out; empty if none are.
     """
 
     training: LabeledImages
     validation: LabeledImages
+    image_digest: str
     held_out_digest: str
 
 
@@ -64,8 +67,16 @@ def choose_images(settings: TrainingSettings, dataset: ImageDataset) -> RunImage
                 "--held-out"
             )
         validation = dataset.get("validation")
-    digest = hashlib.sha256(repr(held_out).encode()).hexdigest()[:16] if held_out else ""
-    return RunImages(images.select(kept), validation, digest)
+    return RunImages(
+        images.select(kept),
+        validation,
+        image_digest=_hash((list(images.labels), list(images.files))),
+        held_out_digest=_hash(held_out) if held_out else "",
+    )
+
+
+def _hash(value: object) -> str:
+    return hashlib.sha256(repr(value).encode()).hexdigest()[:16]
 
 
 def hold_out(dataset: ImageDataset, size: int, seed: int) -> tuple[list[int], list[int]]:

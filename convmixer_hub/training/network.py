@@ -8,6 +8,7 @@ from typing import Any
 
 import timm
 import torch
+from timm.data import resolve_input_data_config
 from timm.optim import create_optimizer_v2
 from timm.utils import ModelEmaV3
 from torch import nn
@@ -106,7 +107,8 @@ def build_network(
     elif get_world_size() > 1:
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     elif can_speed_up(model) and not settings.freeze_batch_norm:
-        module = FastOnGPU(model)
+        side = max(resolve_input_data_config(model)["input_size"][1:])
+        module = FastOnGPU(model) if _has_room(model, side, device) else model
     average = ModelEmaV3(model, settings.ema_decay, use_warmup=True) if settings.ema_decay else None
     if get_world_size() > 1:
         module = DistributedDataParallel(
@@ -125,3 +127,19 @@ def build_network(
         **OPTIMIZERS[settings.optimizer],
     )
     return Network(model, module, average, optimizer)
+
+
+def _has_room(model: ConvMixer, image_size: int, device: torch.device) -> bool:
+    """Return whether the matrices of `FastOnGPU` take at most half of a GPU's free memory.
+
+    Args:
+        model: The model.
+        image_size: Side of its images, in pixels.
+        device: The GPU.
+    """
+    positions = (image_size // model.patch_emb.patch_size) ** 2
+    in_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    layers = len(model.conv_mixer_layers)
+    needed = layers * model.num_features * positions**2 * (2 if in_bf16 else 4)
+    free, _ = torch.cuda.mem_get_info(device)
+    return 2 * needed <= free

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from ..data.augment import derive_seed
 from ..data.reader import ImageDataset
-from ..errors import DataError, TrainingError, UnknownModelError
+from ..errors import DataError, TrainingError, UnknownModelError, first_line
 from ..evaluate import collect_logits, evaluate, fit_temperature
 from ..hub.records import CONFIG_FILE, WEIGHTS_FILE, suggest
 from ..machine import (
@@ -44,6 +44,7 @@ from .step import TrainingStep
 from .teacher import Teacher
 
 SECONDS_BETWEEN_SAVES = 60.0
+SECONDS_BETWEEN_READS = 0.5  # of loss and accuracy, for the progress bar
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -77,8 +78,8 @@ def train(
     Raises:
         UnknownModelError: If no arch of this package has this name.
         TrainingError: If a setting does not fit the model, the data or the processes, if the
-            folder holds another run, lies among class folders or cannot be written, or if the loss
-            is no longer a number.
+            folder holds another run, lies among class folders or cannot be written, if the loss
+            is no longer a number, or if a GPU has too little memory.
         DataError: If the data cannot be read, or is less than one batch.
         CheckpointError: If trained weights to start or to learn from cannot be found or
             downloaded, are damaged or do not fit.
@@ -108,17 +109,29 @@ def train(
 
     def begin() -> RunState:
         open_files.enter_context(lock_run(folder))
-        new = RunState(asdict(settings), dataset.classes, len(images), chosen.held_out_digest)
+        new = RunState(
+            asdict(settings),
+            dataset.classes,
+            len(images),
+            chosen.image_digest,
+            chosen.held_out_digest,
+        )
         return open_run(folder, new)
 
     with ExitStack() as open_files, join_processes() as device:
         _check_same_everywhere(dataset, device)
         state = ask_first_process(begin)
         progress = progress and get_rank() == 0
-        run = _Run(settings, folder, state, dataset, chosen, device, skip_damaged, progress)
-        open_files.enter_context(fast_muon(run.dtype, device))
-        while state.epoch < settings.epochs:
-            run.train_epoch()
+        try:
+            run = _Run(settings, folder, state, dataset, chosen, device, skip_damaged, progress)
+            open_files.enter_context(fast_muon(run.dtype, device))
+            while state.epoch < settings.epochs:
+                run.train_epoch()
+        except torch.OutOfMemoryError as error:
+            raise TrainingError(
+                f"{folder}: the GPU has too little memory ({first_line(error)}); begin a run with "
+                "a smaller --batch-size, or hide the GPU with CUDA_VISIBLE_DEVICES=-1"
+            ) from None
         # Wait until the first has written it all.
         sum_over_processes(torch.zeros(1, device=device)).item()
     return folder
@@ -172,6 +185,11 @@ class _Run:
             self.images, self.validation = load_images(
                 settings, images, data_config, skip_damaged, progress
             )
+            for lost in set(images.training.labels) - set(self.images.labels.tolist()):
+                raise DataError(
+                    f"{dataset.source}: no training image of the class {dataset.classes[lost]} can "
+                    "be read; replace them, or remove the class"
+                )
             workers = count_workers() if device.type == "cuda" else 0
             self.batches = serve_batches(settings, self.images, state.epoch, state.step, workers)
             self.take_step = TrainingStep(self.network, settings, self.dtype, device, teacher)
@@ -238,6 +256,10 @@ class _Run:
         epoch, first_step = state.epoch, state.step
         steps = len(self.images) // settings.batch_size
         start = time.monotonic() - sums["seconds"]
+        # Loss, number of correct images, norm of the gradient: added up on the device, and read
+        # now and then, as to read them means to wait for the device.
+        totals = torch.tensor([sums["loss"], sums["correct"], 0.0], dtype=torch.float64)
+        totals, read_at = totals.to(self.device), start
         with tqdm(
             desc=f"epoch {epoch + 1}/{settings.epochs}",
             total=steps,
@@ -246,31 +268,36 @@ class _Run:
             leave=False,
             disable=None if self.progress else True,
         ) as bar:
-            numbers: Tensor | None = None
             for step in range(first_step, steps):
                 factor = settings.learning_rate_factor(epoch + (step + 0.5) / steps)
-                # A step's numbers are read when the next has begun: a GPU is never waited for.
-                previous, numbers = numbers, self._train_step(epoch, step, factor)
-                if previous is not None:
-                    self._add(previous, sums, epoch, step - 1)
-                if self._save_is_due or step + 1 == steps:
-                    self._add(numbers, sums, epoch, step)
-                    numbers = None
-                sums["seconds"] = time.monotonic() - start
-                # The numbers of the step just taken may not be in the sums yet.
-                counted = step + 1 if numbers is None else step
-                count = max(1, counted * settings.batch_size)
-                bar.set_postfix_str(
-                    f"loss {sums['loss'] / count:.3f}, "
-                    f"accuracy {100 * sums['correct'] / count:.1f} %, "
-                    f"{count / max(sums['seconds'], 1e-3):.0f} images/s"
-                )
+                totals += self._train_step(epoch, step, factor)
                 bar.update()
-                if numbers is None and self._save_is_due:
+                save, now = self._save_is_due, time.monotonic()
+                if not save and step + 1 < steps and now - read_at < SECONDS_BETWEEN_READS:
+                    continue
+                read_at = now
+                loss, correct, norm = totals.tolist()
+                self._check_finite(step, {"loss": loss, "norm of the gradient": norm})
+                sums.update(loss=loss, correct=correct, seconds=time.monotonic() - start)
+                count = (step + 1) * settings.batch_size
+                bar.set_postfix_str(
+                    f"loss {loss / count:.3f}, accuracy {100 * correct / count:.1f} %, "
+                    f"{count / sums['seconds']:.0f} images/s"
+                )
+                if save:
                     self._update_state(epoch, step + 1, sums)
                     if get_rank() == 0:
                         save_state(self.folder, state)
                     self.state_saved_at = time.monotonic()
+
+    def _check_finite(self, step: int, totals: dict[str, float]) -> None:
+        for name, value in totals.items():
+            if not math.isfinite(value):
+                raise TrainingError(
+                    f"the {name} is {value} in epoch {self.state.epoch + 1}, by step {step + 1}; "
+                    f"{self.folder} keeps what was saved before; start a new run with a smaller "
+                    "--lr"
+                )
 
     def _measure(self, sums: dict[str, float]) -> dict[str, Any]:
         """Return the metrics of the epoch, and keep its weights if they are the best."""
@@ -286,7 +313,7 @@ class _Run:
             "seconds": round(sums["seconds"], 1),
         }
         if self.validation is not None:
-            result = evaluate(self.network.result, self.validation, self.device, self.progress)
+            result = evaluate(self.network.result, self.validation, self.progress)
             metrics["held_out_top1"] = round(result.top1, 2)
             if settings.keep_best and result.top1 >= state.best_top1:
                 state.best_top1 = result.top1
@@ -307,18 +334,6 @@ class _Run:
             steps = len(self.images) // settings.batch_size
             self.network.average.update(self.network.model, epoch * steps + step + 1)
         return numbers
-
-    def _add(self, numbers: Tensor, sums: dict[str, float], epoch: int, step: int) -> None:
-        """Add what a step gave to the sums of the epoch."""
-        loss, correct, norm = numbers.tolist()
-        for name, value in {"loss": loss, "norm of the gradient": norm}.items():
-            if not math.isfinite(value):
-                raise TrainingError(
-                    f"the {name} is {value} in epoch {epoch + 1}, step {step + 1}; {self.folder} "
-                    "keeps what was saved before; start a new run with a smaller --lr"
-                )
-        sums["loss"] += loss
-        sums["correct"] += int(correct)
 
     def _update_state(self, epoch: int, step: int, sums: dict[str, float]) -> None:
         state = self.state
