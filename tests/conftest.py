@@ -7,8 +7,10 @@ import io
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -18,12 +20,16 @@ from typing import TypeVar
 import datasets
 import pyarrow
 import pytest
+import safetensors.torch
 import torch
+from click.testing import CliRunner, Result
 from huggingface_hub import constants
 from PIL import Image
 from pyarrow import parquet
+from timm.utils import random_seed
 
 import convmixer_hub  # noqa: F401  (registers the models)
+from convmixer_hub.cli.main import main
 from convmixer_hub.hub.records import CIFAR10, get_record
 
 from .hub_server import HubServer
@@ -32,7 +38,9 @@ T = TypeVar("T")
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 IMAGES = CHECKOUT / "tests" / "images"
-REVISION = get_record("convmixer_cifar.cifar10").revision
+NAME = "convmixer_cifar.cifar10"
+ARCH = "convmixer_96_8_ks5_p1"
+REVISION = get_record(NAME).revision
 on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 # Of a model, as timm resolves it for its data.
 CONFIG = {
@@ -54,7 +62,7 @@ def _own_cache_of_datasets(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def _same_numbers_every_time():
-    torch.manual_seed(0)
+    random_seed(0)
 
 
 @pytest.fixture(autouse=True)
@@ -69,6 +77,16 @@ def _no_settings_from_outside(monkeypatch):
 def batch() -> torch.Tensor:
     """Two images' worth of numbers."""
     return torch.randn(2, 3, 32, 32)
+
+
+def convmixer(*arguments: object, **options) -> Result:
+    """Run the command line."""
+    return CliRunner().invoke(main, [str(a) for a in arguments], catch_exceptions=False, **options)
+
+
+def weights_of(folder: Path) -> dict[str, torch.Tensor]:
+    """Load the weights in the folder of a model."""
+    return safetensors.torch.load_file(folder / "model.safetensors")
 
 
 def write_split(
@@ -185,6 +203,26 @@ def use_endpoint(monkeypatch: pytest.MonkeyPatch, url: str) -> None:
     template = url + "/{repo_id}/resolve/{revision}/{filename}"
     monkeypatch.setattr(constants, "ENDPOINT", url)
     monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+
+
+def no_network(hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let nobody answer for the Hub, and the client not wait between its attempts."""
+    monkeypatch.setattr(time, "sleep", lambda _: None)
+    use_endpoint(monkeypatch, "http://127.0.0.1:1")
+
+
+def offline(hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let huggingface_hub, which read the environment when imported, not use the network."""
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+
+
+def forbid_sockets(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a test fail that opens a socket."""
+
+    def fail(*_, **__):
+        raise AssertionError("a socket was opened")
+
+    monkeypatch.setattr(socket, "socket", fail)
 
 
 @pytest.fixture

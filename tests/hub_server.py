@@ -390,18 +390,3 @@ class _Handler(BaseHTTPRequestHandler):
 
     def log_message(self, *_: object) -> None:
         pass
-
-
-if __name__ == "__main__":
-    import sys
-    from pathlib import Path
-
-    from convmixer_hub.hub.records import get_record
-
-    with HubServer() as hub:
-        for folder in map(Path, sys.argv[1:]):
-            contents = {file.name: file.read_bytes() for file in folder.iterdir()}
-            revision = get_record(folder.name).revision
-            hub.repositories[f"convmixer-hub/{folder.name}"] = {revision: contents}
-        print(f"export HF_ENDPOINT={hub.url}", flush=True)
-        threading.Event().wait()

@@ -1,17 +1,15 @@
 from dataclasses import fields
 
 import pytest
-from click.testing import CliRunner
 
 from convmixer_hub import TrainingError
 from convmixer_hub.bench.ablation import CHANGES, UNCHANGED, compare_changes
 from convmixer_hub.cli import measure
-from convmixer_hub.cli.main import main
 from convmixer_hub.data.reader import open_dataset
 from convmixer_hub.training import run as run_module
 from convmixer_hub.training.settings import TrainingSettings
 
-ARCH = "convmixer_96_8_ks5_p1"
+from .conftest import ARCH, convmixer
 
 
 def test_every_change_differs_from_plain_settings_and_fits():
@@ -30,7 +28,7 @@ def test_runs_are_compared_and_gone_on_with(cifar_sample, tmp_path, monkeypatch)
     monkeypatch.setitem(CHANGES, "ema", {"batch_size": 16, "ema_decay": 0.5})
     options = f"bench recipe {ARCH} --data {cifar_sample} --output {tmp_path / 'runs'} --epochs 1"
     options = f"{options} --train-images 20 --held-out 10 --change plain --change ema"
-    first = CliRunner().invoke(main, options.split())
+    first = convmixer(*options.split())
     assert first.exit_code == 0, first.output
     title, header, *rows = first.stdout.splitlines()[-4:]
     assert title.startswith(f"{ARCH}, epochs 1, held_out 10, train_images 20, seed 0, ")
@@ -40,14 +38,14 @@ def test_runs_are_compared_and_gone_on_with(cifar_sample, tmp_path, monkeypatch)
 
     with monkeypatch.context() as second_process:
         second_process.setattr(measure, "get_rank", lambda: 1)
-        silent = CliRunner().invoke(main, options.split())
+        silent = convmixer(*options.split())
     assert silent.exit_code == 0 and not silent.stdout
 
     def fail(*_):
         raise AssertionError("an epoch was done again")
 
     monkeypatch.setattr(run_module._Run, "train_epoch", fail)
-    again = CliRunner().invoke(main, options.split())
+    again = convmixer(*options.split())
     assert again.stdout.splitlines()[-4:] == first.stdout.splitlines()[-4:]
 
 
@@ -56,7 +54,7 @@ def test_what_is_finished_is_shown_when_a_run_fails(cifar_sample, tmp_path, monk
     monkeypatch.setitem(CHANGES, "ema", {"batch_size": 1000})
     options = f"bench recipe {ARCH} --data {cifar_sample} --output {tmp_path / 'runs'} --epochs 1"
     options = f"{options} --train-images 20 --held-out 10 --change plain --change ema"
-    result = CliRunner().invoke(main, options.split())
+    result = convmixer(*options.split())
     assert result.exit_code == 1
     assert result.stdout.splitlines()[-1].startswith("plain  batch_size 16")
     assert "20 training images are less than one batch of 1000" in result.stderr

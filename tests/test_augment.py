@@ -2,7 +2,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from timm.utils import random_seed
 
 from convmixer_hub import DataError
 from convmixer_hub.data.augment import TrainingImages, is_rand_augment
@@ -59,7 +58,6 @@ def test_mirror_images_by_chance(training_images):
 
 
 def test_rand_augment_of_the_highest_level(training_images):
-    random_seed(0)
     images = training_images(rand_augment="rand-m10-n8-inc1")
     batch, _ = images.read_batch(0, 0, 40, (32, 32))
     assert torch.isfinite(batch).all()
@@ -92,7 +90,6 @@ def test_processes_share_a_batch(training_images):
 
 def test_rand_augment_is_timms(training_images):
     plain, _ = training_images().read_batch(0, 0, 40, (32, 32))
-    random_seed(0)
     augmented, _ = training_images(rand_augment="rand-m9-n2-p1").read_batch(0, 0, 40, (32, 32))
     changed = (plain != augmented).flatten(1).any(1)
     assert changed.float().mean() > 0.8
@@ -104,7 +101,6 @@ def test_rand_augment_is_timms(training_images):
 def test_grey_images_are_augmented_too(cifar_sample):
     images = open_dataset(cifar_sample).get("train")
     gray = {**CONFIG, "input_size": (1, 32, 32), "mean": (0.5,), "std": (0.25,)}
-    random_seed(0)
     augmented = TrainingImages(images, gray, rand_augment="rand-m9-n8-p1-inc1", progress=False)
     batch, _ = augmented.read_batch(0, 0, 40, (24, 24))
     assert batch.shape == (40, 1, 24, 24) and torch.isfinite(batch).all()
@@ -145,7 +141,7 @@ def test_damaged_images_are_counted_and_named_or_skipped(write_parquet):
         TrainingImages(images.select([1, 2]), CONFIG, skip_damaged=True)
 
 
-def test_images_need_not_be_square(training_images, cifar_sample):
+def test_images_need_not_be_square(cifar_sample):
     config = CONFIG | {"input_size": (3, 24, 41)}
     images = TrainingImages(open_dataset(cifar_sample).get("train"), config, progress=False)
     whole = np.pad(images.images[0].numpy(), ((0, 0), (3, 3), (5, 5)), mode="reflect")

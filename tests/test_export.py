@@ -11,14 +11,12 @@ import openvino
 import pytest
 import timm
 import torch
-from click.testing import CliRunner
 from PIL import Image
 
 from convmixer_hub import CheckpointError, DataError
 from convmixer_hub.checkpoints import runtimes
 from convmixer_hub.checkpoints.files import save_model
 from convmixer_hub.checkpoints.runtimes import write_onnx
-from convmixer_hub.cli.main import main
 from convmixer_hub.data.reader import open_dataset
 from convmixer_hub.evaluate import evaluate_on
 from convmixer_hub.hub.records import CIFAR10, RECORDS
@@ -26,17 +24,14 @@ from convmixer_hub.load import load_trained
 from convmixer_hub.release.export import RUNTIMES, export
 from convmixer_hub.release.golden import make_golden_input
 
-from .conftest import CHECKOUT, IMAGES
-
-SMALL = "convmixer_96_8_ks5_p1"
+from .conftest import ARCH, CHECKOUT, IMAGES, convmixer
 
 
 @pytest.fixture(scope="module")
 def from_pixels(tmp_path_factory):
     """Export with preprocessing, as in the docs; give the file, and what was printed."""
     folder = tmp_path_factory.mktemp("from_pixels")
-    command = ["export", "convmixer_cifar", "--output", str(folder), "--with-preprocessing"]
-    result = CliRunner().invoke(main, command, catch_exceptions=False)
+    result = convmixer("export", "convmixer_cifar", "--output", folder, "--with-preprocessing")
     assert result.exit_code == 0, result.output
     return folder / "model.onnx", result.stdout
 
@@ -44,7 +39,7 @@ def from_pixels(tmp_path_factory):
 @pytest.fixture(scope="module")
 def pt2(tmp_path_factory):
     """A file of `torch.export`."""
-    return export(SMALL, tmp_path_factory.mktemp("pt2"), "pt2").file
+    return export(ARCH, tmp_path_factory.mktemp("pt2"), "pt2").file
 
 
 @pytest.mark.parametrize("name", ["convmixer_cifar.cifar100", "convmixer_256_8_ks9_p1.cifar10"])
@@ -111,7 +106,7 @@ def test_the_snippet_of_the_docs_needs_no_torch(from_pixels, tmp_path):
 def test_pt2_answers_as_torch_does(pt2, batch):
     extra = {"metadata.json": ""}
     program = torch.export.load(pt2, extra_files=extra)
-    model = timm.create_model(SMALL, pretrained=True).eval()
+    model = timm.create_model(ARCH, pretrained=True).eval()
     with torch.no_grad():
         torch.testing.assert_close(program.module()(batch), model(batch), atol=1e-4, rtol=1e-4)
     assert not re.search(rb"\.py\b|site-packages", pt2.read_bytes())  # of stack traces
@@ -124,7 +119,7 @@ def test_pt2_is_compiled_by_aot_inductor(pt2, tmp_path, batch):
     program = torch.export.load(pt2)
     compiled = tmp_path / "compiled.pt2"
     torch._inductor.aoti_compile_and_package(program, package_path=str(compiled))
-    expected = timm.create_model(SMALL, pretrained=True).eval()(batch)
+    expected = timm.create_model(ARCH, pretrained=True).eval()(batch)
     logits = torch._inductor.aoti_load_package(str(compiled))(batch)
     torch.testing.assert_close(logits, expected, atol=1e-3, rtol=1e-4)
 
@@ -132,11 +127,11 @@ def test_pt2_is_compiled_by_aot_inductor(pt2, tmp_path, batch):
 @pytest.mark.parametrize("options", [[], ["--with-preprocessing"]])
 def test_int8_weights_are_stored_and_measured(options, cifar_sample, tmp_path):
     output = tmp_path / "out"
-    command = ["export", SMALL, "--output", str(output), "--int8", "--data", str(cifar_sample)]
-    result = CliRunner().invoke(main, [*command, *options], catch_exceptions=False)
+    command = ["export", ARCH, "--output", output, "--int8", "--data", cifar_sample]
+    result = convmixer(*command, *options)
     assert result.exit_code == 0, result.output
     file = output / "model_int8.onnx"
-    in_fp32 = evaluate_on(load_trained(SMALL), open_dataset(cifar_sample)).top1
+    in_fp32 = evaluate_on(load_trained(ARCH), open_dataset(cifar_sample)).top1
     line = rf"{file}: 0\.\d\d MB, top-1 [\d.]+ %, in fp32 {in_fp32:.2f} % \(10 test images\)\n"
     assert re.fullmatch(line, result.output)
     assert list(output.iterdir()) == [file]
@@ -151,34 +146,34 @@ def test_int8_weights_are_stored_and_measured(options, cifar_sample, tmp_path):
 
 def test_int8_that_costs_too_much_is_refused(cifar_sample, tmp_path):
     message = (
-        rf"^{SMALL}: int8 lowers the top-1 from [\d.]+ to [\d.]+ %; give a larger --max-loss, or "
+        rf"^{ARCH}: int8 lowers the top-1 from [\d.]+ to [\d.]+ %; give a larger --max-loss, or "
         "leave --int8 out$"
     )
     with pytest.raises(CheckpointError, match=message):
         # Not even a gain of all points is enough.
-        export(SMALL, tmp_path / "out", int8_dataset=open_dataset(cifar_sample), max_loss=-101)
+        export(ARCH, tmp_path / "out", int8_dataset=open_dataset(cifar_sample), max_loss=-101)
     assert not list((tmp_path / "out").iterdir())
 
 
 def test_what_cannot_be_exported_is_one_line(cifar_sample, tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     with pytest.raises(DataError, match="file/model.pt2: cannot be written .*; make room, or name"):
-        export(SMALL, tmp_path / "file", "pt2")
+        export(ARCH, tmp_path / "file", "pt2")
     with pytest.raises(
         CheckpointError, match="^.*: int8 is for ONNX alone; leave --int8 or --form"
     ):
-        export(SMALL, tmp_path, "pt2", int8_dataset=open_dataset(cifar_sample))
+        export(ARCH, tmp_path, "pt2", int8_dataset=open_dataset(cifar_sample))
     with pytest.raises(DataError, match=r"has the class airplane, but the model knows apple, .*"):
         export("convmixer_cifar.cifar100", tmp_path, int8_dataset=open_dataset(cifar_sample))
-    for options in (["--int8"], ["--data", str(cifar_sample)]):
-        result = CliRunner().invoke(main, ["export", "--output", str(tmp_path), *options])
+    for options in (["--int8"], ["--data", cifar_sample]):
+        result = convmixer("export", "--output", tmp_path, *options)
         assert result.exit_code == 2
         assert "--int8 and --data go together: give both, or none" in result.output
     monkeypatch.setattr(runtimes, "find_spec", lambda name: None)
     with pytest.raises(
         CheckpointError, match="^exporting to ONNX needs onnx: pip install onnx onn"
     ):
-        export(SMALL, tmp_path)
+        export(ARCH, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -189,7 +184,7 @@ def test_what_cannot_be_exported_is_one_line(cifar_sample, tmp_path, monkeypatch
     ],
 )
 def test_other_models_can_be_exported(options, labels, tmp_path):
-    model = timm.create_model(SMALL, **options)
+    model = timm.create_model(ARCH, **options)
     size = (model.in_chans, 24, 40)
     model.pretrained_cfg["input_size"] = size
     save_model(model, tmp_path / "run", {})
@@ -217,5 +212,5 @@ def test_an_export_with_other_logits_is_not_kept(tmp_path, monkeypatch):
     with pytest.raises(
         CheckpointError, match="exported as onnx, its logits differ from torch's by [12]e"
     ):
-        export(SMALL, tmp_path / "out")
+        export(ARCH, tmp_path / "out")
     assert not list((tmp_path / "out").iterdir())

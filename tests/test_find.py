@@ -5,9 +5,7 @@ import pytest
 from convmixer_hub import CheckpointError, find_checkpoint, get_record
 from convmixer_hub.hub import find
 
-from .conftest import CHECKOUT
-
-NAME = "convmixer_cifar.cifar10"
+from .conftest import CHECKOUT, NAME
 
 
 @pytest.fixture

@@ -6,9 +6,8 @@ import sys
 
 import pytest
 
-from .conftest import CHECKOUT
+from .conftest import CHECKOUT, NAME
 
-NAME = "convmixer_cifar.cifar10"
 ALONE = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c"]
 MOUNT = 'mount -t tmpfs -o size=1m none "$0"'
 

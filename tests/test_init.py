@@ -25,7 +25,6 @@ def test_covariance_is_one_and_falls_with_distance(kernel_size, variance):
 
 
 def test_kernels_get_the_covariance_and_keep_their_mean_square():
-    torch.manual_seed(0)
     model = ConvMixer(d_model=1024, n_layers=3, kernel_size=5, num_classes=0)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     init_depthwise_kernels(model)

@@ -8,15 +8,13 @@ import torch
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
-import convmixer_hub  # noqa: F401  (registers the models)
 from convmixer_hub.data.images import open_image
 from convmixer_hub.hub.records import CIFAR10
 from convmixer_hub.load import load_trained
 from convmixer_hub.model.config import get_label_names
 
-from .conftest import CHECKOUT, IMAGES
+from .conftest import CHECKOUT, IMAGES, NAME
 
-NAME = "convmixer_cifar.cifar10"
 FOLDER = CHECKOUT / "weights" / NAME
 LABELS = ["animal", "machine"]
 MACHINES = ("airplane", "automobile", "ship", "truck")

@@ -10,15 +10,13 @@ from types import ModuleType
 import datasets
 import pyarrow
 import pytest
-from click.testing import CliRunner
 from PIL import Image
 from pyarrow import parquet
 
 from convmixer_hub import DataError
-from convmixer_hub.cli.main import main
 from convmixer_hub.data.reader import open_dataset
 
-from .conftest import CHECKOUT, IMAGES
+from .conftest import CHECKOUT, IMAGES, convmixer
 from .hub_server import HubServer
 from .test_reader import count_images, write_tree
 
@@ -427,8 +425,7 @@ def test_a_data_set_of_the_hub_is_measured_by_its_id(tmp_path):
 
 def test_what_is_left_out_is_said_by_a_command(tmp_path):
     write_tree(tmp_path, "test/cat/1.png", "test/dog/1.png", ("test/cat/1.txt", b"x"))
-    options = ["--data", str(tmp_path), "--workers", "0"]
-    result = CliRunner().invoke(main, ["evaluate", *options])
+    result = convmixer("evaluate", "--data", tmp_path, "--workers", 0)
     assert result.stderr == (
         "left out: 1 × files that are not images (.txt), the first is test/cat/1.txt\n"
     )

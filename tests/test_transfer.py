@@ -2,16 +2,15 @@ import re
 from functools import partial
 
 import pytest
-from click.testing import CliRunner
 
 from convmixer_hub import DataError
 from convmixer_hub.bench import transfer as transfer_module
 from convmixer_hub.bench.transfer import Comparison, bench_finetune
 from convmixer_hub.cli import measure
-from convmixer_hub.cli.main import main
 from convmixer_hub.data.reader import open_dataset
 from convmixer_hub.training.finetune import choose_settings
 
+from .conftest import convmixer
 from .test_finetune import ANIMALS, MACHINES, write_class
 
 
@@ -26,8 +25,7 @@ def photos(tmp_path):
 
 def compare(data, *options: str) -> list[list[str]]:
     """Run `convmixer bench finetune`; give the lines that it printed, as cells."""
-    command = ["bench", "finetune", "convmixer_cifar", "--data", str(data), *options]
-    result = CliRunner().invoke(main, command, catch_exceptions=False)
+    result = convmixer("bench", "finetune", "convmixer_cifar", "--data", data, *options)
     assert result.exit_code == 0, result.output
     return [re.split("  +", line) for line in result.stdout.splitlines()]
 

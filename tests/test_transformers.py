@@ -14,9 +14,7 @@ from convmixer_hub.load import load_trained
 from convmixer_hub.model.config import CLASSIFIER
 from convmixer_hub.predict import predict
 
-from .conftest import CHECKOUT, IMAGES
-
-NAME = "convmixer_cifar.cifar10"
+from .conftest import ARCH, CHECKOUT, IMAGES, NAME
 
 
 @pytest.fixture(params=["shipped", "fine-tuned", "with another activation"])
@@ -28,7 +26,7 @@ def folder(request, tmp_path):
         model = load_trained(NAME, ["cat", "dog", "axolotl"])
         save_model(model, tmp_path, {"label_names": ["cat", "dog", "axolotl"]})
     else:
-        model = timm.create_model("convmixer_96_8_ks5_p1", act_layer="relu", label_names=["a", "b"])
+        model = timm.create_model(ARCH, act_layer="relu", label_names=["a", "b"])
         save_model(model, tmp_path, {})
     return tmp_path
 
