@@ -105,11 +105,12 @@ def evaluate_on(
 
     Raises:
         CheckpointError: As `prepare_test_images` does.
-        DataError: As `prepare_test_images` does, and if an image cannot be read.
+        DataError: As `prepare_test_images` does, and if an image cannot be read, or there are fewer
+            than processes.
     """
     images = prepare_test_images(model, dataset)
     if len(images) < get_world_size():
-        raise DataError(f"{dataset.source}: has fewer images than there are processes; start one")
+        raise DataError(f"{dataset.source}: has fewer images than processes; start fewer of these")
     share = images.select(range(get_rank(), len(images), get_world_size()))
     loader = DataLoader(share, batch_size, num_workers=workers)
     with join_processes() as device:
@@ -136,7 +137,7 @@ def collect_logits(
     """
     model.eval()
     device = next(model.parameters()).device
-    batches = read_batches(loader, "test", progress)
+    batches = read_batches(loader, "evaluate", progress)
     logits, labels = zip(*[(model(images.to(device)).cpu(), labels) for images, labels in batches])
     return torch.cat(logits).double(), torch.cat(labels)
 

@@ -30,6 +30,7 @@ FILTERS_PER_ROW = 32
 KERNELS_PER_LAYER = 24
 # Fonts that have what DejaVu Sans, matplotlib's own, lacks: scripts of East Asia, for one.
 WIDE_FONTS = "Noto Sans|CJK|Arial Unicode|WenQuanYi|YaHei|Malgun|Yu Gothic|PingFang|Hiragino|Nanum"
+MISSING_GLYPH = "Glyph .* missing from font"
 BLUE, ORANGE = "#3f72a6", "#d9772b"
 
 _logger = logging.getLogger(__package__)
@@ -195,14 +196,21 @@ def _to_png(figure: Figure) -> bytes:
     from matplotlib.font_manager import get_font_names
     from matplotlib.text import Text
 
-    fonts = [name for name in get_font_names() if re.search(WIDE_FONTS, name)]
     for text in figure.findobj(Text):
-        text.set_fontfamily(["sans-serif", *fonts])
+        if not text.get_text().isascii():
+            fonts = [name for name in sorted(get_font_names()) if re.search(WIDE_FONTS, name)]
+            text.set_fontfamily(["sans-serif", *fonts])
     content = io.BytesIO()
     with warnings.catch_warnings(record=True) as caught:
-        warnings.filterwarnings("always", "Glyph .* missing from font")
+        warnings.filterwarnings("always", MISSING_GLYPH)
         figure.savefig(content, format="png", dpi="figure")
-    if caught:
+    boxes = [warning for warning in caught if re.match(MISSING_GLYPH, str(warning.message))]
+    for warning in caught:
+        if warning not in boxes:
+            warnings.warn_explicit(
+                warning.message, warning.category, warning.filename, warning.lineno
+            )
+    if boxes:
         _logger.warning(
             "no font here has all characters of the names in a figure, so some are boxes; install "
             "Noto Sans CJK, or another font that has them"

@@ -1,4 +1,5 @@
 import io
+import warnings
 
 import pytest
 import torch
@@ -28,6 +29,13 @@ def test_names_that_no_font_has_are_said_to_be_boxes(monkeypatch, caplog):
     assert message.endswith(
         "so some are boxes; install Noto Sans CJK, or another font that has them"
     )
+
+
+def test_long_names_are_drawn_without_a_word_on_fonts(caplog):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # matplotlib's, that there is little room
+        draw_confusion(torch.eye(2, dtype=torch.long), ["a" * 300, "b" * 300])
+    assert not caplog.records
 
 
 def test_names_of_classes_are_no_formulas():

@@ -179,7 +179,7 @@ FOLDERS = {
             ("cat/b.txt", b"x"),
             "dog/1.png",
             ("dog/film.mp4", b"x"),
-            ("dog/film.mpg", b"x"),
+            ("dog/film.mpg", b"\0\0\1\xb3\2\0\2\0"),  # 32×32 pixels
         ],
         {"train": {"cat": 1, "dog": 1}},
         [
@@ -363,6 +363,13 @@ def test_a_class_has_one_name_on_macos_and_linux(tmp_path):
     dataset = open_dataset(write_tree(tmp_path, *paths))
     assert count_images(dataset) == {"train": {name: 1, "b": 1}, "test": {name: 1}}
     assert _list_names([normalize("NFD", name)]) == [name]
+
+
+def test_a_folder_of_torchvision_may_be_the_current_one(tmp_path, monkeypatch):
+    (tmp_path / "cifar-10-batches-py").mkdir()
+    monkeypatch.chdir(tmp_path / "cifar-10-batches-py")
+    with pytest.raises(DataError, match="cifar-10-batches-py: incomplete or damaged"):
+        open_dataset(".")
 
 
 def test_one_of_several_data_sets_is_chosen(tmp_path):

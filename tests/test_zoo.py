@@ -224,8 +224,10 @@ def test_a_folder_does_not_shadow_a_known_name(tmp_path, monkeypatch):
 
 def test_what_is_saved_may_be_read_by_those_whom_the_umask_lets(tmp_path):
     before = os.umask(0o027)
-    save_model(timm.create_model(ARCH), tmp_path, {})
-    os.umask(before)
+    try:
+        save_model(timm.create_model(ARCH), tmp_path, {})
+    finally:
+        os.umask(before)
     assert {file.stat().st_mode & 0o777 for file in tmp_path.iterdir()} == {0o640}
 
 

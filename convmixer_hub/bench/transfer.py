@@ -41,7 +41,7 @@ def bench_finetune(
     images. Training from scratch takes the optimizer and the learning rate of `convmixer train`.
 
     Args:
-        name: The trained model, `arch.tag`, or an arch alone for its default tag.
+        name: The trained model, `arch.tag`, or an arch alone for its first tag.
         dataset: Has training images and others, for test or validation.
         images_per_class: How many images of each class to train on, those held out included.
         seeds: How many times to do it.

@@ -11,10 +11,8 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import ExitStack
 from dataclasses import dataclass
+from multiprocessing.connection import Connection
 from typing import Any
 
 import torch
@@ -22,6 +20,7 @@ from tqdm import tqdm
 
 from ..errors import TrainingError, first_line
 
+SECONDS_TO_END = 10.0
 # Between turns: threads of the last one, such as onnxruntime's, go on looking for work for a while.
 SECONDS_TO_REST = 0.3
 
@@ -57,51 +56,69 @@ def time_in_turns(makers: Mapping[str, Maker], rounds: int, warm_up: int = 2) ->
         TrainingError: If one fails, naming it.
     """
     context = multiprocessing.get_context("spawn")
-    turns: dict[str, list[tuple[float, Any, float]]] = {name: [] for name in makers}
-    total = len(makers) * (rounds + warm_up)
-    with ExitStack() as stack, tqdm(total=total, leave=False, disable=None) as bar:
-        pools = {
-            name: stack.enter_context(
-                ProcessPoolExecutor(1, context, initializer=_begin, initargs=(make,))
-            )
-            for name, make in makers.items()
-        }
-        for _ in range(rounds + warm_up):
-            for name, pool in pools.items():
-                bar.set_description(name)
-                time.sleep(SECONDS_TO_REST)
-                try:
-                    turns[name].append(pool.submit(_take_turn).result())
-                except (BrokenProcessPool, TrainingError) as error:
-                    reason = "its process died, perhaps for want of memory"
-                    raise TrainingError(
-                        f"{name}: cannot be timed "
-                        f"({reason if isinstance(error, BrokenProcessPool) else error}); leave it "
-                        "out, or give a smaller --batch-size"
-                    ) from None
-                bar.update()
-    timings = {}
-    for name, taken in turns.items():
-        seconds = statistics.median(seconds for seconds, _, _ in taken[warm_up:])
-        timings[name] = Timing(1 / seconds, *taken[-1][1:])
-    return timings
-
-
-_program: dict[str, Any] = {}  # in the process of one
-
-
-def _begin(make: Maker) -> None:
-    _program["make"] = make
-
-
-def _take_turn() -> tuple[float, Any, float]:
-    """Return the seconds of a turn, the program's remark, and its memory; in its own process."""
+    workers = []
+    for name, make in makers.items():
+        connection, other_end = context.Pipe()
+        process = context.Process(target=_serve, args=(other_end, make), daemon=True)
+        process.start()
+        other_end.close()
+        workers.append((name, connection, process))
+    seconds: dict[str, list[float]] = {name: [] for name in makers}
+    turns = rounds + warm_up
     try:
-        if "turn" not in _program:  # not before the first turn, as this takes all cores
-            _program["turn"], _program["remark"] = _program["make"]()
-        return _program["turn"](), _program["remark"], _peak_memory()
-    except Exception as error:  # not all can be sent to another process
-        raise TrainingError(f"{type(error).__name__}: {first_line(error)}") from None
+        with tqdm(total=len(makers) * turns, leave=False, disable=None) as bar:
+            for _ in range(turns):
+                for name, connection, _ in workers:
+                    bar.set_description(name)
+                    time.sleep(SECONDS_TO_REST)
+                    seconds[name].append(_ask(name, connection, "turn"))
+                    bar.update()
+        return {
+            name: Timing(
+                1 / statistics.median(seconds[name][warm_up:]),
+                _ask(name, connection, "remark"),
+                _ask(name, connection, "memory"),
+            )
+            for name, connection, _ in workers
+        }
+    finally:
+        for _, connection, _ in workers:
+            connection.close()  # upon which the process ends, and what it started
+        for _, _, process in workers:
+            process.join(SECONDS_TO_END)
+            process.kill()
+
+
+class _Failure(str):
+    """Why a variant cannot be timed."""
+
+
+def _ask(name: str, connection: Connection, question: str) -> Any:
+    try:
+        connection.send(question)
+        answer = connection.recv()
+    except (EOFError, OSError):
+        answer = _Failure("its process died, perhaps for want of memory")
+    if isinstance(answer, _Failure):
+        raise TrainingError(
+            f"{name}: cannot be timed ({answer}); leave it out, or give a smaller --batch-size"
+        )
+    return answer
+
+
+def _serve(connection: Connection, make: Maker) -> None:
+    """Be the process of one program: take a turn when asked to, and tell how long it took."""
+    try:
+        question = connection.recv()  # wait for the first turn, as getting ready takes all cores
+        turn, remark = make()
+        answers = {"turn": turn, "remark": lambda: remark, "memory": _peak_memory}
+        while True:
+            connection.send(answers[question]())
+            question = connection.recv()
+    except EOFError:
+        pass
+    except Exception as error:
+        connection.send(_Failure(f"{type(error).__name__}: {first_line(error)}"))
 
 
 def _peak_memory() -> float:

@@ -158,8 +158,8 @@ def is_image(file: Path) -> bool:
     if is_named_like_image(file):
         return True
     try:
-        with Image.open(file):
-            return True
+        with Image.open(file) as image:
+            return image.format not in STUBS
     except Exception:  # each of Pillow's decoders fails in its own way
         return False
 

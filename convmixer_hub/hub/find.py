@@ -81,7 +81,7 @@ def find_checkpoint(
     A damaged file in the Hub's cache is downloaded again; a damaged download is tried once more.
 
     Args:
-        name: `arch.tag`, or an arch alone for its default tag.
+        name: `arch.tag`, or an arch alone for its first tag.
         source: `embedded`, `hub`, or `auto`: embedded if there is a copy, else the Hub's cache,
             else the Hub. If not given, `CONVMIXER_HUB_SOURCE` decides; its default is `auto`.
         cache_dir: The Hub's cache folder; huggingface_hub's own by default.

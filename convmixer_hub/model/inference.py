@@ -12,6 +12,7 @@ import copy
 from typing import Any, cast
 
 import torch
+from timm.layers import DropPath
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -26,7 +27,14 @@ PLAIN = {
     "conv": (nn.Conv2d,),
     "depth_wise_conv": (nn.Conv2d, DepthWiseConv2d),
     "point_wise_conv": (nn.Conv2d,),
+    "drop_path": (nn.Identity, DropPath),
     **dict.fromkeys(("norm", "norm1", "norm2"), (nn.BatchNorm2d,)),
+}
+PLAIN_SETTINGS = {
+    "padding_mode": "zeros",
+    "dilation": (1, 1),
+    "affine": True,
+    "track_running_stats": True,
 }
 
 
@@ -53,11 +61,14 @@ def prepare_for_inference(model: nn.Module) -> InferenceConvMixer:
             "package, whole rather than with features_only"
         )
     for name, module in model.named_modules():
-        kind = PLAIN.get(name.rpartition(".")[2])
-        if kind is not None and type(module) not in kind:
+        kinds = PLAIN.get(name.rpartition(".")[2])
+        if kinds is None:
+            continue
+        is_plain = all(getattr(module, k, plain) == plain for k, plain in PLAIN_SETTINGS.items())
+        if type(module) not in kinds or not is_plain:
             raise ModelSizeError(
-                f"{name} is a {type(module).__name__}, so the model cannot be prepared for "
-                "inference: give one as it was saved"
+                f"{name} is {module}, which is not as in this package's models, so the model "
+                "cannot be prepared for inference: use it as it is"
             )
     return InferenceConvMixer(model)
 

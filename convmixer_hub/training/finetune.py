@@ -20,7 +20,7 @@ from torchvision.transforms.functional import to_pil_image
 from ..checkpoints.resolve import resolve
 from ..data.images import eval_transform
 from ..data.reader import ImageDataset, read_images
-from ..errors import UnknownModelError
+from ..errors import CheckpointError, UnknownModelError
 from ..evaluate import Evaluation, collect_logits, count_confusions
 from ..figures import check_matplotlib, draw_confusion, draw_predictions
 from ..files import write_file
@@ -28,7 +28,7 @@ from ..load import load_trained
 from ..machine import get_rank, get_world_size
 from ..model.config import get_label_names
 from ..predict import name_best
-from .folder import STATE_FILE
+from .folder import STATE_FILE, read_state
 from .images import choose_images
 from .run import train
 from .settings import TrainingSettings
@@ -78,12 +78,14 @@ def choose_settings(
     """
     try:
         source = resolve(name)
-    except UnknownModelError:
-        if output is None or not Path(output, STATE_FILE).exists():
-            raise
-        name = os.path.abspath(name)
-    else:
         source.check_is_whole()
+    except (UnknownModelError, CheckpointError):
+        file = Path(output or name, STATE_FILE)
+        begun_with = read_state(file).settings["model"] if file.exists() else ""
+        if os.path.basename(begun_with) != os.path.basename(name):
+            raise
+        name = begun_with
+    else:
         is_folder = source.name.startswith("local-dir:")
         name = str(source.folder.absolute()) if is_folder else source.name
     changes = {setting: value for setting, value in changes.items() if value is not None}

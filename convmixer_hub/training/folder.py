@@ -29,6 +29,7 @@ from ..checkpoints.files import save_model
 from ..errors import CheckpointError, TrainingError, first_line
 from ..files import replacing
 from ..hub.repository import Repository
+from ..model.config import order_names
 from .settings import TrainingSettings
 
 STATE_FILE = "training_state.pt"
@@ -81,15 +82,10 @@ class RunState:
     @property
     def identity(self) -> dict[str, Any]:
         """What has to be the same for the run to be resumed."""
-        settings = {
-            **self.settings,
-            "model": _without_path(self.settings["model"]),
-            "teacher": _without_paths(self.settings["teacher"]),
-        }
         return {
             "classes": self.classes,
             "images": self.images,  # before the settings that follow from it
-            **settings,
+            **self.settings,
             "image_digest": self.image_digest,
             "held_out_images": self.held_out_images,
         }
@@ -154,13 +150,18 @@ def open_run(folder: Path, new: RunState) -> RunState:
             f"{folder}: holds files but no {STATE_FILE}, so it is no run to resume; "
             "name another --output"
         )
-    state = _read_state(folder / STATE_FILE)
+    state = read_state(folder / STATE_FILE)
     state.image_digest = state.image_digest or new.image_digest
     _check_same(folder, state.identity, new.identity)
     return state
 
 
-def _read_state(file: Path) -> RunState:
+def read_state(file: Path) -> RunState:
+    """Read the state of a run, of an earlier version too.
+
+    Raises:
+        TrainingError: If it cannot be read.
+    """
     try:
         content: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
         # A setting that is missing is younger than the run; its default changes nothing.
@@ -168,6 +169,7 @@ def _read_state(file: Path) -> RunState:
         content["settings"] = plain | content["settings"]
         if content["settings"]["held_out"]:  # earlier versions held out others
             content.setdefault("held_out_images", "those of an earlier version")
+        content["classes"] = order_names(content["classes"])
         known = {field.name for field in fields(RunState)}
         return RunState(**{name: content[name] for name in content.keys() & known})
     except Exception as error:  # torch.load has no error of its own
@@ -185,8 +187,10 @@ def _check_same(folder: Path, found: dict[str, Any], wanted: dict[str, Any]) -> 
             )
         if found[name] != wanted[name]:
             differs = f"with {name} {found[name]!r}, not {wanted[name]!r}"
-            if name in ("image_digest", "held_out_images"):
-                differs = "on other images, or with others of them held out"
+            if name == "image_digest":
+                differs = "on other images"
+            if name == "held_out_images":
+                differs = "with other images held out"
             raise TrainingError(
                 f"{folder}: holds a run {differs}; "
                 "give the same settings and data to resume it, or name another run folder"
@@ -216,7 +220,13 @@ def save_results(folder: Path, model: nn.Module, state: RunState) -> None:
     """
     config: dict[str, Any] = {
         "label_names": state.classes,
-        "training": {name: state.identity[name] for name in state.settings},
+        "training": state.settings
+        | {
+            "model": _without_path(state.settings["model"]),
+            "teacher": ",".join(
+                _without_path(name.strip()) for name in state.settings["teacher"].split(",")
+            ),
+        },
         "machine": state.machine,
     }
     if state.temperature != 1.0:
@@ -238,10 +248,6 @@ def _without_path(model: str) -> str:
     if not is_path or (Repository.parse(model) and not os.path.exists(model)):
         return model
     return f"./{os.path.basename(os.path.abspath(model))}"
-
-
-def _without_paths(models: str) -> str:
-    return ",".join(_without_path(name.strip()) for name in models.split(","))
 
 
 def read_metrics(file: Path) -> dict[str, list[float]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,8 @@ from ..model.gpu import FastOnGPU, can_speed_up
 from ..model.init import init_depthwise_kernels
 from .folder import RunState
 from .settings import OPTIMIZERS, TrainingSettings
+
+_logger = logging.getLogger("convmixer_hub")
 
 
 @dataclass(frozen=True)
@@ -108,7 +111,8 @@ def build_network(
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     elif can_speed_up(model) and not settings.freeze_batch_norm:
         side = max(resolve_input_data_config(model)["input_size"][1:])
-        module = FastOnGPU(model) if _has_room(model, side, device) else model
+        if _has_room(model, side, device, settings.precision):
+            module = FastOnGPU(model)
     average = ModelEmaV3(model, settings.ema_decay, use_warmup=True) if settings.ema_decay else None
     if get_world_size() > 1:
         module = DistributedDataParallel(
@@ -129,17 +133,26 @@ def build_network(
     return Network(model, module, average, optimizer)
 
 
-def _has_room(model: ConvMixer, image_size: int, device: torch.device) -> bool:
+def _has_room(model: ConvMixer, image_size: int, device: torch.device, precision: str) -> bool:
     """Return whether the matrices of `FastOnGPU` take at most half of a GPU's free memory.
 
     Args:
         model: The model.
         image_size: Side of its images, in pixels.
         device: The GPU.
+        precision: Of the settings.
     """
     positions = (image_size // model.patch_emb.patch_size) ** 2
-    in_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    in_bf16 = precision != "fp32" and torch.cuda.is_bf16_supported(including_emulation=False)
     layers = len(model.conv_mixer_layers)
     needed = layers * model.num_features * positions**2 * (2 if in_bf16 else 4)
+    torch.cuda.empty_cache()  # what earlier runs gave back is free, too
     free, _ = torch.cuda.mem_get_info(device)
+    if 2 * needed > free:
+        _logger.warning(
+            "training is slower than it could be: the fast way takes %.1f GB of matrices, which "
+            "is more than half of the %.1f GB that the GPU has free",
+            needed / 1e9,
+            free / 1e9,
+        )
     return 2 * needed <= free

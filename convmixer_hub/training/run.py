@@ -44,7 +44,7 @@ from .step import TrainingStep
 from .teacher import Teacher
 
 SECONDS_BETWEEN_SAVES = 60.0
-SECONDS_BETWEEN_READS = 0.5  # of loss and accuracy, for the progress bar
+STEPS_BETWEEN_READS = 20  # of loss and accuracy, on a GPU
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -118,22 +118,22 @@ def train(
         )
         return open_run(folder, new)
 
-    with ExitStack() as open_files, join_processes() as device:
-        _check_same_everywhere(dataset, device)
-        state = ask_first_process(begin)
-        progress = progress and get_rank() == 0
-        try:
+    try:
+        with ExitStack() as open_files, join_processes() as device:
+            _check_same_everywhere(dataset, device)
+            state = ask_first_process(begin)
+            progress = progress and get_rank() == 0
             run = _Run(settings, folder, state, dataset, chosen, device, skip_damaged, progress)
             open_files.enter_context(fast_muon(run.dtype, device))
             while state.epoch < settings.epochs:
                 run.train_epoch()
-        except torch.OutOfMemoryError as error:
-            raise TrainingError(
-                f"{folder}: the GPU has too little memory ({first_line(error)}); begin a run with "
-                "a smaller --batch-size, or hide the GPU with CUDA_VISIBLE_DEVICES=-1"
-            ) from None
-        # Wait until the first has written it all.
-        sum_over_processes(torch.zeros(1, device=device)).item()
+            # Wait until the first has written it all.
+            sum_over_processes(torch.zeros(1, device=device)).item()
+    except torch.OutOfMemoryError as error:
+        raise TrainingError(
+            f"{folder}: the GPU has too little memory ({first_line(error)}); name another --output "
+            "and a smaller --batch-size, or hide the GPU with CUDA_VISIBLE_DEVICES=-1"
+        ) from None
     return folder
 
 
@@ -185,10 +185,12 @@ class _Run:
             self.images, self.validation = load_images(
                 settings, images, data_config, skip_damaged, progress
             )
-            for lost in set(images.training.labels) - set(self.images.labels.tolist()):
+            lost = set(images.training.labels) - set(self.images.labels.tolist())
+            if lost:
                 raise DataError(
-                    f"{dataset.source}: no training image of the class {dataset.classes[lost]} can "
-                    "be read; replace them, or remove the class"
+                    f"{dataset.source}: no training image of the class "
+                    f"{dataset.classes[min(lost)]} can be read; replace the images, or remove the "
+                    "class"
                 )
             workers = count_workers() if device.type == "cuda" else 0
             self.batches = serve_batches(settings, self.images, state.epoch, state.step, workers)
@@ -256,10 +258,11 @@ class _Run:
         epoch, first_step = state.epoch, state.step
         steps = len(self.images) // settings.batch_size
         start = time.monotonic() - sums["seconds"]
-        # Loss, number of correct images, norm of the gradient: added up on the device, and read
-        # now and then, as to read them means to wait for the device.
+        # Loss, number of correct images, norm of the gradient: added up on the device. To read
+        # them means to wait for a GPU, so they are read now and then, by all processes at once.
         totals = torch.tensor([sums["loss"], sums["correct"], 0.0], dtype=torch.float64)
-        totals, read_at = totals.to(self.device), start
+        totals = totals.to(self.device)
+        interval = 1 if self.device.type == "cpu" else STEPS_BETWEEN_READS
         with tqdm(
             desc=f"epoch {epoch + 1}/{settings.epochs}",
             total=steps,
@@ -272,19 +275,17 @@ class _Run:
                 factor = settings.learning_rate_factor(epoch + (step + 0.5) / steps)
                 totals += self._train_step(epoch, step, factor)
                 bar.update()
-                save, now = self._save_is_due, time.monotonic()
-                if not save and step + 1 < steps and now - read_at < SECONDS_BETWEEN_READS:
+                if (step + 1) % interval and step + 1 < steps:
                     continue
-                read_at = now
                 loss, correct, norm = totals.tolist()
                 self._check_finite(step, {"loss": loss, "norm of the gradient": norm})
                 sums.update(loss=loss, correct=correct, seconds=time.monotonic() - start)
                 count = (step + 1) * settings.batch_size
                 bar.set_postfix_str(
                     f"loss {loss / count:.3f}, accuracy {100 * correct / count:.1f} %, "
-                    f"{count / sums['seconds']:.0f} images/s"
+                    f"{count / max(sums['seconds'], 1e-3):.0f} images/s"
                 )
-                if save:
+                if self._save_is_due:
                     self._update_state(epoch, step + 1, sums)
                     if get_rank() == 0:
                         save_state(self.folder, state)
