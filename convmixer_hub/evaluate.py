@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 from .data.images import eval_transform
 from .data.reader import ImageDataset, LabeledImages, read_batches
 from .errors import DataError
-from .machine import get_rank, get_world_size, join_processes, sum_over_processes
+from .machine import find_device
 from .model.config import check_classifies, get_label_names
 from .model.inference import prepare_if_possible
 
@@ -42,16 +42,14 @@ def evaluate(model: nn.Module, loader: DataLoader, progress: bool = True) -> Eva
 
     Args:
         model: Maps images to logits; left in evaluation mode.
-        loader: Serves `(images, labels)`; under torchrun, this process's share of them.
+        loader: Serves `(images, labels)`.
         progress: Show a progress bar, if there is a terminal.
 
     Raises:
         DataError: If an image cannot be read.
     """
     logits, labels = collect_logits(model, loader, progress)
-    counts = torch.stack([(logits.argmax(dim=1) == labels).sum(), torch.tensor(len(labels))])
-    total = sum_over_processes(counts.to(next(model.parameters()).device))
-    return Evaluation(*total.tolist())
+    return Evaluation(int((logits.argmax(dim=1) == labels).sum()), len(labels))
 
 
 def prepare_test_images(model: nn.Module, dataset: ImageDataset) -> LabeledImages:
@@ -95,8 +93,6 @@ def evaluate_on(
 ) -> Evaluation:
     """Measure a model on the test images of a dataset, prepared as the model's config says.
 
-    Under torchrun the processes share the images, and each gets the result for all of them.
-
     Args:
         model: From `timm.create_model`; left in evaluation mode, on the GPU if there is one.
         dataset: See `prepare_test_images`.
@@ -105,17 +101,11 @@ def evaluate_on(
 
     Raises:
         CheckpointError: As `prepare_test_images` does.
-        DataError: As `prepare_test_images` does, and if an image cannot be read, or there are fewer
-            than processes.
+        DataError: As `prepare_test_images` does, and if an image cannot be read.
     """
     images = prepare_test_images(model, dataset)
-    if len(images) < get_world_size():
-        raise DataError(f"{dataset.source}: has fewer images than processes; start fewer of these")
-    share = images.select(range(get_rank(), len(images), get_world_size()))
-    loader = DataLoader(share, batch_size, num_workers=workers)
-    with join_processes() as device:
-        network = prepare_if_possible(model.to(device).eval())
-        return evaluate(network, loader, get_rank() == 0)
+    loader = DataLoader(images, batch_size, num_workers=workers)
+    return evaluate(prepare_if_possible(model.to(find_device()).eval()), loader)
 
 
 @torch.inference_mode()
@@ -149,21 +139,19 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float:
     arXiv:1706.04599). Which class comes first does not change.
 
     Args:
-        logits: `[count, num_classes]`, of images that the model was not trained on; under torchrun,
-            this process's share of them.
+        logits: `[count, num_classes]`, of images that the model was not trained on.
         labels: `[count]`.
 
     Returns:
         The temperature; 1 if fewer than `MIN_MISTAKES` images are wrong, which do not tell how
         often the others will be.
     """
-    wrong = (logits.argmax(dim=1) != labels).sum()
-    if sum_over_processes(wrong) < MIN_MISTAKES:
+    if (logits.argmax(dim=1) != labels).sum() < MIN_MISTAKES:
         return 1.0
 
     def loss(log_temperature: float) -> float:
         scaled = logits.double() / math.exp(log_temperature)
-        return sum_over_processes(F.cross_entropy(scaled, labels, reduction="sum")).item()
+        return F.cross_entropy(scaled, labels).item()
 
     low, high = -math.log(4), math.log(4)
     while high - low > 1e-4:  # the loss falls to its minimum and rises from there

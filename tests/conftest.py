@@ -162,26 +162,6 @@ def run_python(tmp_path):
     return run
 
 
-@pytest.fixture
-def torchrun(tmp_path):
-    """Run a script, or a module after `-m`, in two processes; give what they printed."""
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]
-    launch += ["--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0"]  # a free port
-
-    def run(*command: object) -> str:
-        result = subprocess.run(
-            [*launch, *map(str, command)],
-            cwd=tmp_path,
-            env={**os.environ, "PYTHONPATH": str(CHECKOUT), "OMP_NUM_THREADS": "1"},
-            capture_output=True,
-            text=True,
-        )
-        assert result.returncode == 0, result.stderr
-        return result.stdout
-
-    return run
-
-
 def as_ordinary_user(function: Callable[[], T]) -> T:
     """Call a function with no more rights than the modes of files give, for root too.
 

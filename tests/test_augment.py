@@ -79,15 +79,6 @@ def test_the_same_seed_gives_the_same_batches(training_images):
     assert not torch.equal(batches[0], batches[2])
 
 
-def test_processes_share_a_batch(training_images):
-    images = training_images()
-    whole, labels = images.read_batch(0, 3, 8, (24, 24))
-    halves = (slice(0, 4), slice(4, 8))
-    shares = [images.read_batch(0, 3, 8, (24, 24), share=share) for share in halves]
-    torch.testing.assert_close(torch.cat([share[0] for share in shares]), whole, atol=0, rtol=0)
-    assert torch.equal(torch.cat([share[1] for share in shares]), labels)
-
-
 def test_rand_augment_is_timms(training_images):
     plain, _ = training_images().read_batch(0, 0, 40, (32, 32))
     augmented, _ = training_images(rand_augment="rand-m9-n2-p1").read_batch(0, 0, 40, (32, 32))

@@ -55,46 +55,6 @@ def test_an_almost_constant_channel_far_from_zero_gives_numbers_at_once(spread):
     torch.testing.assert_close(y, nn.BatchNorm2d(16)(x), atol=5e-3, rtol=1e-3)
 
 
-@pytest.mark.slow
-def test_two_processes_share_the_statistics_of_their_batches_and_meet_again(tmp_path, torchrun):
-    code = """
-import time
-import torch
-from torch import nn
-from torch.nn import functional as F
-from convmixer_hub.model.cpu import GELUBatchNorm2d, load_passes
-from convmixer_hub.machine import get_rank, join_processes, sum_over_processes
-
-assert load_passes()
-torch.manual_seed(0)
-x, direction = torch.randn(2, 6, 16, 5, 5)
-half = slice(3 * get_rank(), 3 * get_rank() + 3)
-whole, shared = nn.BatchNorm2d(16), GELUBatchNorm2d(16)
-x.requires_grad_()
-part = x[half].detach().requires_grad_()
-expected = whole(F.gelu(x))
-expected.backward(direction)
-with join_processes():
-    found = shared(part)
-    found.backward(direction[half])
-    pairs = [(found, expected[half]), (part.grad, x.grad[half])]
-    for name in ("weight", "bias"):
-        gradient = sum_over_processes(shared.get_parameter(name).grad)
-        pairs.append((gradient, whole.get_parameter(name).grad))
-    pairs += zip(shared.buffers(), whole.buffers())
-    for pair in pairs:
-        torch.testing.assert_close(*pair, atol=1e-5, rtol=1e-5)
-
-for meeting in range(3):
-    with join_processes() as device:
-        time.sleep(0.5 * get_rank())  # or the late one would meet nobody by chance
-        assert sum_over_processes(torch.ones(1, device=device)).item() == 2
-    time.sleep(0.5 * get_rank())
-"""
-    (tmp_path / "check.py").write_text(code)
-    torchrun(tmp_path / "check.py")
-
-
 def run_gelu(z):
     """Give GELU and its slope as `cpu.cpp` computes them."""
     z = z.view(-1, 16, 1, 1).contiguous(memory_format=torch.channels_last)

@@ -105,12 +105,6 @@ def test_settings_are_chosen_for_the_data(photos, split_photos):
     assert (changed.epochs, changed.mixup, changed.rand_augment) == (3, 0.0, "")
 
 
-def test_the_batches_chosen_can_be_shared_by_all_processes(photos, monkeypatch):
-    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "a launch")
-    monkeypatch.setenv("WORLD_SIZE", "3")
-    assert choose("convmixer_cifar", photos).batch_size == 6
-
-
 def test_without_matplotlib_nothing_is_trained_in_vain(split_photos, tmp_path, monkeypatch):
     settings = choose("convmixer_cifar", split_photos, **QUICK)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
@@ -294,14 +288,6 @@ def test_images_may_have_another_shape_than_the_weights_were_trained_on(photos, 
     assert loaded.pretrained_cfg["input_size"] == (3, *size)
     side = "×".join(map(str, size)) if size[0] != size[1] else str(size[0])
     assert f"\n1,{side}," in (folder / "metrics.csv").read_text()
-
-
-@pytest.mark.slow
-def test_processes_share_fine_tuning(split_photos, tmp_path, torchrun):
-    options = ["--data", split_photos, "--output", tmp_path / "run", "--epochs", 1]
-    printed = torchrun("-m", "convmixer_hub", "finetune", "convmixer_cifar", *options)
-    assert printed.count("of 20 validation images correct") == 1
-    assert (tmp_path / "run" / "validation_confusion.png").exists()
 
 
 def test_a_card_does_not_call_the_images_that_chose_the_epoch_test_images(split_photos, tmp_path):

@@ -9,11 +9,10 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from ..data.reader import ImageDataset
-from ..errors import DataError, TrainingError
+from ..errors import DataError
 from ..evaluate import evaluate_on
 from ..hub.records import get_record
 from ..load import load_trained
-from ..machine import get_world_size
 from ..training.finetune import choose_settings
 from ..training.run import train
 from ..training.settings import TrainingSettings
@@ -49,10 +48,8 @@ def bench_finetune(
     Raises:
         UnknownModelError: If no trained model has this name.
         DataError: If the dataset has no such splits, or too few images.
-        TrainingError: Under torchrun.
+        TrainingError: As `train` does.
     """
-    if get_world_size() > 1:
-        raise TrainingError("bench finetune works in one process; start it without torchrun")
     arch = get_record(name).arch
     dataset.get(dataset.test_split)
     for seed in range(seeds):

@@ -17,7 +17,7 @@ from ..bench.inference import bench_inference, explain_absence
 from ..bench.training import VARIANTS as TRAINING_VARIANTS
 from ..bench.training import bench_train
 from ..bench.transfer import bench_finetune
-from ..machine import describe_machine, find_device, get_rank
+from ..machine import describe_machine, find_device
 from ..training.settings import TrainingSettings
 from .options import DEFAULT_MODEL, NOT_NEGATIVE, POSITIVE, OpenData, data_options, print_table
 
@@ -168,7 +168,7 @@ def bench_recipe_command(
         ):
             outcomes.append(outcome)
     finally:
-        if outcomes and get_rank() == 0:
+        if outcomes:
             _print_outcomes(model, outcomes, common)
 
 

@@ -9,7 +9,6 @@ from typing import Any
 import click
 
 from ..data.reader import ImageDataset, open_dataset
-from ..machine import get_rank
 
 DEFAULT_MODEL = "convmixer_cifar"
 
@@ -46,9 +45,8 @@ def data_options(command: Callable, required: bool = True) -> Callable:
 
         def open_data() -> ImageDataset:
             dataset = open_dataset(data, config, label_column)
-            if get_rank() == 0:
-                for line in dataset.left_out:
-                    click.echo(line, err=True)
+            for line in dataset.left_out:
+                click.echo(line, err=True)
             return dataset
 
         return command(*arguments, open_data=open_data, **options)

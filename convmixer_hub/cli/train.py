@@ -13,7 +13,6 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
-from ..machine import get_rank
 from ..training.finetune import FINETUNE_OPTIONS, choose_settings, finetune
 from ..training.folder import STATE_FILE
 from ..training.run import train
@@ -88,8 +87,7 @@ def train_command(
 ) -> None:
     """Train a model from scratch; the same command resumes a stopped run.
 
-    The defaults are the recipe. torchrun starts it in several processes or on several GPUs:
-    torchrun --nproc-per-node 2 -m convmixer_hub train ...
+    The defaults are the recipe.
     """
     given = click.get_current_context()
     if settings["pretrained"] and (
@@ -100,12 +98,11 @@ def train_command(
         plan = TrainingSettings(model, **settings)
         dataset = open_data()
         train(plan, dataset, output, skip_damaged)
-    if get_rank() == 0:
-        command = ["convmixer", "evaluate", _as_folder(output), "--data", dataset.source]
-        for option in ("config", "label_column"):
-            if value := given.params[option]:
-                command += [f"--{option.replace('_', '-')}", value]
-        click.echo(f"{output}: finished; measure it with: {shlex.join(command)}")
+    command = ["convmixer", "evaluate", _as_folder(output), "--data", dataset.source]
+    for option in ("config", "label_column"):
+        if value := given.params[option]:
+            command += [f"--{option.replace('_', '-')}", value]
+    click.echo(f"{output}: finished; measure it with: {shlex.join(command)}")
 
 
 @click.command("finetune")
@@ -127,9 +124,8 @@ def finetune_command(
         dataset = open_data()
         settings = choose_settings(name, dataset, output, **changes)
         result = finetune(settings, dataset, output, skip_damaged)
-    if get_rank() == 0:
-        click.echo(
-            f"{output}: top-1 {result.top1:.2f} % ({result.correct} of {result.count} validation "
-            "images correct); use it with: convmixer predict IMAGE --model "
-            f"{shlex.quote(_as_folder(output))}"
-        )
+    click.echo(
+        f"{output}: top-1 {result.top1:.2f} % ({result.correct} of {result.count} validation "
+        "images correct); use it with: convmixer predict IMAGE --model "
+        f"{shlex.quote(_as_folder(output))}"
+    )

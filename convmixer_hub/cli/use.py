@@ -23,7 +23,7 @@ from ..hub.doctor import examine
 from ..hub.find import find_checkpoint, locate
 from ..hub.records import CARD_FILE, RECORDS, get_record
 from ..load import load_trained
-from ..machine import describe_machine, get_rank
+from ..machine import describe_machine
 from ..predict import Prediction, predict_each
 from ..release.demo import run_demo
 from ..release.golden import TOLERANCE, verify
@@ -150,8 +150,6 @@ def evaluate_command(name: str, open_data: OpenData, batch_size: int, workers: i
     """
     model, dataset = load_trained(name), open_data()
     result = evaluate_on(model, dataset, batch_size, workers)
-    if get_rank() > 0:
-        return
     click.echo(
         f"{name}: top-1 {result.top1:.2f} % ({result.correct} of {result.count} "
         f"{dataset.test_split} images in {len(dataset.classes)} classes correct)"

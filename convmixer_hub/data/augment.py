@@ -115,7 +115,6 @@ class TrainingImages:
         batch_size: int,
         crop_size: Sequence[int],
         augment: bool = True,
-        share: slice = slice(None),
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return one batch; an epoch has `len(self) // batch_size` of them.
 
@@ -125,12 +124,11 @@ class TrainingImages:
             batch_size: Images per batch.
             crop_size: Height and width of the crops, in pixels; an eighth is padded on each side.
             augment: Apply the RandAugment.
-            share: Part of the batch to give, for one process of several.
 
         Returns:
             Images `[batch_size, channels, *crop_size]` and their labels `[batch_size]`.
         """
-        # Which images, which part of each, and which of them mirrored: the same in every process.
+        # Which images, which part of each, and which of them mirrored.
         order = torch.randperm(len(self), generator=_generator(self.seed, epoch))
         batch = order[step * batch_size : (step + 1) * batch_size]
         borders = [crop // 8 for crop in crop_size]
@@ -148,8 +146,7 @@ class TrainingImages:
             mirrored_first = torch.rand(len(self), generator=_generator(self.seed)) < 0.5
             mirrored = mirrored_first[batch] ^ bool(epoch % 2)
 
-        # Bytes of this process's share: [batch_size, channels, image_size, image_size].
-        batch = batch[share]
+        # Bytes: [batch_size, channels, *image_size].
         images = self.images[batch]
         if augment and self.rand_augment is not None:
             pictures = [transforms.functional.to_pil_image(image) for image in images]
@@ -157,7 +154,7 @@ class TrainingImages:
                 [transforms.functional.pil_to_tensor(self.rand_augment(p)) for p in pictures]
             )
         # Floats: [batch_size, channels, *crop_size].
-        images = _crop(images, borders, crop_size, corners[:, share], mirrored[share])
+        images = _crop(images, borders, crop_size, corners, mirrored)
         return (images / 255.0 - self.mean) / self.std, self.labels[batch]
 
 

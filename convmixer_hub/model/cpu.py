@@ -4,9 +4,6 @@ The results are the same. Next to the convolutions, GELU and BatchNorm are most 
 and what they cost is reading and writing memory. `cpu.cpp` has them in as few passes as there can
 be, and a fast weight gradient of the depthwise convolutions; it is compiled the first time that it
 is needed.
-
-With several processes the statistics are those of all their batches together, which torch's own
-SyncBatchNorm computes on GPUs alone.
 """
 
 from __future__ import annotations
@@ -30,7 +27,7 @@ from torch.nn import functional as F
 
 from ..errors import first_line
 from ..files import replacing
-from ..machine import describe_processor, get_world_size, sum_over_processes
+from ..machine import describe_processor
 from .convmixer import ConvMixer, ConvMixerLayer, PatchEmbeddings
 from .depthwise import FAST_KERNEL_SIZES, DepthWiseConv2d
 
@@ -101,8 +98,8 @@ def keep_freed_memory() -> None:
 
 
 def _count(x: Tensor) -> int:
-    """Number of values in a channel of `[batch, channels, height, width]`, in all processes."""
-    return x.numel() // x.shape[1] * get_world_size()
+    """Number of values in a channel of `[batch, channels, height, width]`."""
+    return x.numel() // x.shape[1]
 
 
 class _GELUBatchNormFunction(torch.autograd.Function):
@@ -116,7 +113,6 @@ class _GELUBatchNormFunction(torch.autograd.Function):
         z = z.contiguous(memory_format=torch.channels_last)
         # A center near the mean keeps the variance from being a small difference of large numbers.
         y, slope, sums = passes.activate(z, center)
-        sums = sum_over_processes(sums)
         result, mean, variance = passes.normalize(y, sums, center, weight, bias, _count(z), eps)
         ctx.save_for_backward(y, slope, weight, mean, variance)
         ctx.eps = eps
@@ -130,8 +126,7 @@ class _GELUBatchNormFunction(torch.autograd.Function):
         y, slope, weight, mean, variance = ctx.saved_tensors
         grad = grad.contiguous(memory_format=torch.channels_last)
         sums = passes.sum_gradient(grad, y, mean)
-        grad_bias, grad_weight = sums[0].clone(), sums[1] * (variance + ctx.eps).rsqrt()
-        sums = sum_over_processes(sums)
+        grad_bias, grad_weight = sums[0], sums[1] * (variance + ctx.eps).rsqrt()
         grad_z = passes.input_gradient(
             grad, y, slope, sums, weight, mean, variance, _count(y), ctx.eps
         )
@@ -217,7 +212,7 @@ def choose_dtype(
     """Find out in which type a model is trained faster: on a CPU by trying, half a second long.
 
     What a CPU says of itself does not tell: some list instructions for bfloat16 and take longer in
-    it. Under torchrun all processes try at the same time, and come to the same answer.
+    it.
 
     Args:
         model: On the device; on a CPU, prepared by `speed_up_on_cpu`. It stays as it is.
@@ -246,8 +241,7 @@ def choose_dtype(
                 y = layer(features)
             y.backward(y.detach())
             seconds[dtype].append(time.perf_counter() - start)
-    medians = torch.tensor([statistics.median(taken[1:]) for taken in seconds.values()])
-    fp32, bf16 = (1000 * sum_over_processes(medians) / get_world_size()).tolist()
+    fp32, bf16 = (1000 * statistics.median(taken[1:]) for taken in seconds.values())
     if bf16 < fp32:
         return torch.bfloat16, f"bf16: a layer takes {bf16:.1f} ms, {fp32:.1f} ms in fp32"
     return torch.float32, f"fp32: a layer takes {fp32:.1f} ms, {bf16:.1f} ms in bf16"

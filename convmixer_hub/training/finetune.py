@@ -25,7 +25,6 @@ from ..evaluate import Evaluation, collect_logits, count_confusions
 from ..figures import check_matplotlib, draw_confusion, draw_predictions
 from ..files import write_file
 from ..load import load_trained
-from ..machine import get_rank, get_world_size
 from ..model.config import get_label_names
 from ..predict import name_best
 from .folder import STATE_FILE, read_state
@@ -95,8 +94,8 @@ def choose_settings(
     held_out = changes.setdefault("held_out", fifth)
     kept = max(1, count - held_out)
     few = kept < FEW_IMAGES
-    unit = 2 * get_world_size()  # each process takes a share, and mixup and cutmix pairs
-    batch_size = changes.setdefault("batch_size", max(unit, min(50, kept // 4) // unit * unit))
+    # Even, as mixup and cutmix take pairs.
+    batch_size = changes.setdefault("batch_size", max(2, min(50, kept // 4) // 2 * 2))
     settings: dict[str, Any] = {
         "epochs": max(10, math.ceil(MIN_STEPS / max(1, kept // max(1, batch_size)))),
         "final_share": 1.0,  # the learning rate falls from the start, and images are seen whole
@@ -151,12 +150,11 @@ def finetune(
     logits, _ = collect_logits(model, loader, progress)
     probabilities = logits.softmax(dim=1)
     confusion = count_confusions(probabilities, labels)
-    if get_rank() == 0:
-        classes = get_label_names(model) or []
-        write_file(folder / CONFUSION_FILE, draw_confusion(confusion, classes))
-        mean, std = (torch.tensor(config[name]).view(-1, 1, 1) for name in ("mean", "std"))
-        pictures = (images * std + mean).clamp(0, 1)
-        _draw_mistakes(folder / MISTAKES_FILE, pictures, labels, probabilities, classes)
+    classes = get_label_names(model) or []
+    write_file(folder / CONFUSION_FILE, draw_confusion(confusion, classes))
+    mean, std = (torch.tensor(config[name]).view(-1, 1, 1) for name in ("mean", "std"))
+    pictures = (images * std + mean).clamp(0, 1)
+    _draw_mistakes(folder / MISTAKES_FILE, pictures, labels, probabilities, classes)
     return Evaluation(int(confusion.trace()), len(labels))
 
 

@@ -19,7 +19,6 @@ from ..data.augment import TrainingImages, derive_seed
 from ..data.images import eval_transform
 from ..data.reader import ImageDataset, LabeledImages, read_images
 from ..errors import DataError, TrainingError, first_line
-from ..machine import get_rank, get_world_size
 from .settings import TrainingSettings
 
 
@@ -140,11 +139,10 @@ def load_images(
         progress: Show progress bars, if there is a terminal.
 
     Returns:
-        The training images, and this process's share of those for validation, if there are any.
+        The training images, and those for validation, if there are any.
 
     Raises:
         DataError: If they cannot be read, or are less than one batch.
-        TrainingError: If there are fewer for validation than processes.
     """
     training = TrainingImages(
         images.training,
@@ -162,13 +160,7 @@ def load_images(
             images.validation, eval_transform(data_config), skip_damaged, progress
         )
         damaged = damaged + skipped
-        if len(tensors) < get_world_size():
-            raise TrainingError(
-                f"there are {len(tensors)} validation images for {get_world_size()} processes; "
-                "give a larger --held-out, or fewer processes"
-            )
-        share = slice(get_rank(), None, get_world_size())
-        validation = DataLoader(TensorDataset(tensors[share], labels[share]), batch_size=256)
+        validation = DataLoader(TensorDataset(tensors, labels), batch_size=256)
     if progress:
         for line in damaged:
             tqdm.write(f"skipped: {line}", file=sys.stderr)
@@ -182,24 +174,22 @@ def load_images(
 
 
 class _Batches(Dataset[tuple[Tensor, Tensor]]):
-    """The augmented batches of a run, by epoch and step; this process's share of each."""
+    """The augmented batches of a run, by epoch and step."""
 
     def __init__(self, settings: TrainingSettings, images: TrainingImages) -> None:
         self.settings = settings
         self.images = images
         self.erase = RandomErasing(settings.random_erasing, mode="pixel", device="cpu")
-        share = settings.batch_size // get_world_size()
-        self.share = slice(get_rank() * share, (get_rank() + 1) * share)
 
     def __getitem__(self, place: tuple[int, int]) -> tuple[Tensor, Tensor]:
         settings, (epoch, step) = self.settings, place
         # The seed of each step is its own, so that a run that is resumed at any step computes what
         # it would have computed.
-        random_seed(derive_seed(settings.seed, epoch, step) % 2**31, get_rank())
+        random_seed(derive_seed(settings.seed, epoch, step) % 2**31)
         crop_size = settings.choose_crop_size(epoch, self.images.image_size)
         augments = settings.augments(epoch)
         images, labels = self.images.read_batch(
-            epoch, step, settings.batch_size, crop_size, augments, self.share
+            epoch, step, settings.batch_size, crop_size, augments
         )
         return self.erase(images) if augments else images, labels
 
@@ -218,7 +208,7 @@ def serve_batches(
             batches are the same.
 
     Yields:
-        Images `[share of the batch, channels, *crop_size]` and their labels, on the CPU.
+        Images `[batch_size, channels, *crop_size]` and their labels, on the CPU.
 
     Raises:
         TrainingError: If a process that augments images dies.

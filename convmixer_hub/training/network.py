@@ -13,11 +13,8 @@ from timm.data import resolve_input_data_config
 from timm.optim import create_optimizer_v2
 from timm.utils import ModelEmaV3
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
-from ..errors import TrainingError
 from ..load import load_trained
-from ..machine import get_world_size
 from ..model.convmixer import ConvMixer
 from ..model.cpu import keep_freed_memory, speed_up_on_cpu
 from ..model.gpu import FastOnGPU, can_speed_up
@@ -34,7 +31,7 @@ class Network:
 
     Attributes:
         model: The model.
-        module: What is called in training: the model, or what shares it among processes.
+        module: What is called in training: the model, or what computes it faster.
         average: Its exponential moving average, if there is one.
         optimizer: The optimizer of its parameters.
     """
@@ -86,7 +83,6 @@ def build_network(
     Raises:
         CheckpointError: If trained weights to start from cannot be found or downloaded, are
             damaged or do not fit.
-        TrainingError: If processes cannot train this model together.
     """
     if settings.pretrained:
         model = load_trained(start, classes)
@@ -100,26 +96,11 @@ def build_network(
     if device.type == "cpu":
         keep_freed_memory()
         speed_up_on_cpu(model)
-        plain = any(type(module) is nn.BatchNorm2d for module in model.modules())
-        if get_world_size() > 1 and plain and not settings.freeze_batch_norm:
-            raise TrainingError(
-                f"{settings.model}: several processes on CPUs share the statistics of BatchNorm "
-                "only with cpu.cpp, after GELU, in multiples of 16 channels; start one process, or "
-                "use GPUs"
-            )
-    elif get_world_size() > 1:
-        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     elif can_speed_up(model) and not settings.freeze_batch_norm:
         side = max(resolve_input_data_config(model)["input_size"][1:])
         if _has_room(model, side, device, settings.precision):
             module = FastOnGPU(model)
     average = ModelEmaV3(model, settings.ema_decay, use_warmup=True) if settings.ema_decay else None
-    if get_world_size() > 1:
-        module = DistributedDataParallel(
-            model,
-            broadcast_buffers=False,
-            gradient_as_bucket_view=True,  # gradients of 1x1 weights have strides of their own
-        )
     optimizer = create_optimizer_v2(
         model,
         opt=settings.optimizer,
@@ -127,7 +108,7 @@ def build_network(
         weight_decay=settings.weight_decay,
         layer_decay=settings.layer_decay if settings.layer_decay < 1 else None,
         # So that a step can be captured, see `TrainingStep`.
-        capturable=device.type == "cuda" and get_world_size() == 1,
+        capturable=device.type == "cuda",
         **OPTIMIZERS[settings.optimizer],
     )
     return Network(model, module, average, optimizer)

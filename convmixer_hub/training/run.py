@@ -1,13 +1,11 @@
-"""Training a model on labeled images, alone or in several processes, with a resumable run."""
+"""Training a model on labeled images, in a run that can be resumed."""
 
 from __future__ import annotations
 
 import copy
 import math
 import time
-import zlib
 from collections.abc import Mapping
-from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -24,15 +22,7 @@ from ..data.reader import ImageDataset
 from ..errors import DataError, TrainingError, UnknownModelError, first_line
 from ..evaluate import collect_logits, evaluate, fit_temperature
 from ..hub.records import CONFIG_FILE, WEIGHTS_FILE, suggest
-from ..machine import (
-    ask_first_process,
-    count_workers,
-    describe_machine,
-    get_rank,
-    get_world_size,
-    join_processes,
-    sum_over_processes,
-)
+from ..machine import count_workers, describe_machine, find_device, refuse_torchrun
 from ..model.cpu import choose_dtype
 from ..zoo import default_cfgs
 from .folder import RunState, lock_run, open_run, save_results, save_state
@@ -57,10 +47,6 @@ def train(
 ) -> Path:
     """Train a model, or resume a run that was interrupted.
 
-    Under torchrun, all processes share each batch; with the same batch size their number changes
-    the result by rounding alone (unless images are mixed, erased or RandAugmented, which each
-    process does for itself).
-
     Where bfloat16 is faster, the forward and backward passes and Muon compute in it; otherwise all
     is in fp32. A resumed run keeps the precision that it began with. On a CPU, the C library keeps
     memory that tensors gave back, from here on in this Python process.
@@ -77,9 +63,9 @@ def train(
 
     Raises:
         UnknownModelError: If no arch of this package has this name.
-        TrainingError: If a setting does not fit the model, the data or the processes, if the
-            folder holds another run, lies among class folders or cannot be written, if the loss
-            is no longer a number, or if a GPU has too little memory.
+        TrainingError: If a setting does not fit the model or the data, if the folder holds another
+            run, lies among class folders or cannot be written, if the loss is no longer a number,
+            if a GPU has too little memory, or under torchrun.
         DataError: If the data cannot be read, or is less than one batch.
         CheckpointError: If trained weights to start or to learn from cannot be found or
             downloaded, are damaged or do not fit.
@@ -89,13 +75,10 @@ def train(
         raise UnknownModelError(
             f"no model is named '{settings.model}'; {suggest(settings.model, default_cfgs)}"
         )
-    # Each process takes an equal share of a batch, and mixing takes images in pairs.
-    unit = get_world_size() * (2 if settings.mixes else 1)
-    if settings.batch_size % unit:
+    refuse_torchrun()
+    if settings.mixes and settings.batch_size % 2:
         raise TrainingError(
-            f"batch_size is {settings.batch_size}: must be a multiple of {unit}, "
-            f"{'twice ' if settings.mixes else ''}the number of processes"
-            f"{', as images are mixed in pairs' if settings.mixes else ''}"
+            f"batch_size is {settings.batch_size}: must be even, as images are mixed in pairs"
         )
     if len(dataset.classes) < 2:
         raise DataError(
@@ -106,29 +89,20 @@ def train(
         raise TrainingError(
             f"{folder}: lies among the class folders in {images.folder}; name another --output"
         )
-
-    def begin() -> RunState:
-        open_files.enter_context(lock_run(folder))
-        new = RunState(
-            asdict(settings),
-            dataset.classes,
-            len(images),
-            chosen.image_digest,
-            chosen.held_out_digest,
-        )
-        return open_run(folder, new)
-
+    new = RunState(
+        asdict(settings),
+        dataset.classes,
+        len(images),
+        chosen.image_digest,
+        chosen.held_out_digest,
+    )
     try:
-        with ExitStack() as open_files, join_processes() as device:
-            _check_same_everywhere(dataset, device)
-            state = ask_first_process(begin)
-            progress = progress and get_rank() == 0
-            run = _Run(settings, folder, state, dataset, chosen, device, skip_damaged, progress)
-            open_files.enter_context(fast_muon(run.dtype, device))
-            while state.epoch < settings.epochs:
-                run.train_epoch()
-            # Wait until the first has written it all.
-            sum_over_processes(torch.zeros(1, device=device)).item()
+        with lock_run(folder):
+            state = open_run(folder, new)
+            run = _Run(settings, folder, state, dataset, chosen, skip_damaged, progress)
+            with fast_muon(run.dtype, run.device):
+                while state.epoch < settings.epochs:
+                    run.train_epoch()
     except torch.OutOfMemoryError as error:
         raise TrainingError(
             f"{folder}: the GPU has too little memory ({first_line(error)}); name another --output "
@@ -137,18 +111,8 @@ def train(
     return folder
 
 
-def _check_same_everywhere(dataset: ImageDataset, device: torch.device) -> None:
-    """Refuse to train in processes that see different images, which would wait for one another."""
-    seen = zlib.crc32(repr((dataset.classes, dataset.get("train").labels)).encode())
-    total = sum_over_processes(torch.tensor(float(seen), dtype=torch.float64, device=device))
-    if total.item() != float(seen) * get_world_size():
-        raise DataError(
-            f"{dataset.source}: is not the same for all processes; give each the same images"
-        )
-
-
 class _Run:
-    """What one process does in a training run; `state` holds all that a resumed run needs."""
+    """A training run; `state` holds all that a resumed one needs."""
 
     def __init__(
         self,
@@ -157,14 +121,13 @@ class _Run:
         state: RunState,
         dataset: ImageDataset,
         images: RunImages,
-        device: torch.device,
         skip_damaged: bool,
         progress: bool,
     ) -> None:
         self.settings = settings
         self.folder = folder
         self.state = state
-        self.device = device
+        self.device = device = find_device()
         self.progress = progress
         random_seed(settings.seed)
         start: str | Path = settings.model
@@ -241,9 +204,7 @@ class _Run:
         is_last = state.epoch + 1 == settings.epochs
         if self.validation is not None and is_last:
             logits, labels = collect_logits(self._make_result(), self.validation, self.progress)
-            # On the device: processes on GPUs cannot add up what is elsewhere.
-            device = self.device
-            state.temperature = fit_temperature(logits.to(device), labels.to(device))
+            state.temperature = fit_temperature(logits, labels)
         self._update_state(state.epoch + 1, 0, {})
         # On a GPU, an epoch may take little longer than saving.
         is_due = time.monotonic() - self.all_saved_at > SECONDS_BETWEEN_SAVES
@@ -259,7 +220,7 @@ class _Run:
         steps = len(self.images) // settings.batch_size
         start = time.monotonic() - sums["seconds"]
         # Loss, number of correct images, norm of the gradient: added up on the device. To read
-        # them means to wait for a GPU, so they are read now and then, by all processes at once.
+        # them means to wait for a GPU, so they are read now and then.
         totals = torch.tensor([sums["loss"], sums["correct"], 0.0], dtype=torch.float64)
         totals = totals.to(self.device)
         interval = 1 if self.device.type == "cpu" else STEPS_BETWEEN_READS
@@ -287,8 +248,7 @@ class _Run:
                 )
                 if self._save_is_due:
                     self._update_state(epoch, step + 1, sums)
-                    if get_rank() == 0:
-                        save_state(self.folder, state)
+                    save_state(self.folder, state)
                     self.state_saved_at = time.monotonic()
 
     def _check_finite(self, step: int, totals: dict[str, float]) -> None:
@@ -328,7 +288,7 @@ class _Run:
         images, labels = (x.to(self.device, non_blocking=True) for x in next(self.batches))
         targets = labels
         if settings.mixes and settings.augments(epoch):
-            random_seed(derive_seed(settings.seed, epoch, step, 1) % 2**31, get_rank())
+            random_seed(derive_seed(settings.seed, epoch, step, 1) % 2**31)
             images, targets = self.mix(images, labels)  # which smooths the labels, too
         numbers = self.take_step(images, labels, targets, learning_rate_factor)
         if self.network.average is not None:
@@ -348,9 +308,8 @@ class _Run:
 
     def _save_all(self) -> None:
         """Write the whole folder, between two epochs."""
-        if get_rank() == 0:
-            save_state(self.folder, self.state)
-            save_results(self.folder, self._make_result(), self.state)
+        save_state(self.folder, self.state)
+        save_results(self.folder, self._make_result(), self.state)
         self.state_saved_at = self.all_saved_at = time.monotonic()
 
     def _make_result(self) -> nn.Module:

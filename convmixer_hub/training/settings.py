@@ -93,9 +93,7 @@ class TrainingSettings:
     )
 
     # Optimizer
-    batch_size: int = _setting(
-        128, "Images per step, over all processes.", "at least 2", lambda value: value >= 2
-    )
+    batch_size: int = _setting(128, "Images per step.", "at least 2", lambda value: value >= 2)
     optimizer: str = _setting("muon", "Optimizer, by its name in timm.", choices=tuple(OPTIMIZERS))
     # Muon takes the peak for matrices of at least 4x4 (1x1 convolutions, the head, and the stem
     # where patches are larger than a pixel), its AdamW for the rest takes half of it.

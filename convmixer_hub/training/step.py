@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..machine import sum_over_processes
 from .network import Network
 from .settings import TrainingSettings
 from .teacher import Teacher
@@ -115,8 +114,8 @@ class TrainingStep:
         loss.backward()
         norm = nn.utils.clip_grad_norm_(network.model.parameters(), settings.clip_grad)
         network.optimizer.step()
-        sums = torch.stack([loss.detach().double() * len(labels), correct.double()])
-        return torch.cat([sum_over_processes(sums), norm.double().view(1)])
+        numbers = (loss.detach().double() * len(labels), correct.double(), norm.double())
+        return torch.stack(numbers)
 
     def _warm_up(self, *inputs: Tensor) -> Tensor:
         """Compute on a side stream, as torch wants it before a capture."""
