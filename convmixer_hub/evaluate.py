@@ -12,9 +12,10 @@ from timm.data import resolve_input_data_config
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
+from tqdm import tqdm
 
 from .data.images import eval_transform
-from .data.reader import ImageDataset, LabeledImages, read_batches
+from .data.reader import ImageDataset, LabeledImages
 from .errors import DataError
 from .machine import find_device
 from .model.config import check_classifies, get_label_names
@@ -37,18 +38,17 @@ class Evaluation:
         return 100.0 * self.correct / self.count
 
 
-def evaluate(model: nn.Module, loader: DataLoader, progress: bool = True) -> Evaluation:
+def evaluate(model: nn.Module, loader: DataLoader) -> Evaluation:
     """Compare the top-1 prediction of the model with the label of every image.
 
     Args:
         model: Maps images to logits; left in evaluation mode.
         loader: Serves `(images, labels)`.
-        progress: Show a progress bar, if there is a terminal.
 
     Raises:
         DataError: If an image cannot be read.
     """
-    logits, labels = collect_logits(model, loader, progress)
+    logits, labels = collect_logits(model, loader)
     return Evaluation(int((logits.argmax(dim=1) == labels).sum()), len(labels))
 
 
@@ -109,26 +109,29 @@ def evaluate_on(
 
 
 @torch.inference_mode()
-def collect_logits(
-    model: nn.Module, loader: DataLoader, progress: bool = True
-) -> tuple[Tensor, Tensor]:
+def collect_logits(model: nn.Module, loader: DataLoader) -> tuple[Tensor, Tensor]:
     """Keep what a model says of each image.
 
     Args:
         model: Maps images to logits; left in evaluation mode.
         loader: Serves `(images, labels)`.
-        progress: Show a progress bar, if there is a terminal.
 
     Returns:
         Logits `[count, num_classes]` in double precision, and labels `[count]`.
 
     Raises:
-        DataError: If an image cannot be read.
+        DataError: If an image cannot be read; in one line from a worker, too.
     """
     model.eval()
     device = next(model.parameters()).device
-    batches = read_batches(loader, "evaluate", progress)
-    logits, labels = zip(*[(model(images.to(device)).cpu(), labels) for images, labels in batches])
+    logits, labels = [], []
+    try:
+        for images, numbers in tqdm(loader, "evaluate", leave=False, disable=None):
+            logits.append(model(images.to(device)).cpu())
+            labels.append(numbers)
+    except DataError as error:
+        _, _, line = str(error).strip().rpartition("DataError: ")
+        raise DataError(line) from None
     return torch.cat(logits).double(), torch.cat(labels)
 
 

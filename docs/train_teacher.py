@@ -63,7 +63,7 @@ def main() -> None:
     dataset, device = open_dataset(options.data), find_device()
     config = resolve_input_data_config(timm.create_model("convmixer_cifar", device="meta"))
     training, held_out = load_images(
-        settings, choose_images(settings, dataset), config, skip_damaged=False, progress=True
+        settings, choose_images(settings, dataset), config, skip_damaged=False
     )
     workers = count_workers() if device.type == "cuda" else 0
     batches = serve_batches(settings, training, 0, 0, workers)
@@ -108,7 +108,7 @@ def main() -> None:
             parser.error(f"the loss is {loss} in epoch {epoch + 1}; give a smaller --lr")
         line = f"epoch {epoch + 1}  train_loss {loss:.4f}  train_top1 {100 * correct:.2f}"
         if held_out is not None:
-            line += f"  held_out_top1 {evaluate(network, held_out, False).top1:.2f}"
+            line += f"  held_out_top1 {evaluate(network, held_out).top1:.2f}"
         print(f"{line}  seconds {time.monotonic() - start:.1f}", flush=True)
     model.to(memory_format=torch.contiguous_format)
     save_for_hf(model, options.output, safe_serialization=True)

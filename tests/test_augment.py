@@ -17,7 +17,7 @@ def training_images(cifar_sample):
     images = open_dataset(cifar_sample).get("train")
 
     def make(indices=range(40), **options) -> TrainingImages:
-        return TrainingImages(images.select(indices), CONFIG, progress=False, **options)
+        return TrainingImages(images.select(indices), CONFIG, **options)
 
     return make
 
@@ -92,7 +92,7 @@ def test_rand_augment_is_timms(training_images):
 def test_grey_images_are_augmented_too(cifar_sample):
     images = open_dataset(cifar_sample).get("train")
     gray = {**CONFIG, "input_size": (1, 32, 32), "mean": (0.5,), "std": (0.25,)}
-    augmented = TrainingImages(images, gray, rand_augment="rand-m9-n8-p1-inc1", progress=False)
+    augmented = TrainingImages(images, gray, rand_augment="rand-m9-n8-p1-inc1")
     batch, _ = augmented.read_batch(0, 0, 40, (24, 24))
     assert batch.shape == (40, 1, 24, 24) and torch.isfinite(batch).all()
 
@@ -134,7 +134,7 @@ def test_damaged_images_are_counted_and_named_or_skipped(write_parquet):
 
 def test_images_need_not_be_square(cifar_sample):
     config = CONFIG | {"input_size": (3, 24, 41)}
-    images = TrainingImages(open_dataset(cifar_sample).get("train"), config, progress=False)
+    images = TrainingImages(open_dataset(cifar_sample).get("train"), config)
     whole = np.pad(images.images[0].numpy(), ((0, 0), (3, 3), (5, 5)), mode="reflect")
     batch, _ = images.read_batch(0, 0, 40, (24, 41))
     assert batch.shape == (40, 3, 24, 41)

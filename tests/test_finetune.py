@@ -61,7 +61,7 @@ def choose(name, data, **changes):
 
 
 def run(settings, data, output, **options):
-    return finetune(settings, open_dataset(data), output, progress=False, **options)
+    return finetune(settings, open_dataset(data), output, **options)
 
 
 def run_command(data, output, *options):

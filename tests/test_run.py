@@ -47,7 +47,7 @@ TRAIN += ["--no-late-augmentation", "--no-covariance-init"]
 
 
 def run(settings, data, output, **options):
-    return train(settings, open_dataset(data), output, progress=False, **options)
+    return train(settings, open_dataset(data), output, **options)
 
 
 @pytest.fixture(scope="module")
@@ -204,7 +204,7 @@ def test_a_run_goes_on_here_that_began_on_a_gpu(
 
 def serve(settings, data, step=0, workers=0):
     chosen = choose_images(settings, open_dataset(data))
-    images, _ = load_images(settings, chosen, CONFIG, skip_damaged=False, progress=False)
+    images, _ = load_images(settings, chosen, CONFIG, skip_damaged=False)
     return list(serve_batches(settings, images, 0, step, workers))
 
 
@@ -312,7 +312,7 @@ def test_a_file_system_without_locks_is_no_hindrance(cifar_sample, tmp_path, mon
 
     dataset = open_dataset(cifar_sample)
     monkeypatch.setattr("fcntl.flock", refuse)
-    train(replace(SETTINGS, epochs=1), dataset, tmp_path / "run", progress=False)
+    train(replace(SETTINGS, epochs=1), dataset, tmp_path / "run")
 
 
 def test_two_processes_do_not_train_in_one_folder(cifar_sample, tmp_path):

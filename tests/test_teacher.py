@@ -121,7 +121,7 @@ def test_a_step_learns_labels_and_answers(batch):
 def test_a_run_names_its_teachers_without_their_paths(cifar_sample, resnet, tmp_path, monkeypatch):
     monkeypatch.chdir(resnet[1])
     settings = replace(SETTINGS, teacher=f"{resnet[1]}, ., convmixer_cifar", mixup=0.5)
-    folder = train(settings, open_dataset(cifar_sample), tmp_path / "run", progress=False)
+    folder = train(settings, open_dataset(cifar_sample), tmp_path / "run")
     training = json.loads((folder / "config.json").read_text())["training"]
     assert training["teacher"] == "./resnet,./resnet,convmixer_cifar"
 

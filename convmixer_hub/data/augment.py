@@ -71,7 +71,6 @@ class TrainingImages:
         rand_augment: timm's description of a RandAugment, such as `rand-m9-n2-mstd0.5-inc1`.
         flip: One of `FLIPS`.
         skip_damaged: Leave out images that cannot be read.
-        progress: Show a progress bar, if there is a terminal.
 
     Attributes:
         damaged: One line for each image that was left out.
@@ -89,7 +88,6 @@ class TrainingImages:
         rand_augment: str = "",
         flip: str = "alternating",
         skip_damaged: bool = False,
-        progress: bool = True,
     ) -> None:
         channels, *sides = data_config["input_size"]
         self.image_size = tuple(sides)
@@ -99,7 +97,7 @@ class TrainingImages:
             _make_rand_augment(rand_augment, channels, min(sides)) if rand_augment else None
         )
         tensors, self.labels, self.damaged = read_images(
-            images, eval_transform(data_config, normalize=False), skip_damaged, progress
+            images, eval_transform(data_config, normalize=False), skip_damaged
         )
         self.images = tensors  # uint8 [count, channels, side, side]
         self.mean = torch.tensor(data_config["mean"]).view(-1, 1, 1)

@@ -14,7 +14,7 @@ from __future__ import annotations
 import copy
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path, PurePath
@@ -23,7 +23,7 @@ from unicodedata import normalize
 
 import torch
 from PIL import Image
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from torchvision.datasets import CIFAR10, CIFAR100
 from tqdm import tqdm
 
@@ -295,7 +295,6 @@ def read_images(
     images: LabeledImages,
     transform: Callable,
     skip_damaged: bool = False,
-    progress: bool = True,
 ) -> tuple[torch.Tensor, torch.Tensor, list[str]]:
     """Read some of the images of a dataset into memory.
 
@@ -303,7 +302,6 @@ def read_images(
         images: The images.
         transform: Turns an RGB image into a tensor.
         skip_damaged: Leave out images that cannot be read.
-        progress: Show a progress bar, if there is a terminal.
 
     Returns:
         The tensors `[count, …]`, the labels `[count]`, and one line for each image left out.
@@ -314,7 +312,7 @@ def read_images(
     tensors, labels, damaged = [], [], []
     images = images.with_transform(transform)
     rows = range(len(images))
-    for row in tqdm(rows, desc="read", leave=False, disable=None if progress else True):
+    for row in tqdm(rows, desc="read", leave=False, disable=None):
         try:
             tensor, label = images[row]
         except DataError as error:
@@ -329,18 +327,3 @@ def read_images(
             f"{damaged[0]}{remedy}"
         )
     return torch.stack(tensors), torch.tensor(labels), damaged
-
-
-def read_batches(
-    loader: DataLoader, description: str, progress: bool = True
-) -> Iterator[list[torch.Tensor]]:
-    """Iterate over a loader, with a progress bar if there is a terminal.
-
-    Raises:
-        DataError: If an image cannot be read; in one line from a worker, too.
-    """
-    try:
-        yield from tqdm(loader, description, leave=False, disable=None if progress else True)
-    except DataError as error:
-        _, _, line = str(error).strip().rpartition("DataError: ")
-        raise DataError(line) from None

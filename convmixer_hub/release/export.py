@@ -11,6 +11,7 @@ from timm.data import resolve_input_data_config
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from torchvision import transforms
+from tqdm import tqdm
 
 from ..checkpoints.resolve import resolve
 from ..checkpoints.runtimes import (
@@ -22,7 +23,7 @@ from ..checkpoints.runtimes import (
     write_pt2,
 )
 from ..data.images import eval_transform
-from ..data.reader import ImageDataset, LabeledImages, read_batches
+from ..data.reader import ImageDataset, LabeledImages
 from ..errors import CheckpointError, DataError, first_line
 from ..evaluate import prepare_test_images
 from ..files import hash_file, replacing
@@ -203,6 +204,6 @@ def _measure(file: Path, images: LabeledImages) -> float:
     run = open_onnx(file)
     correct = 0
     loader = DataLoader(images, batch_size=64)
-    for batch, labels in read_batches(loader, "test"):
+    for batch, labels in tqdm(loader, "evaluate", leave=False, disable=None):
         correct += int((run(batch).argmax(dim=1) == labels).sum())
     return 100.0 * correct / len(images)

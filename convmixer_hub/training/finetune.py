@@ -113,7 +113,6 @@ def finetune(
     dataset: ImageDataset,
     output: str | Path,
     skip_damaged: bool = False,
-    progress: bool = True,
 ) -> Evaluation:
     """Fine-tune a trained model, or resume it if it was interrupted.
 
@@ -125,7 +124,6 @@ def finetune(
         dataset: Its test images are not looked at.
         output: The run folder. If it holds a run with the same settings, that run is resumed.
         skip_damaged: Leave out images that cannot be read, naming them on stderr.
-        progress: Show progress bars, if there is a terminal, and a line an epoch.
 
     Returns:
         How good the model is on the images for validation, by which its best epoch was chosen.
@@ -137,17 +135,16 @@ def finetune(
         DataError: As `train` does, and if matplotlib is not installed.
     """
     check_matplotlib()
-    folder = train(settings, dataset, output, skip_damaged, progress)
+    folder = train(settings, dataset, output, skip_damaged)
     model = load_trained(folder)
     config = resolve_input_data_config(model)
     images, labels, _ = read_images(
         choose_images(settings, dataset).validation,
         eval_transform(config),
         skip_damaged,
-        progress,
     )
     loader = DataLoader(TensorDataset(images, labels), batch_size=64)
-    logits, _ = collect_logits(model, loader, progress)
+    logits, _ = collect_logits(model, loader)
     probabilities = logits.softmax(dim=1)
     confusion = count_confusions(probabilities, labels)
     classes = get_label_names(model) or []

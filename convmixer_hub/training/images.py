@@ -127,7 +127,6 @@ def load_images(
     images: RunImages,
     data_config: Mapping[str, Any],
     skip_damaged: bool,
-    progress: bool,
 ) -> tuple[TrainingImages, DataLoader | None]:
     """Read the images of a run into memory.
 
@@ -136,7 +135,6 @@ def load_images(
         images: From `choose_images`.
         data_config: From `timm.data.resolve_input_data_config(model)`.
         skip_damaged: Leave out images that cannot be read, naming them on stderr.
-        progress: Show progress bars, if there is a terminal.
 
     Returns:
         The training images, and those for validation, if there are any.
@@ -151,19 +149,17 @@ def load_images(
         settings.rand_augment,
         settings.flip,
         skip_damaged,
-        progress,
     )
     damaged = training.damaged
     validation: DataLoader | None = None
     if len(images.validation):
         tensors, labels, skipped = read_images(
-            images.validation, eval_transform(data_config), skip_damaged, progress
+            images.validation, eval_transform(data_config), skip_damaged
         )
         damaged = damaged + skipped
         validation = DataLoader(TensorDataset(tensors, labels), batch_size=256)
-    if progress:
-        for line in damaged:
-            tqdm.write(f"skipped: {line}", file=sys.stderr)
+    for line in damaged:
+        tqdm.write(f"skipped: {line}", file=sys.stderr)
     if len(training) < settings.batch_size:
         remedy = "a smaller --batch-size" if len(training) > 1 else "more of them"
         raise DataError(

@@ -43,7 +43,6 @@ def train(
     dataset: ImageDataset,
     output: str | Path,
     skip_damaged: bool = False,
-    progress: bool = True,
 ) -> Path:
     """Train a model, or resume a run that was interrupted.
 
@@ -56,7 +55,6 @@ def train(
         dataset: Its test images are not looked at.
         output: The run folder. If it holds a run with the same settings, that run is resumed.
         skip_damaged: Train without the images that cannot be read, naming them on stderr.
-        progress: Show progress bars, if there is a terminal, and a line per epoch.
 
     Returns:
         The run folder, which `timm.create_model("local-dir:…", pretrained=True)` takes as it is.
@@ -99,7 +97,7 @@ def train(
     try:
         with lock_run(folder):
             state = open_run(folder, new)
-            run = _Run(settings, folder, state, dataset, chosen, skip_damaged, progress)
+            run = _Run(settings, folder, state, dataset, chosen, skip_damaged)
             with fast_muon(run.dtype, run.device):
                 while state.epoch < settings.epochs:
                     run.train_epoch()
@@ -122,13 +120,11 @@ class _Run:
         dataset: ImageDataset,
         images: RunImages,
         skip_damaged: bool,
-        progress: bool,
     ) -> None:
         self.settings = settings
         self.folder = folder
         self.state = state
         self.device = device = find_device()
-        self.progress = progress
         random_seed(settings.seed)
         start: str | Path = settings.model
         is_model = all((folder / name).exists() for name in (CONFIG_FILE, WEIGHTS_FILE))
@@ -145,9 +141,7 @@ class _Run:
             teacher = None
             if settings.teachers:
                 teacher = Teacher(settings.teachers, dataset.classes, data_config, device)
-            self.images, self.validation = load_images(
-                settings, images, data_config, skip_damaged, progress
-            )
+            self.images, self.validation = load_images(settings, images, data_config, skip_damaged)
             lost = set(images.training.labels) - set(self.images.labels.tolist())
             if lost:
                 raise DataError(
@@ -184,8 +178,7 @@ class _Run:
             side = min(data_config["input_size"][1:])
             dtype, reason = choose_dtype(self.network.model, self.device, side)
             state.precision = "bf16" if dtype is torch.bfloat16 else "fp32"
-            if self.progress:
-                tqdm.write(f"computes in {reason}")
+            tqdm.write(f"computes in {reason}")
         return state.precision
 
     def train_epoch(self) -> None:
@@ -203,15 +196,14 @@ class _Run:
         state.metrics.append(metrics)
         is_last = state.epoch + 1 == settings.epochs
         if self.validation is not None and is_last:
-            logits, labels = collect_logits(self._make_result(), self.validation, self.progress)
+            logits, labels = collect_logits(self._make_result(), self.validation)
             state.temperature = fit_temperature(logits, labels)
         self._update_state(state.epoch + 1, 0, {})
         # On a GPU, an epoch may take little longer than saving.
         is_due = time.monotonic() - self.all_saved_at > SECONDS_BETWEEN_SAVES
         if self.device.type == "cpu" or is_last or is_due:
             self._save_all()
-        if self.progress:
-            tqdm.write("  ".join(f"{name} {value}" for name, value in metrics.items()))
+        tqdm.write("  ".join(f"{name} {value}" for name, value in metrics.items()))
 
     def _take_steps(self, sums: dict[str, float]) -> None:
         """Take the steps that are left of the epoch, adding to its sums."""
@@ -230,7 +222,7 @@ class _Run:
             initial=first_step,
             unit="step",
             leave=False,
-            disable=None if self.progress else True,
+            disable=None,
         ) as bar:
             for step in range(first_step, steps):
                 factor = settings.learning_rate_factor(epoch + (step + 0.5) / steps)
@@ -274,7 +266,7 @@ class _Run:
             "seconds": round(sums["seconds"], 1),
         }
         if self.validation is not None:
-            result = evaluate(self.network.result, self.validation, self.progress)
+            result = evaluate(self.network.result, self.validation)
             metrics["held_out_top1"] = round(result.top1, 2)
             if settings.keep_best and result.top1 >= state.best_top1:
                 state.best_top1 = result.top1
