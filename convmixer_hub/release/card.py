@@ -47,6 +47,7 @@ from ..hub.records import (
     EXAMPLE_REPO_ID,
     RECORDS,
     WEIGHTS_FILE,
+    DatasetRecord,
     get_record,
 )
 from ..hub.repository import PREFIX
@@ -126,9 +127,7 @@ def write_card(
 
     # Other datasets have classes of these names, too.
     kind = (tuple(dataset.classes), len(labels))
-    known = next((d for d in DATASETS if (d.classes, d.test_images) == kind), None)
-    dataset_name = known.name if known else dataset.name
-    hub_id = known.hub_id if known else dataset.hub_id
+    shown = next((d for d in DATASETS if (d.classes, d.test_images) == kind), dataset)
     split = dataset.test_split
     result = Evaluation(int(confusion.trace()), int(confusion.sum()))
     plan = _read_plan(settings)
@@ -138,7 +137,7 @@ def write_card(
     if license is None and name in RECORDS:
         license = get_config(model).get("license")
     card = ModelCard.from_template(
-        _make_metadata(name, license, base_model, dataset_name, hub_id, split, result, calibration),
+        _make_metadata(name, license, base_model, shown, split, result, calibration),
         str(Path(__file__).with_suffix(".md")),
         name=name,
         model=model,
@@ -158,7 +157,7 @@ def write_card(
         by_class=zip(classes, confusion.diagonal().tolist(), confusion.sum(dim=1).tolist()),
         result=result,
         calibration=calibration,
-        dataset=dataset_name,
+        dataset=shown.name,
         split=split,
         today=today or date.today(),
         measured_on=f"{describe_machine(torch.device('cpu'))}, torch {torch.__version__}",
@@ -217,8 +216,7 @@ def _make_metadata(
     name: str,
     license: str | None,
     base_model: str | None,
-    dataset: str,
-    dataset_id: str | None,
+    dataset: ImageDataset | DatasetRecord,
     split: str,
     result: Evaluation,
     calibration: Calibration,
@@ -231,8 +229,8 @@ def _make_metadata(
     results = [
         EvalResult(
             task_type="image-classification",
-            dataset_type=dataset_id or dataset,
-            dataset_name=dataset,
+            dataset_type=dataset.hub_id or dataset.name,
+            dataset_name=dataset.name,
             dataset_split=split,
             metric_type=metric,
             metric_name=metric_name,
@@ -246,7 +244,7 @@ def _make_metadata(
         library_name="timm",
         pipeline_tag="image-classification",
         tags=["image-classification", "timm", "convmixer"],
-        datasets=[dataset_id] if dataset_id else None,
+        datasets=[dataset.hub_id] if dataset.hub_id else None,
         metrics=["accuracy"],
         model_name=name,
         eval_results=results,
