@@ -35,7 +35,10 @@ def convmixer_256_8_ks9_p1(pretrained=False, **kwargs):
 
 
 def convmixer_96_8_ks5_p1(pretrained=False, **kwargs):
-    """ConvMixer-96/8, kernel 5, patch 1, for 32×32 images; trained on CIFAR-10."""
+    """ConvMixer-96/8, kernel 5, patch 1, for 32×32 images; trained on CIFAR-10.
+
+    `pretrained_cfg="cifar100"` gives the weights that were trained on CIFAR-100.
+    """
     return timm.create_model("convmixer_96_8_ks5_p1", pretrained=pretrained, **kwargs)
 
 

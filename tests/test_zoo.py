@@ -80,6 +80,7 @@ def test_list_models_matches_the_registry():
         ("convmixer_cifar.cifar100", True),
         ("convmixer_256_8_ks9_p1.cifar10", True),
         ("convmixer_96_8_ks5_p1.cifar10", True),
+        ("convmixer_96_8_ks5_p1.cifar100", True),
     ]
 
 

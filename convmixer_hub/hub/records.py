@@ -167,6 +167,14 @@ RECORDS: dict[str, CheckpointRecord] = {
             ece=1.28,
             revision="v2",
         ),
+        CheckpointRecord(
+            name="convmixer_96_8_ks5_p1.cifar100",
+            sha256="1508b31ba6a21a8777895463e520290bccc06f7e0b556eec5c395f407c61c550",
+            size=456432,
+            dataset=CIFAR100,
+            top1=70.52,
+            ece=2.29,
+        ),
     ]
 }
 
