@@ -196,9 +196,9 @@ def _to_png(figure: Figure) -> bytes:
     from matplotlib.font_manager import get_font_names
     from matplotlib.text import Text
 
+    fonts = [name for name in sorted(get_font_names()) if re.search(WIDE_FONTS, name)]
     for text in figure.findobj(Text):
         if not text.get_text().isascii():
-            fonts = [name for name in sorted(get_font_names()) if re.search(WIDE_FONTS, name)]
             text.set_fontfamily(["sans-serif", *fonts])
     content = io.BytesIO()
     with warnings.catch_warnings(record=True) as caught:

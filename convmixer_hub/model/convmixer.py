@@ -46,13 +46,17 @@ def _get_activation(act_layer: type[nn.Module] | str) -> type[nn.Module]:
 
 def name_activation(model: nn.Module) -> str | None:
     """Return which of `ACTIVATIONS` a ConvMixer, ours or timm's, has; None if it has another."""
+
+    def name(module: nn.Module) -> str | None:
+        if getattr(module, "approximate", "none") != "none":
+            return None
+        return next((name for name, kind in ACTIVATIONS.items() if type(module) is kind), None)
+
+    known = tuple(ACTIVATIONS.values())
     found = {
-        next((name for name, act_layer in ACTIVATIONS.items() if type(module) is act_layer), None)
-        if getattr(module, "approximate", "none") == "none"
-        else None
+        name(module)
         for path, module in model.named_modules()
-        if path.rpartition(".")[2] in ("act", "act1", "act2")  # ours
-        or isinstance(module, tuple(ACTIVATIONS.values()))
+        if path.rpartition(".")[2] in ("act", "act1", "act2") or isinstance(module, known)
     }
     return found.pop() if len(found) == 1 else None
 

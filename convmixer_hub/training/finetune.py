@@ -79,8 +79,9 @@ def choose_settings(
         source = resolve(name)
         source.check_is_whole()
     except (UnknownModelError, CheckpointError):
-        file = Path(output or name, STATE_FILE)
-        begun_with = read_state(file).settings["model"] if file.exists() else ""
+        if output is None or not Path(output, STATE_FILE).exists():
+            raise
+        begun_with = read_state(Path(output, STATE_FILE)).settings["model"]
         if os.path.basename(begun_with) != os.path.basename(name):
             raise
         name = begun_with
