@@ -23,6 +23,7 @@ from .model.inference import prepare_if_possible
 
 CALIBRATION_BINS = 15
 MIN_MISTAKES = 10  # fewer do not determine a temperature
+WORTH_COMPILING = 5000  # images: for fewer, compiling `inference.cpp` takes longer than it saves
 
 
 @dataclass(frozen=True)
@@ -105,7 +106,9 @@ def evaluate_on(
     """
     images = prepare_test_images(model, dataset)
     loader = DataLoader(images, batch_size, num_workers=workers)
-    return evaluate(prepare_if_possible(model.to(find_device()).eval()), loader)
+    model = model.to(find_device()).eval()
+    compiled = len(images) >= WORTH_COMPILING
+    return evaluate(prepare_if_possible(model, compiled), loader)
 
 
 @torch.inference_mode()

@@ -1,7 +1,5 @@
 import copy
 import math
-import re
-from functools import cache
 
 import pytest
 import timm
@@ -151,41 +149,6 @@ def test_other_kernel_sizes_keep_their_gradient(kernel_size):
     speed_up_on_cpu(model)
     assert not model.conv_mixer_layers[0].depth_wise_conv.fast_weight_gradient
     model(torch.randn(2, 3, 16, 16)).sum().backward()
-
-
-@pytest.mark.parametrize(
-    ("compiler", "reason"),
-    [
-        ("nowhere", "nowhere"),
-        ("false", "false failed without a message"),
-        ("./broken", "error: no space"),
-        ("c++ -DX='", "No closing quotation"),
-    ],
-)
-def test_without_a_compiler_training_works_and_says_why_it_is_slow(
-    compiler, reason, tmp_path, monkeypatch, caplog
-):
-    (tmp_path / "broken").write_text(
-        "#!/bin/sh\necho Working >&2\necho error: no space >&2\nexit 1\n"
-    )
-    (tmp_path / "broken").chmod(0o755)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("CXX", compiler)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(cpu, "load_passes", cache(load_passes.__wrapped__))
-    plain = timm.create_model("convmixer_96_8_ks5_p1")
-    model = copy.deepcopy(plain)
-    speed_up_on_cpu(model)
-    x = torch.randn(2, 3, 32, 32)
-    torch.testing.assert_close(model(x), plain(x), atol=1e-4, rtol=1e-4)
-    assert not any(isinstance(module, GELUBatchNorm2d) for module in model.modules())
-    [message] = [record.getMessage() for record in caplog.records]
-    assert re.fullmatch(
-        r"training is several times slower than it could be: cpu.cpp cannot be compiled "
-        rf"\(.*{reason}.*\); install a C\+\+ compiler such as g\+\+, or name one in CXX; if the "
-        "cache folder cannot be written to, name another in XDG_CACHE_HOME",
-        message,
-    )
 
 
 def test_the_faster_type_is_found_by_trying(monkeypatch):

@@ -2,6 +2,7 @@ import copy
 import io
 import re
 import warnings
+from functools import partial
 from itertools import cycle
 
 import pytest
@@ -43,12 +44,19 @@ def assert_same(model, prepared, x):
     torch.testing.assert_close(found / scale, expected / scale, atol=1e-5, rtol=0)
 
 
+@pytest.fixture(params=[False, True], ids=["onednn", "compiled"])
+def prepare(request):
+    """Prepare a model in one way or the other."""
+    return partial(prepare_for_inference, compiled=request.param)
+
+
 @pytest.mark.parametrize("arch", VARIANTS)
 @pytest.mark.parametrize("count", [1, 3, 20])
-def test_logits_are_those_of_the_model(make_model, arch, count):
+def test_logits_are_those_of_the_model(make_model, prepare, arch, count):
     model = make_model(arch)
-    prepared = prepare_for_inference(model)
+    prepared = prepare(model)
     assert prepared._can_fuse
+    assert prepared._can_call_compiled() == prepare.keywords["compiled"]
     assert_same(model, prepared, torch.randn(count, 3, 32, 32))
 
 
@@ -58,9 +66,9 @@ def test_a_trained_model_gives_its_logits(batch):
 
 
 @pytest.mark.parametrize("size", [(2, 2), (7, 50), (33, 31), (64, 64)])
-def test_images_of_any_size(make_model, size):
+def test_images_of_any_size(make_model, prepare, size):
     model = make_model("convmixer_cifar")
-    prepared = prepare_for_inference(model)
+    prepared = prepare(model)
     for count in (4, 1):
         assert_same(model, prepared, torch.randn(count, 3, *size))
 
@@ -80,10 +88,22 @@ def test_images_of_any_size(make_model, size):
     ],
     ids=str,
 )
-def test_other_models(make_model, options):
+def test_other_models(make_model, prepare, options):
     model = make_model(**options)
     x = torch.randn(5, options.get("in_chans", 3), 32, 32)
-    assert_same(model, prepare_for_inference(model), x)
+    assert_same(model, prepare(model), x)
+
+
+@pytest.mark.parametrize(
+    ("d_model", "kernel_size", "is_fast"),
+    [(32, 3, True), (64, 9, True), (16, 5, False), (48, 7, False), (32, 11, False), (32, 1, False)],
+)
+def test_compiled_layers_of_any_shape(d_model, kernel_size, is_fast):
+    model = ConvMixer(d_model, 2, kernel_size=kernel_size, patch_size=3, num_classes=10).eval()
+    randomise_norms(model)
+    prepared = prepare_for_inference(model, compiled=True)
+    assert prepared._can_call_compiled() == is_fast
+    assert_same(model, prepared, torch.randn(2, 3, 20, 41))
 
 
 def test_without_onednn_and_elsewhere_ordinary_operations_do(make_model, batch, monkeypatch):
@@ -103,13 +123,10 @@ def test_without_onednn_and_elsewhere_ordinary_operations_do(make_model, batch, 
     assert x.grad is not None and x.grad.abs().sum() > 0
 
 
-def test_features_are_those_of_the_model(make_model, batch):
+def test_features_are_those_of_the_model(make_model, prepare, batch):
     model = make_model()
     with torch.no_grad():
-        found, expected = (
-            prepare_for_inference(model).forward_features(batch),
-            model.forward_features(batch),
-        )
+        found, expected = prepare(model).forward_features(batch), model.forward_features(batch)
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
 
 
@@ -124,8 +141,8 @@ def test_the_model_stays_as_it_is_and_the_other_as_it_was(make_model, batch):
     assert model.train().training
 
 
-def test_it_is_copied_saved_traced_and_exported(make_model, batch):
-    prepared = prepare_for_inference(make_model())
+def test_it_is_copied_saved_traced_and_exported(make_model, prepare, batch):
+    prepared = prepare(make_model())
     expected = prepared(batch)
     assert torch.equal(copy.deepcopy(prepared)(batch), expected)
     buffer = io.BytesIO()
@@ -139,6 +156,14 @@ def test_it_is_copied_saved_traced_and_exported(make_model, batch):
         torch.testing.assert_close(traced(batch), expected, atol=1e-4, rtol=1e-4)
         program = torch.export.export(prepared, (batch,))
         torch.testing.assert_close(program.module()(batch), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_another_type_and_back(make_model, prepare, batch):
+    prepared = prepare(make_model())
+    before = prepared(batch)
+    found = prepared.bfloat16().float()(batch)
+    assert not torch.equal(found, before)
+    assert torch.equal(found, copy.deepcopy(prepared)(batch))
 
 
 @pytest.mark.slow

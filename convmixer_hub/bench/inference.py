@@ -35,7 +35,7 @@ IMAGES_A_TURN = 64  # at least
 def explain_absence(variant: str, bf16: bool = False) -> str:
     """Say why a variant cannot be timed here; empty if it can."""
     needed = VARIANTS[variant].needs
-    if needed and (bf16 or find_device().type == "cuda"):
+    if (needed or variant == "prepared-compiled") and (bf16 or find_device().type == "cuda"):
         return "is timed in float32 on a CPU alone"
     missing = [name for name in needed if not find_spec(name)]
     return f"needs {' '.join(missing)}: pip install {' '.join(missing)}" if missing else ""
@@ -94,6 +94,7 @@ VARIANTS = {
     ),
     "ours": _Variant(lambda ours, timms: ours),
     "prepared": _Variant(lambda ours, timms: prepare_for_inference(ours)),
+    "prepared-compiled": _Variant(lambda ours, timms: prepare_for_inference(ours, compiled=True)),
     "exported": _Variant(lambda ours, timms: _in_onnxruntime(ours, ours), needs=ONNX_LIBRARIES),
     "exported-int8": _Variant(
         lambda ours, timms: _in_onnxruntime(ours, ours, int8=True), needs=ONNX_LIBRARIES
@@ -113,8 +114,8 @@ def bench_inference(
     Args:
         name: A trained model's name, or an arch, whose weights are then random.
         variants: Keys of `VARIANTS`; by default those that can be timed here. `timm` is as a user
-            gets it; `prepared` is what `prepare_for_inference` gives, `exported` what `export`
-            writes, in onnxruntime.
+            gets it; `prepared` is what `prepare_for_inference` gives, `prepared-compiled` with
+            `compiled=True`, `exported` what `export` writes, in onnxruntime.
         batch_size: Images per call.
         rounds: Turns of each variant that count, after two that do not.
         bf16: Compute in bfloat16, by autocast, instead of float32 (on a GPU, in what torch uses

@@ -1,14 +1,16 @@
 """A ConvMixer prepared for inference: the same logits, several times faster on a CPU.
 
 Three things make it fast. What BatchNorm does in evaluation, one scale and one shift per channel,
-is computed with the residual connection or goes into the next convolution; GELU is computed by
-oneDNN while a convolution's output is in the cache, as PyTorch's compiled models do it; and a batch
-goes through in parts that are small enough to stay there.
+is computed with the residual connection or goes into the next convolution; GELU is computed while a
+convolution's output is in the cache, by oneDNN, as PyTorch's compiled models do it, or by
+`inference.cpp`; and a batch goes through in parts that are small enough to stay there.
 """
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from itertools import chain
 from typing import Any, cast
 
 import torch
@@ -17,10 +19,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..errors import ModelSizeError
+from .compiler import load_operators
 from .convmixer import ConvMixer, ConvMixerLayer, name_activation
-from .depthwise import DepthWiseConv2d
+from .depthwise import FAST_KERNEL_SIZES, DepthWiseConv2d
 
 BYTES_IN_CACHE = 2**21  # of one feature map of a part of a batch
+LANES, PANEL = 16, 32  # channels that `inference.cpp` computes at a time
 
 # What has to be there as it is in a `ConvMixer`.
 PLAIN = {
@@ -38,7 +42,7 @@ PLAIN_SETTINGS = {
 }
 
 
-def prepare_for_inference(model: nn.Module) -> InferenceConvMixer:
+def prepare_for_inference(model: nn.Module, compiled: bool = False) -> InferenceConvMixer:
     """Make a model that gives the same logits faster, up to rounding (1e-5).
 
     It has the weights as they are now, takes images of any size, and cannot be trained. Where
@@ -47,6 +51,10 @@ def prepare_for_inference(model: nn.Module) -> InferenceConvMixer:
 
     Args:
         model: A ConvMixer of this package; it stays as it is.
+        compiled: Compute the layers with `inference.cpp`, which is faster still. It is compiled the
+            first time (10 seconds, once per machine). Without a C++ compiler, a WARNING says so and
+            oneDNN is used, as it is for activations other than GELU, and where the number of
+            channels is no multiple of 32 or the kernel is not one of 3, 5, 7 and 9.
 
     Returns:
         The model, on the same device and in the same type.
@@ -70,13 +78,13 @@ def prepare_for_inference(model: nn.Module) -> InferenceConvMixer:
                 f"{name} is {module}, which is not as in this package's models, so the model "
                 "cannot be prepared for inference: use it as it is"
             )
-    return InferenceConvMixer(model)
+    return InferenceConvMixer(model, compiled)
 
 
-def prepare_if_possible(model: nn.Module) -> nn.Module:
+def prepare_if_possible(model: nn.Module, compiled: bool = False) -> nn.Module:
     """Return the model prepared for inference, or as it is if it cannot be prepared."""
     try:
-        return prepare_for_inference(model)
+        return prepare_for_inference(model, compiled)
     except ModelSizeError:
         return model
 
@@ -121,6 +129,15 @@ class _Convolution(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_packed": None}  # in oneDNN's own layout, of this machine
 
+    def _apply(self, *args: Any, **options: Any) -> _Convolution:
+        self._packed = None
+        return super()._apply(*args, **options)
+
+    @property
+    def geometry(self) -> tuple[Any, ...]:
+        """Shape of the weight, padding and stride."""
+        return self.weight.shape, self.padding, self.stride
+
     def activate(self, x: Tensor, fused: bool) -> Tensor:
         """Compute convolution and activation, by one call of oneDNN if `fused`."""
         if fused:
@@ -149,11 +166,12 @@ class _Convolution(nn.Module):
 class InferenceConvMixer(nn.Module):
     """What `prepare_for_inference` gives; it has the attributes by which timm knows a model."""
 
-    def __init__(self, model: ConvMixer) -> None:
+    def __init__(self, model: ConvMixer, compiled: bool = False) -> None:
         super().__init__()
         stem, layers = model.patch_emb, cast("list[ConvMixerLayer]", model.conv_mixer_layers)
         self.patch_size = stem.patch_size
         self.num_features = model.num_features
+        self.kernel_size = layers[0].depth_wise_conv.kernel_size[0] if len(layers) else 0
         self.stem = _Convolution(stem.conv, stem.act, stem.norm)
         self.spatial = nn.ModuleList(
             _Convolution(layer.depth_wise_conv, layer.act1, layer.norm1) for layer in layers
@@ -168,7 +186,17 @@ class InferenceConvMixer(nn.Module):
         for name in ("num_classes", "in_chans", "global_pool", "pretrained_cfg"):
             setattr(self, name, copy.copy(getattr(model, name, None)))
         self._traits = copy.copy(getattr(model, "_traits", {}))
-        self._can_fuse = name_activation(model) == "gelu" and self._is_fused_right()
+        is_gelu = name_activation(model) == "gelu"
+        self._can_fuse = is_gelu and self._is_fused_right()
+        self._compiled = compiled and is_gelu and self._has_fast_shapes()
+        self._parameters_in_panels: list[Tensor] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_parameters_in_panels": None}
+
+    def _apply(self, *args: Any, **options: Any) -> InferenceConvMixer:
+        self._parameters_in_panels = None
+        return super()._apply(*args, **options)
 
     def train(self, mode: bool = True) -> InferenceConvMixer:
         """Refuse to be trained."""
@@ -181,11 +209,11 @@ class InferenceConvMixer(nn.Module):
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Map images `[batch, in_chans, height, width]` to `[batch, d_model, rows, columns]`."""
-        return self._map_features(x, self._fuses(x))
+        return self._map_features(x, self._is_fast(x))
 
     def forward(self, x: Tensor) -> Tensor:
         """Map images `[batch, in_chans, height, width]` to logits `[batch, num_classes]`."""
-        if not self._fuses(x):
+        if not self._is_fast(x):
             logits: Tensor = self.classification(self._map_features(x, False))
             return logits
         patches = max(1, x.shape[2] * x.shape[3] // self.patch_size**2)
@@ -194,31 +222,74 @@ class InferenceConvMixer(nn.Module):
         parts = [self.classification(self._map_features(part, True)) for part in x.split(images)]
         return torch.cat(parts)
 
-    def _map_features(self, x: Tensor, fused: bool) -> Tensor:
+    def _map_features(self, x: Tensor, fast: bool) -> Tensor:
         for side in x.shape[-2:]:
             torch._assert(
                 side >= self.patch_size,
                 "the image is smaller than one patch: resize it, or use a model with smaller "
                 "patches",
             )
-        x = self.stem(x, fused)
+        if fast and self._can_call_compiled():
+            return self._map_compiled(x)
+        x = self.stem(x, fast)
         for module, channel in zip(self.spatial, self.channel):
             spatial = cast("_Convolution", module)
             # The shift of this BatchNorm is in the bias of the next convolution.
-            x = channel(torch.addcmul(x, spatial.activate(x, fused), spatial.scale), fused)
+            x = channel(torch.addcmul(x, spatial.activate(x, fast), spatial.scale), fast)
         return x
 
-    def _fuses(self, x: Tensor) -> bool:
+    def _map_compiled(self, x: Tensor) -> Tensor:
+        if self._parameters_in_panels is None:
+            self._parameters_in_panels = list(self._lay_out_parameters())
+        side = self.patch_size
+        x = x[:, :, : x.shape[2] // side * side, : x.shape[3] // side * side]
+        patches = F.pixel_unshuffle(x, side).contiguous(memory_format=torch.channels_last)
+        y: Tensor = torch.ops.convmixer_hub.map_features(
+            patches, self._parameters_in_panels, self.kernel_size
+        )
+        return y
+
+    def _lay_out_parameters(self) -> Iterator[Tensor]:
+        """Give the parameters as `inference.cpp` takes them."""
+        layers = (layer for pair in zip(self.spatial, self.channel) for layer in pair)
+        for layer in cast("Iterator[_Convolution]", chain([self.stem], layers)):
+            weight = layer.weight.flatten(1)
+            width = LANES if layer.groups > 1 else PANEL
+            yield weight.view(-1, width, weight.shape[1]).transpose(1, 2).contiguous()
+            yield layer.bias
+            yield layer.scale.flatten()
+            if layer.groups == 1:
+                yield layer.shift.flatten()
+
+    def _has_fast_shapes(self) -> bool:
+        """Return whether `inference.cpp` has layers of these shapes."""
+        d_model, side, kernel_size = self.num_features, self.patch_size, self.kernel_size
+        patch = ((d_model, self.stem.weight.shape[1], side, side), (0, 0), (side, side))
+        spatial = ((d_model, 1, kernel_size, kernel_size), (kernel_size // 2,) * 2, (1, 1))
+        channel = ((d_model, d_model, 1, 1), (0, 0), (1, 1))
+        return (
+            kernel_size in FAST_KERNEL_SIZES
+            and d_model % PANEL == 0
+            and self.stem.geometry == patch
+            and all(layer.geometry == spatial for layer in self.spatial)
+            and all(layer.geometry == channel for layer in self.channel)
+        )
+
+    def _can_call_compiled(self) -> bool:
+        return self._compiled and load_operators("inference", "inference")
+
+    def _is_fast(self, x: Tensor) -> bool:
         return (
             not torch.jit.is_tracing()
             and not torch.compiler.is_compiling()
-            and self._can_fuse
             and x.device.type == self.stem.weight.device.type == "cpu"
             and x.dtype == self.stem.weight.dtype == torch.float32
             and x.dim() == 4
             and x.shape[0] > 0
+            and x.shape[1] == self.stem.weight.shape[1]
             and not (torch.is_grad_enabled() and x.requires_grad)
             and not torch.is_autocast_enabled("cpu")
+            and (self._can_fuse or self._can_call_compiled())  # last: it may compile
         )
 
     def _is_fused_right(self) -> bool:

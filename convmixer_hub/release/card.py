@@ -26,6 +26,7 @@ from ..checkpoints.resolve import resolve
 from ..data.reader import ImageDataset
 from ..errors import CheckpointError, DataError, TrainingError, UnknownModelError, first_line
 from ..evaluate import (
+    WORTH_COMPILING,
     Calibration,
     Evaluation,
     collect_logits,
@@ -116,8 +117,10 @@ def write_card(
 
     # What needs no images comes first: its errors show before the minutes that a test takes.
     figures = _draw_weights(model) | ({"curve.png": draw_curve(metrics)} if metrics else {})
-    loader = DataLoader(prepare_test_images(model, dataset), batch_size=64)
-    logits, labels = collect_logits(prepare_if_possible(model.eval()), loader)
+    images = prepare_test_images(model, dataset)
+    compiled = len(images) >= WORTH_COMPILING
+    loader = DataLoader(images, batch_size=64)
+    logits, labels = collect_logits(prepare_if_possible(model.eval(), compiled), loader)
     probabilities = logits.softmax(dim=1)
     confusion = count_confusions(probabilities, labels)
     calibration = measure_calibration(probabilities, labels)

@@ -1,0 +1,171 @@
+// The layers of a ConvMixer in inference, each in two passes: depthwise convolution, GELU, scale and
+// residual connection; then 1x1 convolution, GELU, scale and shift. What scale and shift are is said
+// in `inference.py`, which compiles this file.
+//
+// Features are [images, channels, height, width], stored channels last, in fp32.
+
+#include <ATen/ATen.h>
+#include <ATen/Parallel.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <vector>
+
+#include "vectors.h"
+
+namespace {
+
+using at::Tensor;
+
+// Results that are summed up in registers at a time: of COLUMNS positions in the depthwise
+// convolution, and of ROWS positions and PANEL channels in the 1x1 convolution. AVX-512 has 32
+// registers of a whole vector, others half as many or of less.
+#ifdef __AVX512F__
+constexpr int COLUMNS = 8, ROWS = 12;
+#else
+constexpr int COLUMNS = 4, ROWS = 3;
+#endif
+constexpr int VECTORS = 2, PANEL = VECTORS * LANES;
+
+inline Floats gelu(Floats z) {
+  Floats y, slope;
+  gelu(z, y, slope);
+  return y;
+}
+
+const float* read(const Tensor& x, int64_t count) {
+  TORCH_CHECK(x.numel() == count && x.is_contiguous());
+  return x.const_data_ptr<float>();
+}
+
+// x + scale * gelu(depthwise convolution of x), for one image and sixteen channels.
+//
+// x, y, weight [K * K, LANES], bias and scale point at the first of the channels. Scratch space:
+// `padded` is an image with zeros around it.
+template <int K>
+void mix_positions(const float* x, float* y, const float* weight, const float* bias,
+                   const float* scale, float* padded, int64_t height, int64_t width,
+                   int64_t channels) {
+  const int64_t row = (width + COLUMNS + K - 2) * LANES;
+  for (int64_t i = 0; i < height; i++)
+    for (int64_t j = 0; j < width; j++)
+      store(padded + (i + K / 2) * row + (j + K / 2) * LANES, load(x + (i * width + j) * channels));
+  for (int64_t i = 0; i < height; i++)
+    for (int64_t j = 0; j < width; j += COLUMNS) {
+      Floats sums[COLUMNS];
+      for (int n = 0; n < COLUMNS; n++) sums[n] = load(bias);
+      for (int down = 0; down < K; down++) {
+        const float* window = padded + (i + down) * row + j * LANES;
+        Floats weights[K];
+        for (int k = 0; k < K; k++) weights[k] = load(weight + (down * K + k) * LANES);
+#pragma GCC unroll 16
+        for (int at = 0; at < COLUMNS + K - 1; at++) {
+          Floats value = load(window + at * LANES);
+#pragma GCC unroll 9
+          for (int k = 0; k < K; k++)
+            if (at >= k && at - k < COLUMNS) sums[at - k] += value * weights[k];
+        }
+      }
+      for (int64_t n = 0; n < std::min<int64_t>(COLUMNS, width - j); n++) {
+        const int64_t at = (i * width + j + n) * channels;
+        store(y + at, load(x + at) + load(scale) * gelu(sums[n]));
+      }
+    }
+}
+
+template <int K>
+void mix_positions(const Tensor& x, Tensor& y, const float* weight, const float* bias,
+                   const float* scale) {
+  const int64_t channels = x.size(1), height = x.size(2), width = x.size(3);
+  const int64_t groups = channels / LANES;
+  const float* from = x.const_data_ptr<float>();
+  float* to = y.data_ptr<float>();
+  at::parallel_for(0, x.size(0) * groups, 1, [&](int64_t begin, int64_t end) {
+    std::vector<float> padded((height + K - 1) * (width + COLUMNS + K - 2) * LANES);
+    for (int64_t i = begin; i < end; i++) {
+      const int64_t channel = i % groups * LANES;
+      const int64_t at = i / groups * channels * height * width + channel;
+      mix_positions<K>(from + at, to + at, weight + channel * K * K, bias + channel,
+                       scale + channel, padded.data(), height, width, channels);
+    }
+  });
+}
+
+// shift + scale * gelu(1x1 convolution of x), with weight [channels / PANEL, inputs, PANEL].
+void mix_channels(const Tensor& x, Tensor& y, const float* weight, const float* bias,
+                  const float* scale, const float* shift) {
+  const int64_t inputs = x.size(1), channels = y.size(1), positions = x.numel() / inputs;
+  const float* from = x.const_data_ptr<float>();
+  float* to = y.data_ptr<float>();
+  at::parallel_for(0, (positions + ROWS - 1) / ROWS, 1, [&](int64_t begin, int64_t end) {
+    std::vector<float> last_rows(ROWS * inputs);
+    for (int64_t first = begin * ROWS; first < std::min(end * ROWS, positions); first += ROWS) {
+      const int64_t count = std::min<int64_t>(ROWS, positions - first);
+      const float* rows = from + first * inputs;
+      if (count < ROWS) {
+        std::copy_n(rows, count * inputs, last_rows.data());
+        rows = last_rows.data();
+      }
+      for (int64_t channel = 0; channel < channels; channel += PANEL) {
+        Floats sums[ROWS][VECTORS];
+        for (int r = 0; r < ROWS; r++)
+          for (int v = 0; v < VECTORS; v++) sums[r][v] = load(bias + channel + v * LANES);
+        const float* panel = weight + channel * inputs;
+        for (int64_t k = 0; k < inputs; k++, panel += PANEL) {
+          Floats weights[VECTORS];
+          for (int v = 0; v < VECTORS; v++) weights[v] = load(panel + v * LANES);
+#pragma GCC unroll 12
+          for (int r = 0; r < ROWS; r++)
+            for (int v = 0; v < VECTORS; v++) sums[r][v] += rows[r * inputs + k] * weights[v];
+        }
+        for (int64_t r = 0; r < count; r++)
+          for (int v = 0; v < VECTORS; v++) {
+            const int64_t c = channel + v * LANES;
+            store(to + (first + r) * channels + c, load(shift + c) + load(scale + c) * gelu(sums[r][v]));
+          }
+      }
+    }
+  });
+}
+
+// Features after the last layer.
+//
+// `patches` [images, inputs, height, width] has the pixels of a patch as channels. `parameters` are
+// weight, bias, scale and shift of the stem; then for each layer weight, bias and scale of the
+// depthwise convolution, and weight, bias, scale and shift of the 1x1 convolution. See above for how
+// weights are laid out.
+Tensor map_features(const Tensor& patches, const std::vector<Tensor>& parameters,
+                    int64_t kernel_size) {
+  TORCH_CHECK(patches.is_contiguous(at::MemoryFormat::ChannelsLast));
+  TORCH_CHECK(parameters.size() % 7 == 4);
+  const int64_t inputs = patches.size(1), channels = parameters[1].numel();
+  TORCH_CHECK(channels % PANEL == 0);
+  Tensor x = at::empty({patches.size(0), channels, patches.size(2), patches.size(3)},
+                       patches.options(), at::MemoryFormat::ChannelsLast);
+  Tensor y = at::empty_like(x);
+  auto parameter = parameters.begin();
+  auto next = [&](int64_t count) { return read(*parameter++, count * channels); };
+  auto mix = [&](const Tensor& from, Tensor& to) {
+    const float* weight = next(from.size(1));
+    const float *bias = next(1), *scale = next(1), *shift = next(1);
+    mix_channels(from, to, weight, bias, scale, shift);
+  };
+  mix(patches, x);
+  while (parameter != parameters.end()) {
+    const float* weight = next(kernel_size * kernel_size);
+    const float *bias = next(1), *scale = next(1);
+    switch (kernel_size) {
+      case 3: mix_positions<3>(x, y, weight, bias, scale); break;
+      case 5: mix_positions<5>(x, y, weight, bias, scale); break;
+      case 7: mix_positions<7>(x, y, weight, bias, scale); break;
+      case 9: mix_positions<9>(x, y, weight, bias, scale); break;
+      default: TORCH_CHECK(false, "kernel_size is ", kernel_size);
+    }
+    mix(y, x);
+  }
+  return x;
+}
+
+}  // namespace
+
+TORCH_LIBRARY_FRAGMENT(convmixer_hub, library) { library.def("map_features", map_features); }
