@@ -23,7 +23,6 @@ from .model.inference import prepare_if_possible
 
 CALIBRATION_BINS = 15
 MIN_MISTAKES = 10  # fewer do not determine a temperature
-WORTH_COMPILING = 5000  # images: for fewer, compiling `inference.cpp` takes longer than it saves
 
 
 @dataclass(frozen=True)
@@ -106,9 +105,7 @@ def evaluate_on(
     """
     images = prepare_test_images(model, dataset)
     loader = DataLoader(images, batch_size, num_workers=workers)
-    model = model.to(find_device()).eval()
-    compiled = len(images) >= WORTH_COMPILING
-    return evaluate(prepare_if_possible(model, compiled), loader)
+    return evaluate(prepare_if_possible(model.to(find_device()).eval()), loader)
 
 
 @torch.inference_mode()

@@ -12,19 +12,6 @@ from convmixer_hub.model.compiler import load_operators
 from convmixer_hub.model.cpu import GELUBatchNorm2d, speed_up_on_cpu
 
 
-@pytest.fixture
-def set_compiler(tmp_path, monkeypatch):
-    """Name a compiler, as if nothing was compiled yet."""
-
-    def name(compiler):
-        monkeypatch.setenv("CXX", compiler)
-        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-        for module in (cpu, inference):
-            monkeypatch.setattr(module, "load_operators", cache(load_operators.__wrapped__))
-
-    return name
-
-
 @pytest.mark.parametrize(
     ("compiler", "reason"),
     [
@@ -36,14 +23,17 @@ def set_compiler(tmp_path, monkeypatch):
 )
 @pytest.mark.parametrize("what", ["training", "inference"])
 def test_without_a_compiler_it_works_and_says_why_it_is_slow(
-    what, compiler, reason, tmp_path, monkeypatch, caplog, set_compiler
+    what, compiler, reason, tmp_path, monkeypatch, caplog
 ):
     (tmp_path / "broken").write_text(
         "#!/bin/sh\necho Working >&2\necho error: no space >&2\nexit 1\n"
     )
     (tmp_path / "broken").chmod(0o755)
     monkeypatch.chdir(tmp_path)
-    set_compiler(compiler)
+    monkeypatch.setenv("CXX", compiler)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    for module in (cpu, inference):  # as if nothing was compiled yet
+        monkeypatch.setattr(module, "load_operators", cache(load_operators.__wrapped__))
     plain = timm.create_model("convmixer_96_8_ks5_p1")
     x = torch.randn(2, 3, 32, 32)
     if what == "training":
@@ -51,13 +41,16 @@ def test_without_a_compiler_it_works_and_says_why_it_is_slow(
         speed_up_on_cpu(model)
         assert not any(isinstance(module, GELUBatchNorm2d) for module in model.modules())
     else:
-        model = prepare_for_inference(plain.eval(), compiled=True)
+        model = prepare_for_inference(plain.eval(), cpp=True)
     for _ in range(2):
         torch.testing.assert_close(model(x), plain(x), atol=1e-4, rtol=1e-4)
     [message] = [record.getMessage() for record in caplog.records]
-    source = {"training": "cpu.cpp", "inference": "inference.cpp"}[what]
+    effect = {
+        "training": "training is several times slower than it could be: cpu.cpp",
+        "inference": "inference is slower than it could be: inference.cpp",
+    }[what]
     assert re.fullmatch(
-        rf"{what} is slower than it could be: {source} cannot be compiled "
+        rf"{effect} cannot be compiled "
         rf"\(.*{reason}.*\); install a C\+\+ compiler such as g\+\+, or name one in CXX; if the "
         "cache folder cannot be written to, name another in XDG_CACHE_HOME",
         message,

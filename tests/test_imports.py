@@ -125,15 +125,9 @@ def distributions(tmp_path_factory):
 def test_the_wheel_has_every_module_and_the_weights(distributions):
     [wheel] = distributions.glob("*.whl")
     names = set(zipfile.ZipFile(wheel).namelist())
-    expected = {f"convmixer_hub/{file.relative_to(PACKAGE)}" for file in MODULES.values()}
-    others = [
-        "py.typed",
-        "model/cpu.cpp",
-        "model/vectors.h",
-        "release/card.md",
-        *list_tracked("weights"),
-    ]
-    expected |= {f"convmixer_hub/{name}" for name in others}
+    files = [f for f in PACKAGE.rglob("*") if f.suffix in (".py", ".cpp", ".h", ".md", ".typed")]
+    expected = {f"convmixer_hub/{file.relative_to(PACKAGE)}" for file in files}
+    expected |= {f"convmixer_hub/{name}" for name in list_tracked("weights")}
     expected |= {f"convmixer_hub/examples/{file.name}" for file in IMAGES.glob("*.png")}
     assert expected <= names
     assert wheel.stat().st_size < 20e6

@@ -44,10 +44,18 @@ def assert_same(model, prepared, x):
     torch.testing.assert_close(found / scale, expected / scale, atol=1e-5, rtol=0)
 
 
-@pytest.fixture(params=[False, True], ids=["onednn", "compiled"])
+@pytest.fixture(params=[False, True], ids=["onednn", "cpp"])
 def prepare(request):
     """Prepare a model in one way or the other."""
-    return partial(prepare_for_inference, compiled=request.param)
+    return partial(prepare_for_inference, cpp=request.param)
+
+
+def uses_cpp(prepared):
+    return prepared._parameters_in_panels is not None
+
+
+def uses_onednn(prepared):
+    return prepared.stem._packed is not None
 
 
 @pytest.mark.parametrize("arch", VARIANTS)
@@ -55,9 +63,9 @@ def prepare(request):
 def test_logits_are_those_of_the_model(make_model, prepare, arch, count):
     model = make_model(arch)
     prepared = prepare(model)
-    assert prepared._can_fuse
-    assert prepared._can_call_compiled() == prepare.keywords["compiled"]
     assert_same(model, prepared, torch.randn(count, 3, 32, 32))
+    assert uses_cpp(prepared) == prepare.keywords["cpp"]
+    assert uses_onednn(prepared) != prepare.keywords["cpp"]
 
 
 def test_a_trained_model_gives_its_logits(batch):
@@ -98,29 +106,34 @@ def test_other_models(make_model, prepare, options):
     ("d_model", "kernel_size", "is_fast"),
     [(32, 3, True), (64, 9, True), (16, 5, False), (48, 7, False), (32, 11, False), (32, 1, False)],
 )
-def test_compiled_layers_of_any_shape(d_model, kernel_size, is_fast):
+def test_what_cpp_has_no_layers_for(d_model, kernel_size, is_fast):
     model = ConvMixer(d_model, 2, kernel_size=kernel_size, patch_size=3, num_classes=10).eval()
     randomise_norms(model)
-    prepared = prepare_for_inference(model, compiled=True)
-    assert prepared._can_call_compiled() == is_fast
+    prepared = prepare_for_inference(model, cpp=True)
     assert_same(model, prepared, torch.randn(2, 3, 20, 41))
+    assert uses_cpp(prepared) == is_fast
+    assert uses_onednn(prepared) != is_fast
 
 
-def test_without_onednn_and_elsewhere_ordinary_operations_do(make_model, batch, monkeypatch):
+def test_without_onednn_and_elsewhere_ordinary_operations_do(
+    make_model, prepare, batch, monkeypatch
+):
     model = make_model()
-    prepared = prepare_for_inference(model)
+    prepared = prepare(model)
     monkeypatch.setattr(inference._Convolution, "compute_fused", None)
-    assert not prepare_for_inference(model)._can_fuse
-    assert_same(model, prepare_for_inference(model), batch)
-    assert_same(model.double(), prepare_for_inference(model), batch.double())
+    assert not prepare(model)._can_fuse
+    assert_same(model, prepare(model), batch)
+    assert_same(model.double(), prepare(model), batch.double())
     half = copy.deepcopy(model).bfloat16()
-    found = prepare_for_inference(half)(batch.bfloat16())
+    found = prepare(half)(batch.bfloat16())
     assert found.dtype is torch.bfloat16
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.isfinite(prepared(batch)).all()
     x = batch.clone().requires_grad_()
     prepared(x).sum().backward()
     assert x.grad is not None and x.grad.abs().sum() > 0
+    _, tangent = torch.func.jvp(prepared, (batch,), (torch.ones_like(batch),))
+    torch.testing.assert_close(tangent.sum(), x.grad.sum(), atol=1e-2, rtol=1e-3)
 
 
 def test_features_are_those_of_the_model(make_model, prepare, batch):
@@ -208,6 +221,10 @@ def test_what_cannot_be_is_refused(make_model):
     reflecting.conv_mixer_layers[0].depth_wise_conv.padding_mode = "reflect"
     with pytest.raises(ModelSizeError, match="depth_wise_conv is DepthWiseConv2d.*padding_mode=re"):
         prepare_for_inference(reflecting)
+    padded = make_model()
+    padded.conv_mixer_layers[0].depth_wise_conv.padding = "same"
+    with pytest.raises(ModelSizeError, match="depth_wise_conv is DepthWiseConv2d.*padding=same"):
+        prepare_for_inference(padded)
     speed_up_on_cpu(model)
     with pytest.raises(ModelSizeError, match="patch_emb.norm is GELUBatchNorm2d"):
         prepare_for_inference(model)

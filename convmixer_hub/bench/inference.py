@@ -35,7 +35,7 @@ IMAGES_A_TURN = 64  # at least
 def explain_absence(variant: str, bf16: bool = False) -> str:
     """Say why a variant cannot be timed here; empty if it can."""
     needed = VARIANTS[variant].needs
-    if (needed or variant == "prepared-compiled") and (bf16 or find_device().type == "cuda"):
+    if VARIANTS[variant].only_fp32_on_cpu and (bf16 or find_device().type == "cuda"):
         return "is timed in float32 on a CPU alone"
     missing = [name for name in needed if not find_spec(name)]
     return f"needs {' '.join(missing)}: pip install {' '.join(missing)}" if missing else ""
@@ -77,6 +77,7 @@ class _Variant:
 
     make: Callable[[ConvMixer, nn.Module], Network]
     needs: tuple[str, ...] = ()  # libraries beside torch and timm
+    only_fp32_on_cpu: bool = False
     channels_last: bool = False  # images
 
 
@@ -87,17 +88,27 @@ VARIANTS = {
     ),
     "timm-compiled": _Variant(lambda ours, timms: _compile(timms), channels_last=True),
     "timm-onnxruntime": _Variant(
-        lambda ours, timms: _in_onnxruntime(timms, ours), needs=ONNX_LIBRARIES
+        lambda ours, timms: _in_onnxruntime(timms, ours),
+        needs=ONNX_LIBRARIES,
+        only_fp32_on_cpu=True,
     ),
     "timm-openvino": _Variant(
-        lambda ours, timms: _in_openvino(timms, ours), needs=(*ONNX_LIBRARIES, "openvino")
+        lambda ours, timms: _in_openvino(timms, ours),
+        needs=(*ONNX_LIBRARIES, "openvino"),
+        only_fp32_on_cpu=True,
     ),
     "ours": _Variant(lambda ours, timms: ours),
     "prepared": _Variant(lambda ours, timms: prepare_for_inference(ours)),
-    "prepared-compiled": _Variant(lambda ours, timms: prepare_for_inference(ours, compiled=True)),
-    "exported": _Variant(lambda ours, timms: _in_onnxruntime(ours, ours), needs=ONNX_LIBRARIES),
+    "prepared-cpp": _Variant(
+        lambda ours, timms: prepare_for_inference(ours, cpp=True), only_fp32_on_cpu=True
+    ),
+    "exported": _Variant(
+        lambda ours, timms: _in_onnxruntime(ours, ours), needs=ONNX_LIBRARIES, only_fp32_on_cpu=True
+    ),
     "exported-int8": _Variant(
-        lambda ours, timms: _in_onnxruntime(ours, ours, int8=True), needs=ONNX_LIBRARIES
+        lambda ours, timms: _in_onnxruntime(ours, ours, int8=True),
+        needs=ONNX_LIBRARIES,
+        only_fp32_on_cpu=True,
     ),
 }
 
@@ -114,8 +125,8 @@ def bench_inference(
     Args:
         name: A trained model's name, or an arch, whose weights are then random.
         variants: Keys of `VARIANTS`; by default those that can be timed here. `timm` is as a user
-            gets it; `prepared` is what `prepare_for_inference` gives, `prepared-compiled` with
-            `compiled=True`, `exported` what `export` writes, in onnxruntime.
+            gets it; `prepared` is what `prepare_for_inference` gives, `prepared-cpp` with
+            `cpp=True`, `exported` what `export` writes, in onnxruntime.
         batch_size: Images per call.
         rounds: Turns of each variant that count, after two that do not.
         bf16: Compute in bfloat16, by autocast, instead of float32 (on a GPU, in what torch uses

@@ -105,7 +105,7 @@ def bench_inference_command(
     On the GPU if there is one. timm: as a user gets it; timm-channels-last and timm-compiled: with
     that memory format, the latter with torch.compile, too; timm-onnxruntime and timm-openvino:
     exported to ONNX; ours: this package's model; prepared: what prepare_for_inference makes of it;
-    prepared-compiled: the same with compiled=True; exported, exported-int8: what convmixer export
+    prepared-cpp: the same with cpp=True; exported, exported-int8: what convmixer export
     writes, in onnxruntime. The difference is that of the logits from timm's in fp32, as a share of
     the largest one.
     """

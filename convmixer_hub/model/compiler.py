@@ -22,12 +22,12 @@ _logger = logging.getLogger(__package__)
 
 
 @cache
-def load_operators(name: str, what_for: str) -> bool:
+def load_operators(name: str, effect: str) -> bool:
     """Compile `name`.cpp (10 seconds, once per machine) and load it as `torch.ops.convmixer_hub`.
 
     Args:
         name: Of a file beside this one.
-        what_for: What is slow without it, for the message.
+        effect: What it means if that fails, for the message.
 
     Returns:
         Whether that worked; if not, one WARNING says why.
@@ -53,10 +53,9 @@ def load_operators(name: str, what_for: str) -> bool:
         torch.ops.load_library(str(library))
     except (OSError, RuntimeError, ValueError) as error:  # of no home folder, of quotes in CXX
         _logger.warning(
-            "%s is slower than it could be: %s cannot be compiled (%s); install a C++ compiler "
-            "such as g++, or name one in CXX; if the cache folder cannot be written to, name "
-            "another in XDG_CACHE_HOME",
-            what_for,
+            "%s: %s cannot be compiled (%s); install a C++ compiler such as g++, or name one in "
+            "CXX; if the cache folder cannot be written to, name another in XDG_CACHE_HOME",
+            effect,
             source.name,
             first_line(error),
         )

@@ -1,7 +1,7 @@
 // Fused passes over the activations of a training step, for which torch has nothing fast on a CPU.
 //
 // They read and write tensors [images, channels, height, width] stored channels last, in fp32 or
-// bfloat16, sixteen channels at a time, and compute in fp32. The processor's cores share the work;
+// bfloat16, a few channels at a time, and compute in fp32. The processor's cores share the work;
 // no result depends on how many there are. `cpu.py` compiles this file and calls the passes.
 
 #include <ATen/ATen.h>
@@ -29,7 +29,7 @@ Tensor make_sums(const Tensor& x) {
   return at::zeros({count_groups(x), 2, x.size(1)}, x.options().dtype(at::kFloat));
 }
 
-// Calls f(group, channel, offset) for each vector of sixteen channels, in the order of memory.
+// Calls f(group, channel, offset) for each vector of LANES channels, in the order of memory.
 template <class F>
 void for_each_vector(const Tensor& x, F f) {
   const int64_t channels = x.size(1);
@@ -181,7 +181,7 @@ Tensor input_gradient(const Tensor& grad, const Tensor& y, const Tensor& slope, 
   return result;
 }
 
-// Sums of products for one image and sixteen channels: grad with x shifted by each of the K * K
+// Sums of products for one image and LANES channels: grad with x shifted by each of the K * K
 // offsets of the kernel, and grad alone (the gradient of the bias).
 //
 // x and grad point at the first of the channels; sums is [K * K + 1, channels]. Scratch space in

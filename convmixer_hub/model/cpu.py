@@ -27,7 +27,7 @@ CHANNELS_AT_A_TIME = 16
 
 def load_passes() -> bool:
     """Load `cpu.cpp` as `torch.ops.convmixer_hub`, see `load_operators`."""
-    return load_operators("cpu", "training")
+    return load_operators("cpu", "training is several times slower than it could be")
 
 
 def keep_freed_memory() -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-FAST_KERNEL_SIZES = (3, 5, 7, 9)  # those that `cpu.cpp` has
+FAST_KERNEL_SIZES = (3, 5, 7, 9)  # those that `cpu.cpp` and `inference.cpp` have
 
 
 class _DepthWiseConvFunction(torch.autograd.Function):

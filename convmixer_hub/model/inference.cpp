@@ -1,6 +1,6 @@
 // The layers of a ConvMixer in inference, each in two passes: depthwise convolution, GELU, scale and
-// residual connection; then 1x1 convolution, GELU, scale and shift. What scale and shift are is said
-// in `inference.py`, which compiles this file.
+// residual connection; then 1x1 convolution, GELU, scale and shift. `inference.py` says what scale and
+// shift are.
 //
 // Features are [images, channels, height, width], stored channels last, in fp32.
 
@@ -18,14 +18,14 @@ namespace {
 using at::Tensor;
 
 // Results that are summed up in registers at a time: of COLUMNS positions in the depthwise
-// convolution, and of ROWS positions and PANEL channels in the 1x1 convolution. AVX-512 has 32
-// registers of a whole vector, others half as many or of less.
-#ifdef __AVX512F__
-constexpr int COLUMNS = 8, ROWS = 12;
+// convolution, and of ROWS positions and VECTORS of channels in the 1x1 convolution.
+#if defined(__AVX512F__) || defined(__aarch64__)
+constexpr int ROWS = 12;  // there are 32 registers
 #else
-constexpr int COLUMNS = 4, ROWS = 3;
+constexpr int ROWS = 6;  // there are 16
 #endif
-constexpr int VECTORS = 2, PANEL = VECTORS * LANES;
+constexpr int COLUMNS = 8, VECTORS = 2;
+constexpr int64_t PANEL = 32;  // channels whose weights lie together
 
 inline Floats gelu(Floats z) {
   Floats y, slope;
@@ -38,15 +38,17 @@ const float* read(const Tensor& x, int64_t count) {
   return x.const_data_ptr<float>();
 }
 
-// x + scale * gelu(depthwise convolution of x), for one image and sixteen channels.
+// x + scale * gelu(depthwise convolution of x), for one image and LANES channels.
 //
-// x, y, weight [K * K, LANES], bias and scale point at the first of the channels. Scratch space:
-// `padded` is an image with zeros around it.
+// x, y, weight [K * K, channels], bias and scale point at the first of the channels. Scratch space:
+// `padded` is an image with K / 2 zeros around it, and more to the right; zero at first.
 template <int K>
 void mix_positions(const float* x, float* y, const float* weight, const float* bias,
                    const float* scale, float* padded, int64_t height, int64_t width,
                    int64_t channels) {
   const int64_t row = (width + COLUMNS + K - 2) * LANES;
+  Floats weights[K * K];
+  for (int k = 0; k < K * K; k++) weights[k] = load(weight + k * channels);
   for (int64_t i = 0; i < height; i++)
     for (int64_t j = 0; j < width; j++)
       store(padded + (i + K / 2) * row + (j + K / 2) * LANES, load(x + (i * width + j) * channels));
@@ -56,14 +58,12 @@ void mix_positions(const float* x, float* y, const float* weight, const float* b
       for (int n = 0; n < COLUMNS; n++) sums[n] = load(bias);
       for (int down = 0; down < K; down++) {
         const float* window = padded + (i + down) * row + j * LANES;
-        Floats weights[K];
-        for (int k = 0; k < K; k++) weights[k] = load(weight + (down * K + k) * LANES);
 #pragma GCC unroll 16
         for (int at = 0; at < COLUMNS + K - 1; at++) {
           Floats value = load(window + at * LANES);
 #pragma GCC unroll 9
           for (int k = 0; k < K; k++)
-            if (at >= k && at - k < COLUMNS) sums[at - k] += value * weights[k];
+            if (at >= k && at - k < COLUMNS) sums[at - k] += value * weights[down * K + k];
         }
       }
       for (int64_t n = 0; n < std::min<int64_t>(COLUMNS, width - j); n++) {
@@ -85,7 +85,7 @@ void mix_positions(const Tensor& x, Tensor& y, const float* weight, const float*
     for (int64_t i = begin; i < end; i++) {
       const int64_t channel = i % groups * LANES;
       const int64_t at = i / groups * channels * height * width + channel;
-      mix_positions<K>(from + at, to + at, weight + channel * K * K, bias + channel,
+      mix_positions<K>(from + at, to + at, weight + channel, bias + channel,
                        scale + channel, padded.data(), height, width, channels);
     }
   });
@@ -106,11 +106,11 @@ void mix_channels(const Tensor& x, Tensor& y, const float* weight, const float* 
         std::copy_n(rows, count * inputs, last_rows.data());
         rows = last_rows.data();
       }
-      for (int64_t channel = 0; channel < channels; channel += PANEL) {
+      for (int64_t channel = 0; channel < channels; channel += VECTORS * LANES) {
         Floats sums[ROWS][VECTORS];
         for (int r = 0; r < ROWS; r++)
           for (int v = 0; v < VECTORS; v++) sums[r][v] = load(bias + channel + v * LANES);
-        const float* panel = weight + channel * inputs;
+        const float* panel = weight + channel / PANEL * PANEL * inputs + channel % PANEL;
         for (int64_t k = 0; k < inputs; k++, panel += PANEL) {
           Floats weights[VECTORS];
           for (int v = 0; v < VECTORS; v++) weights[v] = load(panel + v * LANES);
@@ -121,7 +121,8 @@ void mix_channels(const Tensor& x, Tensor& y, const float* weight, const float* 
         for (int64_t r = 0; r < count; r++)
           for (int v = 0; v < VECTORS; v++) {
             const int64_t c = channel + v * LANES;
-            store(to + (first + r) * channels + c, load(shift + c) + load(scale + c) * gelu(sums[r][v]));
+            Floats result = load(shift + c) + load(scale + c) * gelu(sums[r][v]);
+            store(to + (first + r) * channels + c, result);
           }
       }
     }
@@ -134,8 +135,7 @@ void mix_channels(const Tensor& x, Tensor& y, const float* weight, const float* 
 // weight, bias, scale and shift of the stem; then for each layer weight, bias and scale of the
 // depthwise convolution, and weight, bias, scale and shift of the 1x1 convolution. See above for how
 // weights are laid out.
-Tensor map_features(const Tensor& patches, const std::vector<Tensor>& parameters,
-                    int64_t kernel_size) {
+Tensor map_features(const Tensor& patches, const std::vector<Tensor>& parameters) {
   TORCH_CHECK(patches.is_contiguous(at::MemoryFormat::ChannelsLast));
   TORCH_CHECK(parameters.size() % 7 == 4);
   const int64_t inputs = patches.size(1), channels = parameters[1].numel();
@@ -152,14 +152,15 @@ Tensor map_features(const Tensor& patches, const std::vector<Tensor>& parameters
   };
   mix(patches, x);
   while (parameter != parameters.end()) {
-    const float* weight = next(kernel_size * kernel_size);
+    const int64_t kernel = parameter->size(0);
+    const float* weight = next(kernel);
     const float *bias = next(1), *scale = next(1);
-    switch (kernel_size) {
-      case 3: mix_positions<3>(x, y, weight, bias, scale); break;
-      case 5: mix_positions<5>(x, y, weight, bias, scale); break;
-      case 7: mix_positions<7>(x, y, weight, bias, scale); break;
-      case 9: mix_positions<9>(x, y, weight, bias, scale); break;
-      default: TORCH_CHECK(false, "kernel_size is ", kernel_size);
+    switch (kernel) {
+      case 9: mix_positions<3>(x, y, weight, bias, scale); break;
+      case 25: mix_positions<5>(x, y, weight, bias, scale); break;
+      case 49: mix_positions<7>(x, y, weight, bias, scale); break;
+      case 81: mix_positions<9>(x, y, weight, bias, scale); break;
+      default: TORCH_CHECK(false, "a depthwise kernel has ", kernel, " weights");
     }
     mix(y, x);
   }

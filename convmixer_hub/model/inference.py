@@ -16,6 +16,7 @@ from typing import Any, cast
 import torch
 from timm.layers import DropPath
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 from ..errors import ModelSizeError
@@ -24,7 +25,7 @@ from .convmixer import ConvMixer, ConvMixerLayer, name_activation
 from .depthwise import FAST_KERNEL_SIZES, DepthWiseConv2d
 
 BYTES_IN_CACHE = 2**21  # of one feature map of a part of a batch
-LANES, PANEL = 16, 32  # channels that `inference.cpp` computes at a time
+PANEL = 32  # channels whose weights lie together in `inference.cpp`
 
 # What has to be there as it is in a `ConvMixer`.
 PLAIN = {
@@ -42,19 +43,20 @@ PLAIN_SETTINGS = {
 }
 
 
-def prepare_for_inference(model: nn.Module, compiled: bool = False) -> InferenceConvMixer:
+def prepare_for_inference(model: nn.Module, cpp: bool = False) -> InferenceConvMixer:
     """Make a model that gives the same logits faster, up to rounding (1e-5).
 
     It has the weights as they are now, takes images of any size, and cannot be trained. Where
-    oneDNN is missing, on a GPU, in another type than float32, and under `torch.compile`, autocast
-    or `torch.export`, it computes with ordinary operations, which is right but gains less.
+    oneDNN is missing, with another activation than exact GELU, on a GPU, in another type than
+    float32, and under `torch.compile`, autocast or `torch.export`, it computes with ordinary
+    operations, which is right but gains less.
 
     Args:
         model: A ConvMixer of this package; it stays as it is.
-        compiled: Compute the layers with `inference.cpp`, which is faster still. It is compiled the
-            first time (10 seconds, once per machine). Without a C++ compiler, a WARNING says so and
-            oneDNN is used, as it is for activations other than GELU, and where the number of
-            channels is no multiple of 32 or the kernel is not one of 3, 5, 7 and 9.
+        cpp: In float32 on a CPU, compute the layers with `inference.cpp`, which is faster still. It
+            is compiled for the first images (10 seconds, once per machine). Without a C++ compiler
+            (a WARNING says so), with a number of channels that is no multiple of 32, or a kernel
+            other than 3, 5, 7 and 9, oneDNN is used.
 
     Returns:
         The model, on the same device and in the same type.
@@ -73,18 +75,19 @@ def prepare_for_inference(model: nn.Module, compiled: bool = False) -> Inference
         if kinds is None:
             continue
         is_plain = all(getattr(module, k, plain) == plain for k, plain in PLAIN_SETTINGS.items())
+        is_plain &= not isinstance(getattr(module, "padding", 0), str)
         if type(module) not in kinds or not is_plain:
             raise ModelSizeError(
                 f"{name} is {module}, which is not as in this package's models, so the model "
                 "cannot be prepared for inference: use it as it is"
             )
-    return InferenceConvMixer(model, compiled)
+    return InferenceConvMixer(model, cpp)
 
 
-def prepare_if_possible(model: nn.Module, compiled: bool = False) -> nn.Module:
+def prepare_if_possible(model: nn.Module, cpp: bool = False) -> nn.Module:
     """Return the model prepared for inference, or as it is if it cannot be prepared."""
     try:
-        return prepare_for_inference(model, compiled)
+        return prepare_for_inference(model, cpp)
     except ModelSizeError:
         return model
 
@@ -123,7 +126,7 @@ class _Convolution(nn.Module):
         scale, shift = _read_norm(norm)
         tensors = {"weight": conv.weight.detach().clone(), "bias": bias}
         for name, tensor in {**tensors, "scale": scale, "shift": shift}.items():
-            self.register_buffer(name, tensor.to(conv.weight), persistent=False)
+            self.register_buffer(name, tensor.to(conv.weight, copy=True), persistent=False)
         self._packed: Tensor | None = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -135,8 +138,8 @@ class _Convolution(nn.Module):
 
     @property
     def geometry(self) -> tuple[Any, ...]:
-        """Shape of the weight, padding and stride."""
-        return self.weight.shape, self.padding, self.stride
+        """Shape of the weight, padding, stride, and groups."""
+        return tuple(self.weight.shape), self.padding, self.stride, self.groups
 
     def activate(self, x: Tensor, fused: bool) -> Tensor:
         """Compute convolution and activation, by one call of oneDNN if `fused`."""
@@ -166,12 +169,11 @@ class _Convolution(nn.Module):
 class InferenceConvMixer(nn.Module):
     """What `prepare_for_inference` gives; it has the attributes by which timm knows a model."""
 
-    def __init__(self, model: ConvMixer, compiled: bool = False) -> None:
+    def __init__(self, model: ConvMixer, cpp: bool = False) -> None:
         super().__init__()
         stem, layers = model.patch_emb, cast("list[ConvMixerLayer]", model.conv_mixer_layers)
         self.patch_size = stem.patch_size
         self.num_features = model.num_features
-        self.kernel_size = layers[0].depth_wise_conv.kernel_size[0] if len(layers) else 0
         self.stem = _Convolution(stem.conv, stem.act, stem.norm)
         self.spatial = nn.ModuleList(
             _Convolution(layer.depth_wise_conv, layer.act1, layer.norm1) for layer in layers
@@ -188,7 +190,7 @@ class InferenceConvMixer(nn.Module):
         self._traits = copy.copy(getattr(model, "_traits", {}))
         is_gelu = name_activation(model) == "gelu"
         self._can_fuse = is_gelu and self._is_fused_right()
-        self._compiled = compiled and is_gelu and self._has_fast_shapes()
+        self._cpp = cpp and is_gelu and self._has_fast_shapes()
         self._parameters_in_panels: list[Tensor] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -229,8 +231,8 @@ class InferenceConvMixer(nn.Module):
                 "the image is smaller than one patch: resize it, or use a model with smaller "
                 "patches",
             )
-        if fast and self._can_call_compiled():
-            return self._map_compiled(x)
+        if fast and self._can_use_cpp():
+            return self._map_in_cpp(x)
         x = self.stem(x, fast)
         for module, channel in zip(self.spatial, self.channel):
             spatial = cast("_Convolution", module)
@@ -238,24 +240,23 @@ class InferenceConvMixer(nn.Module):
             x = channel(torch.addcmul(x, spatial.activate(x, fast), spatial.scale), fast)
         return x
 
-    def _map_compiled(self, x: Tensor) -> Tensor:
+    def _map_in_cpp(self, x: Tensor) -> Tensor:
         if self._parameters_in_panels is None:
             self._parameters_in_panels = list(self._lay_out_parameters())
         side = self.patch_size
         x = x[:, :, : x.shape[2] // side * side, : x.shape[3] // side * side]
         patches = F.pixel_unshuffle(x, side).contiguous(memory_format=torch.channels_last)
-        y: Tensor = torch.ops.convmixer_hub.map_features(
-            patches, self._parameters_in_panels, self.kernel_size
-        )
+        y: Tensor = torch.ops.convmixer_hub.map_features(patches, self._parameters_in_panels)
         return y
 
     def _lay_out_parameters(self) -> Iterator[Tensor]:
         """Give the parameters as `inference.cpp` takes them."""
-        layers = (layer for pair in zip(self.spatial, self.channel) for layer in pair)
-        for layer in cast("Iterator[_Convolution]", chain([self.stem], layers)):
+        layers = chain([self.stem], *zip(self.spatial, self.channel))
+        for layer in cast("Iterator[_Convolution]", layers):
             weight = layer.weight.flatten(1)
-            width = LANES if layer.groups > 1 else PANEL
-            yield weight.view(-1, width, weight.shape[1]).transpose(1, 2).contiguous()
+            if layer.groups == 1:
+                weight = weight.view(-1, PANEL, weight.shape[1])
+            yield weight.mT.contiguous()
             yield layer.bias
             yield layer.scale.flatten()
             if layer.groups == 1:
@@ -263,20 +264,22 @@ class InferenceConvMixer(nn.Module):
 
     def _has_fast_shapes(self) -> bool:
         """Return whether `inference.cpp` has layers of these shapes."""
-        d_model, side, kernel_size = self.num_features, self.patch_size, self.kernel_size
-        patch = ((d_model, self.stem.weight.shape[1], side, side), (0, 0), (side, side))
-        spatial = ((d_model, 1, kernel_size, kernel_size), (kernel_size // 2,) * 2, (1, 1))
-        channel = ((d_model, d_model, 1, 1), (0, 0), (1, 1))
+        d_model, side = self.num_features, self.patch_size
+        stem = ((d_model, self.stem.weight.shape[1], side, side), (0, 0), (side, side), 1)
+        channel = ((d_model, d_model, 1, 1), (0, 0), (1, 1), 1)
+        spatial = {
+            ((d_model, 1, size, size), (size // 2, size // 2), (1, 1), d_model)
+            for size in FAST_KERNEL_SIZES
+        }
         return (
-            kernel_size in FAST_KERNEL_SIZES
-            and d_model % PANEL == 0
-            and self.stem.geometry == patch
-            and all(layer.geometry == spatial for layer in self.spatial)
+            d_model % PANEL == 0
+            and self.stem.geometry == stem
+            and all(layer.geometry in spatial for layer in self.spatial)
             and all(layer.geometry == channel for layer in self.channel)
         )
 
-    def _can_call_compiled(self) -> bool:
-        return self._compiled and load_operators("inference", "inference")
+    def _can_use_cpp(self) -> bool:
+        return self._cpp and load_operators("inference", "inference is slower than it could be")
 
     def _is_fast(self, x: Tensor) -> bool:
         return (
@@ -288,8 +291,9 @@ class InferenceConvMixer(nn.Module):
             and x.shape[0] > 0
             and x.shape[1] == self.stem.weight.shape[1]
             and not (torch.is_grad_enabled() and x.requires_grad)
+            and forward_ad.unpack_dual(x).tangent is None
             and not torch.is_autocast_enabled("cpu")
-            and (self._can_fuse or self._can_call_compiled())  # last: it may compile
+            and (self._can_fuse or self._can_use_cpp())  # last: it may compile
         )
 
     def _is_fused_right(self) -> bool:

@@ -1,4 +1,4 @@
-// Vectors of sixteen numbers, and GELU of them, for the C++ files beside this one.
+// Vectors of numbers, and GELU of them, for the C++ files beside this one.
 
 #pragma once
 
@@ -11,12 +11,18 @@ namespace {
 
 using at::BFloat16;
 
-// Vectors of sixteen numbers; the compiler maps them to the registers that the processor has.
+// As many numbers as a register holds: with longer vectors, GCC goes through memory.
+#if defined(__AVX512F__)
 constexpr int64_t LANES = 16;
-typedef float Floats __attribute__((vector_size(64), aligned(4)));
-typedef int32_t Ints __attribute__((vector_size(64), aligned(4)));
-typedef uint32_t Bits __attribute__((vector_size(64), aligned(4)));
-typedef uint16_t Halves __attribute__((vector_size(32), aligned(2)));
+#elif defined(__AVX2__)
+constexpr int64_t LANES = 8;
+#else
+constexpr int64_t LANES = 4;
+#endif
+typedef float Floats __attribute__((vector_size(4 * LANES), aligned(4)));
+typedef int32_t Ints __attribute__((vector_size(4 * LANES), aligned(4)));
+typedef uint32_t Bits __attribute__((vector_size(4 * LANES), aligned(4)));
+typedef uint16_t Halves __attribute__((vector_size(2 * LANES), aligned(2)));
 
 inline Floats load(const float* from) { return *reinterpret_cast<const Floats*>(from); }
 

@@ -26,7 +26,6 @@ from ..checkpoints.resolve import resolve
 from ..data.reader import ImageDataset
 from ..errors import CheckpointError, DataError, TrainingError, UnknownModelError, first_line
 from ..evaluate import (
-    WORTH_COMPILING,
     Calibration,
     Evaluation,
     collect_logits,
@@ -117,10 +116,8 @@ def write_card(
 
     # What needs no images comes first: its errors show before the minutes that a test takes.
     figures = _draw_weights(model) | ({"curve.png": draw_curve(metrics)} if metrics else {})
-    images = prepare_test_images(model, dataset)
-    compiled = len(images) >= WORTH_COMPILING
-    loader = DataLoader(images, batch_size=64)
-    logits, labels = collect_logits(prepare_if_possible(model.eval(), compiled), loader)
+    loader = DataLoader(prepare_test_images(model, dataset), batch_size=64)
+    logits, labels = collect_logits(prepare_if_possible(model.eval()), loader)
     probabilities = logits.softmax(dim=1)
     confusion = count_confusions(probabilities, labels)
     calibration = measure_calibration(probabilities, labels)

@@ -51,7 +51,7 @@ class Teacher(nn.Module):
             _check_fit(name, model, classes, data_config)
             own = resolve_input_data_config(model)
             if device.type == "cpu":
-                model = prepare_if_possible(model, compiled=True)
+                model = prepare_if_possible(model, cpp=True)
             elif isinstance(model, ConvMixer) and can_speed_up(model):
                 model = FastOnGPU(model)
             self.models.append(ForOtherImages(model, own, data_config))
