@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import cast
 
 import torch
@@ -72,20 +72,20 @@ def prepare_test_images(model: nn.Module, dataset: ImageDataset) -> LabeledImage
     known = get_label_names(model)
     if not known and all(re.fullmatch(r"\d+", name) for name in dataset.classes):
         known = [str(number) for number in range(cast("int", model.num_classes))]
-    if known:
-        unknown = [name for name in dataset.classes if name not in known]
-        numbers = {i: known.index(name) for i, name in enumerate(dataset.classes) if not unknown}
-    else:
-        unknown = dataset.classes if len(dataset.classes) != model.num_classes else []
-        numbers = {i: i for i in range(len(dataset.classes))}
+    if not known and len(dataset.classes) == model.num_classes:
+        known = dataset.classes
+    unknown = [name for name in dataset.classes if name not in (known or [])]
     if unknown:
         raise DataError(
             f"{dataset.source}: has the class {unknown[0]}, but the model knows "
             f"{', '.join(known) if known else f'{model.num_classes} classes without names'}; "
             "evaluate it on data with the same classes"
         )
+    assert known
+    numbers = {i: known.index(name) for i, name in enumerate(dataset.classes)}
     transform = eval_transform(resolve_input_data_config(model))
-    return images.relabeled(numbers).with_transform(transform)
+    labels = [numbers[label] for label in images.labels]
+    return replace(images, labels=labels, transform=transform)
 
 
 def evaluate_on(

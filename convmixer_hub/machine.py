@@ -22,7 +22,7 @@ def describe_machine(device: torch.device) -> str:
     """Name what computes on a device in a few words, such as `2 CPU cores (AMD EPYC)`."""
     if device.type == "cuda":
         return f"1 × {torch.cuda.get_device_name(device)}"
-    return f"{os.cpu_count()} CPU cores ({describe_processor('model name')})"
+    return f"{_count_cores()} CPU cores ({describe_processor('model name')})"
 
 
 def describe_processor(*names: str) -> str:
@@ -36,12 +36,15 @@ def describe_processor(*names: str) -> str:
 
 def count_workers() -> int:
     """Say how many workers there may be: one for each free CPU core, 1 to 16."""
-    try:
-        cores = len(os.sched_getaffinity(0))
-    except AttributeError:  # not Linux
-        cores = os.cpu_count() or 1
     # Each keeps batches in shared memory, of which containers have little.
-    return max(1, min(16, cores - 1))
+    return max(1, min(16, _count_cores() - 1))
+
+
+def _count_cores() -> int:
+    try:
+        return len(os.sched_getaffinity(0))  # those that this process may use
+    except AttributeError:  # not Linux
+        return os.cpu_count() or 1
 
 
 def refuse_torchrun() -> None:
@@ -50,8 +53,10 @@ def refuse_torchrun() -> None:
     Raises:
         TrainingError: If torchrun started this one and others.
     """
-    count = int(os.environ.get("WORLD_SIZE", 1))
-    if dist.is_available() and dist.is_torchelastic_launched() and count > 1:
+    if not dist.is_available() or not dist.is_torchelastic_launched():
+        return
+    count = int(os.environ["WORLD_SIZE"])
+    if count > 1:
         raise TrainingError(
             f"torchrun started {count} processes, but this trains in one, on one GPU; start it "
             "without torchrun, or use timm's train.py, see docs/timm-scripts.md"

@@ -85,7 +85,7 @@ def test_a_trained_model_learns_other_classes(split_photos, tmp_path):
     assert get_label_names(model) == CLASSES
     [[first, _]] = predict(model, [open_image(IMAGES / "ship.png")], top_k=2)
     assert first.label == "machine"
-    uploads = [upload.file.name for upload in list_uploads(str(folder))]
+    uploads = [upload.path_in_repo for upload in list_uploads(str(folder))]
     assert "model.safetensors" in uploads and "mistakes.png" not in uploads
     again = tmp_path / "again"  # from the run folder, of which all classes are known
     settings = choose(str(folder), split_photos, **QUICK | {"epochs": 2}, learning_rate=1e-12)

@@ -16,7 +16,7 @@ from convmixer_hub.hub.find import find_embedded
 from convmixer_hub.hub.records import RECORDS
 from convmixer_hub.load import load_trained
 from convmixer_hub.release.golden import write_golden
-from convmixer_hub.release.publish import list_uploads, publish
+from convmixer_hub.release.publish import get_digest, list_uploads, publish
 
 from .conftest import (
     ARCH,
@@ -65,7 +65,7 @@ def test_what_is_published_is_pulled_with_the_same_logits(lfs_suffixes, writable
     writable.lfs_suffixes = lfs_suffixes
     publication = publish(run, TARGET, tag="v1")
     assert publication.changed
-    assert [upload.file.name for upload in publication.uploads] == OF_THE_RUN
+    assert [upload.path_in_repo for upload in publication.uploads] == OF_THE_RUN
     assert sorted(writable.repositories[TARGET]["main"]) == OF_THE_RUN
     assert writable.repositories[TARGET]["v1"] == writable.repositories[TARGET]["main"]
     assert count(writable, "POST", "/commit/") == 1
@@ -127,7 +127,8 @@ def test_a_dry_run_asks_no_network_and_no_token(run, monkeypatch):
         uploads = list_uploads(name)
         assert (result.exit_code, last) == (0, f"{TARGET}: would get these {len(uploads)} files")
         assert [line.split() for line in lines] == [
-            [upload.file.name, f"{upload.size:,}", "bytes", upload.sha256] for upload in uploads
+            [upload.path_in_repo, f"{upload.upload_info.size:,}", "bytes", get_digest(upload)]
+            for upload in uploads
         ]
 
 
@@ -140,7 +141,7 @@ def test_what_was_checked_is_published_also_if_a_file_changes_meanwhile(writable
 
 def test_logits_of_other_weights_are_not_published(writable, run):
     write_golden(run)
-    assert "golden.json" in [upload.file.name for upload in publish(run, TARGET).uploads]
+    assert "golden.json" in [upload.path_in_repo for upload in publish(run, TARGET).uploads]
     save_model(timm.create_model(ARCH), Path(run), {})
     writable.requests.clear()
     for option in ([], ["--dry-run"]):

@@ -19,58 +19,38 @@ from typing import Any
 import click
 from click.shell_completion import CompletionItem
 
-# By section: the module of a command, and what it does. Its function is called `<name>_command`.
+# What each command does. The function of `name` is `name_command`, in the module of its section.
 SECTIONS = {
     "Use": {
-        "list": (
-            "use",
-            "List the models: dataset, parameters, MACs, top-1, calibration error (ECE)",
-        ),
-        "predict": ("use", "Name the most likely classes of images"),
-        "evaluate": (
-            "use",
-            "Measure the top-1 accuracy of a model on the test images of a dataset",
-        ),
-        "demo": ("use", "Serve a web page to try models on, on localhost only"),
-        "info": ("use", "Describe a checkpoint"),
-        "verify": ("use", "Compare the logits of a model with reference logits"),
-        "doctor": ("use", "Check whether models can be loaded on this machine, and if not, why"),
-        "pull": ("use", "Download weights into the Hub's cache, for later use without network"),
-        "run-script": (
-            "use",
-            "Run a Python script, such as timm's validate.py, with the models registered",
-        ),
+        "list": "List the models: dataset, parameters, MACs, top-1, calibration error (ECE)",
+        "predict": "Name the most likely classes of images",
+        "evaluate": "Measure the top-1 accuracy of a model on the test images of a dataset",
+        "demo": "Serve a web page to try models on, on localhost only",
+        "info": "Describe a checkpoint",
+        "verify": "Compare the logits of a model with reference logits",
+        "doctor": "Check whether models can be loaded on this machine, and if not, why",
+        "pull": "Download weights into the Hub's cache, for later use without network",
+        "run-script": "Run a Python script, such as timm's validate.py, with the models registered",
     },
     "Train": {
-        "train": ("train", "Train a model from scratch; the same command resumes a stopped run"),
+        "train": "Train a model from scratch; the same command resumes a stopped run",
         "finetune": (
-            "train",
-            "Fine-tune a trained model on other images; the same command resumes a stopped run",
+            "Fine-tune a trained model on other images; the same command resumes a stopped run"
         ),
     },
     "Share": {
-        "card": ("share", "Write a model card with its figures and reference logits"),
-        "publish": (
-            "share",
-            "Upload a model to the Hub in one commit, and download it again to compare",
-        ),
-        "export": (
-            "share",
-            "Write a model for other runtimes, and compare its logits with torch's",
-        ),
-        "convert": (
-            "share",
-            "Write a checkpoint as safetensors, in the layout of another implementation",
-        ),
+        "card": "Write a model card with its figures and reference logits",
+        "publish": "Upload a model to the Hub in one commit, and download it again to compare",
+        "export": "Write a model for other runtimes, and compare its logits with torch's",
+        "convert": "Write a checkpoint as safetensors, in the layout of another implementation",
     },
-    "Measure": {
-        "bench": (
-            "measure",
-            "Run the benchmarks: speed, memory, fine-tuning, ablations",
-        ),
-    },
+    "Measure": {"bench": "Run the benchmarks: speed, memory, fine-tuning, ablations"},
 }
-COMMANDS = {name: entry for section in SECTIONS.values() for name, entry in section.items()}
+COMMANDS = {
+    name: (section.lower(), summary)
+    for section, commands in SECTIONS.items()
+    for name, summary in commands.items()
+}
 
 
 def _completes_option() -> bool:
@@ -122,7 +102,7 @@ class _Group(click.Group):
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         for section, commands in SECTIONS.items():
             with formatter.section(section):
-                formatter.write_dl([(name, summary) for name, (_, summary) in commands.items()])
+                formatter.write_dl(list(commands.items()))
 
     def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem]:
         commands = [

@@ -15,7 +15,7 @@ from ..model.convmixer import ACTIVATIONS
 from ..model.layouts import ALIASES, LAYOUTS
 from ..release.card import propose_record, write_card
 from ..release.export import RUNTIMES, export
-from ..release.publish import list_uploads, publish
+from ..release.publish import get_digest, list_uploads, publish
 from ..zoo import VARIANTS
 from .options import DEFAULT_MODEL, OpenData, data_options, print_table
 
@@ -58,7 +58,8 @@ def publish_command(name: str, repo_id: str, private: bool, tag: str | None, dry
     """
     if dry_run:
         uploads = list_uploads(name, repo_id)
-        print_table([[u.file.name, f"{u.size:,} bytes", u.sha256] for u in uploads])
+        rows = [(u.path_in_repo, f"{u.upload_info.size:,} bytes", get_digest(u)) for u in uploads]
+        print_table([list(row) for row in rows])
         click.echo(f"{repo_id}: would get these {len(uploads)} files")
     else:
         publication = publish(name, repo_id, private, tag)
@@ -67,9 +68,9 @@ def publish_command(name: str, repo_id: str, private: bool, tag: str | None, dry
         tagged = f", tag {publication.tag}" if publication.tag else ""
         click.echo(f"{repo_id}: {len(uploads)} files, {done}")
         click.echo(f"revision {publication.revision}{tagged}")
-        [digest] = [u.sha256 for u in uploads if u.file.name == WEIGHTS_FILE]
+        [digest] = [get_digest(u) for u in uploads if u.path_in_repo == WEIGHTS_FILE]
         click.echo(f"SHA-256 of {WEIGHTS_FILE} {digest}, downloaded again and compared")
-    if CARD_FILE not in [upload.file.name for upload in uploads]:
+    if CARD_FILE not in [upload.path_in_repo for upload in uploads]:
         command = shlex.join(["convmixer", "card", name, "--data", "DIR"])
         click.echo(f"there is no model card; `{command}` writes one")
 

@@ -11,7 +11,6 @@ Known are
 
 from __future__ import annotations
 
-import copy
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -37,56 +36,38 @@ from .layout import (
     is_named_like_image,
     list_files,
 )
-from .tables import load_from_hub, load_metadata, load_parquet, load_saved
+from .tables import load_from_hub, load_metadata, load_parquet, load_saved, read_tables
 
 TORCHVISION = {kind.base_folder: kind for kind in (CIFAR10, CIFAR100)}
 
 
+@dataclass(frozen=True, eq=False)
 class LabeledImages(Dataset[tuple[Any, int]]):
-    """The images of a split, each with the number of its class.
-
-    Args:
-        raw: The split as it was read.
-        labels: Number of the class of each image.
+    """Images of a split, each with the number of its class.
 
     Attributes:
-        folder: See `RawSplit`.
-        files: Likewise; of the whole split.
+        split: The whole split, as it was read.
+        labels: Number of the class of each image.
+        rows: Where each image is in the split.
+        transform: What is applied to each image, if anything is.
     """
 
-    def __init__(self, raw: RawSplit, labels: Sequence[int]) -> None:
-        self.labels = labels
-        self.folder = raw.folder
-        self.files = raw.files
-        self._indices: Sequence[int] = range(len(labels))
-        self._read = raw.read
-        self._transform: Callable[[Image.Image], Any] | None = None
+    split: RawSplit
+    labels: Sequence[int]
+    rows: Sequence[int]
+    transform: Callable[[Image.Image], Any] | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def __getitem__(self, index: int) -> tuple[Any, int]:
-        image = self._read(self._indices[index])
-        return (self._transform(image) if self._transform else image), self.labels[index]
+        image = self.split.read(self.rows[index])
+        return (self.transform(image) if self.transform else image), self.labels[index]
 
     def select(self, indices: Sequence[int]) -> LabeledImages:
         """Return some of the images, by index."""
-        view = copy.copy(self)
-        view.labels = [self.labels[i] for i in indices]
-        view._indices = [self._indices[i] for i in indices]
-        return view
-
-    def with_transform(self, transform: Callable[[Image.Image], Any]) -> LabeledImages:
-        """Return the same images with a transform applied to each."""
-        view = copy.copy(self)
-        view._transform = transform
-        return view
-
-    def relabeled(self, numbers: Mapping[int, int]) -> LabeledImages:
-        """Return the same images with other numbers for their classes."""
-        view = copy.copy(self)
-        view.labels = [numbers[label] for label in self.labels]
-        return view
+        rows, labels = ([of[i] for i in indices] for of in (self.rows, self.labels))
+        return replace(self, rows=rows, labels=labels)
 
 
 @dataclass(frozen=True)
@@ -163,7 +144,7 @@ def open_dataset(
         raise DataError(f"{folder}: no such folder; --config names a folder in {source}")
     elif re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(source)):
         hub_id = str(source)
-        splits = load_from_hub(hub_id, config, label_column, left_out)
+        splits = read_tables(load_from_hub(hub_id, config), hub_id, label_column, left_out)
     else:
         raise DataError(f"{source}: no such folder; give the folder that holds the dataset")
     if not splits:
@@ -185,14 +166,15 @@ def _read_folder(folder: Path, label_column: str | None, left_out: LeftOut) -> d
     files, empty = list_files(folder, left_out)
     tables = [file for file in files if file.suffix.lower() == ".parquet" and not is_metadata(file)]
     metadata = [file for file in files if is_metadata(file)]
+    is_saved = any(PurePath(name) in files for name in ("dataset_dict.json", "state.json"))
     if found:
         splits = _read_torchvision(found[0])
-    elif any(PurePath(name) in files for name in ("dataset_dict.json", "state.json")):
-        splits = load_saved(folder, label_column, left_out)
-    elif tables:
-        splits = load_parquet(folder, tables, label_column, left_out)
+    elif is_saved or tables:
+        loaded = load_saved(folder) if is_saved else load_parquet(folder, tables, left_out)
+        splits = read_tables(loaded, str(folder), label_column, left_out)
     elif metadata:
-        return load_metadata(folder, metadata, files, label_column, left_out)
+        loaded = load_metadata(folder, metadata, files, left_out)
+        return read_tables(loaded, str(folder), label_column, left_out)
     else:
         return find_class_folders(folder, files, empty, left_out)
     if not any(split.is_in_files for split in splits.values()):
@@ -262,7 +244,11 @@ def _number_classes(
         classes = sorted(found)
         numbers = {label: number for number, label in enumerate(classes)}
     splits = {
-        split: LabeledImages(images, _number(images.labels, numbers, f"{source}: its {split}"))
+        split: LabeledImages(
+            images,
+            _number(images.labels, numbers, f"{source}: its {split}"),
+            range(len(images.labels)),
+        )
         for split, images in raw.items()
     }
     classes = [str(label) for label in classes]
@@ -310,7 +296,7 @@ def read_images(
         DataError: If images cannot be read, naming the first of them.
     """
     tensors, labels, damaged = [], [], []
-    images = images.with_transform(transform)
+    images = replace(images, transform=transform)
     rows = range(len(images))
     for row in tqdm(rows, desc="read", leave=False, disable=None):
         try:

@@ -24,53 +24,43 @@ IMAGE_COLUMNS = ("image", "img")
 LABEL_COLUMNS = ("label", "labels", "fine_label")  # the last one in CIFAR-100
 
 
-def load_parquet(
-    folder: Path, tables: Sequence[PurePath], label_column: str | None, left_out: LeftOut
-) -> dict[str, RawSplit]:
-    """Read parquet files.
+def load_parquet(folder: Path, tables: Sequence[PurePath], left_out: LeftOut) -> Mapping[str, Any]:
+    """Load parquet files as a `datasets.DatasetDict`.
 
     Args:
         folder: The folder.
         tables: The files in it.
-        label_column: See `reader.open_dataset`.
         left_out: Gets what is not used.
 
     Raises:
-        DataError: If they cannot be read, or it is not clear what they hold.
+        DataError: If they cannot be read, or their labels mean different classes.
     """
     datasets = _import_datasets(folder)
     places = find_tables(folder, tables, left_out)
     _check_same_classes(datasets, [folder / file for files in places.values() for file in files])
-    loaded = _load_files(datasets, "parquet", folder, places)
-    return _read_tables(datasets, loaded, str(folder), label_column, left_out)
+    return _load_files(datasets, "parquet", folder, places)
 
 
 def load_metadata(
-    folder: Path,
-    tables: Sequence[PurePath],
-    files: Iterable[PurePath],
-    label_column: str | None,
-    left_out: LeftOut,
-) -> dict[str, RawSplit]:
-    """Read images with metadata files.
+    folder: Path, tables: Sequence[PurePath], files: Iterable[PurePath], left_out: LeftOut
+) -> Mapping[str, Any]:
+    """Load images with metadata files as a `datasets.DatasetDict`.
 
     Args:
         folder: The folder.
         tables: The metadata files in it.
         files: All files in it.
-        label_column: See `reader.open_dataset`.
         left_out: Gets what is not used.
 
     Raises:
-        DataError: As `load_parquet` does, and if a file lists images of several splits.
+        DataError: If they cannot be read, or a file lists images of several splits.
     """
     datasets = _import_datasets(folder)
     places = find_tables(folder, tables, left_out)
     loaded = _load_files(datasets, "imagefolder", folder, places)
-    splits = _read_tables(datasets, loaded, str(folder), label_column, left_out)
     listed: set[PurePath] = set()
     for split, table in loaded.items():
-        column = _find_image_column(datasets, table.features, folder)
+        column = _find_image_column(table.features, folder)
         cells = table.select_columns([column]).with_format("arrow")[:][column].to_pylist()
         found = [Path(cell["path"]) for cell in cells if cell and cell["path"]]
         paths = [file.relative_to(os.path.abspath(folder)) for file in found]
@@ -83,33 +73,33 @@ def load_metadata(
         listed.update(paths)
     unlisted = [file for file in files if file not in listed and not is_metadata(file)]
     left_out.add("files that no metadata lists", unlisted)
-    return splits
+    return loaded
 
 
-def load_saved(folder: Path, label_column: str | None, left_out: LeftOut) -> dict[str, RawSplit]:
-    """Read a folder that `save_to_disk` wrote; arguments and errors as in `load_parquet`."""
+def load_saved(folder: Path) -> Mapping[str, Any]:
+    """Load a folder that `save_to_disk` wrote.
+
+    Raises:
+        DataError: If it cannot be read.
+    """
     datasets = _import_datasets(folder)
     with _raising_data_errors(f"{folder}:"):
         loaded = datasets.load_from_disk(str(folder))
     if not isinstance(loaded, Mapping):
         split = find_split(str(loaded.split).partition("[")[0])  # of train[:1000]
-        loaded = {split or "train": loaded}
-    return _read_tables(datasets, loaded, str(folder), label_column, left_out)
+        return {split or "train": loaded}
+    return loaded
 
 
-def load_from_hub(
-    repo_id: str, config: str | None, label_column: str | None, left_out: LeftOut
-) -> dict[str, RawSplit]:
-    """Read a dataset of the Hub.
+def load_from_hub(repo_id: str, config: str | None) -> Mapping[str, Any]:
+    """Load a dataset of the Hub as a `datasets.DatasetDict`.
 
     Args:
         repo_id: `OWNER/NAME`.
         config: One of its configurations; needed if it has several.
-        label_column: See `reader.open_dataset`.
-        left_out: Gets what is not used.
 
     Raises:
-        DataError: As `load_parquet` does, and if there is no such repository.
+        DataError: If there is no such repository, or it cannot be read.
     """
     try:
         datasets = _import_datasets(repo_id)
@@ -123,8 +113,8 @@ def load_from_hub(
     if config not in names and (config or len(names) > 1):
         raise DataError(f"{repo_id}: holds {', '.join(names)}; choose one of them with --config")
     with _raising_data_errors(where):
-        loaded = datasets.load_dataset(repo_id, config)
-    return _read_tables(datasets, loaded, repo_id, label_column, left_out)
+        loaded: Mapping[str, Any] = datasets.load_dataset(repo_id, config)
+    return loaded
 
 
 def _import_datasets(place: object) -> ModuleType:
@@ -187,27 +177,33 @@ def _load_files(
     return loaded
 
 
-def _read_tables(
-    datasets: ModuleType,
-    tables: Mapping[str, Any],
-    source: str,
-    label_column: str | None,
-    left_out: LeftOut,
+def read_tables(
+    tables: Mapping[str, Any], source: str, label_column: str | None, left_out: LeftOut
 ) -> dict[str, RawSplit]:
-    """Find the splits of a `datasets.DatasetDict`, and the images and labels in each."""
+    """Find the splits of a `datasets.DatasetDict`, and the images and labels in each.
+
+    Args:
+        tables: What one of the functions above gave.
+        source: What it was loaded from.
+        label_column: See `reader.open_dataset`.
+        left_out: Gets what is not used.
+
+    Raises:
+        DataError: If it is not clear what they hold.
+    """
     return {
-        split: _read_table(datasets, tables[name], source, split, label_column)
+        split: _read_table(tables[name], source, split, label_column)
         for split, name in choose_splits(tables, source, left_out).items()
     }
 
 
-def _read_table(
-    datasets: ModuleType, table: Any, source: str, split: str, label_column: str | None
-) -> RawSplit:
+def _read_table(table: Any, source: str, split: str, label_column: str | None) -> RawSplit:
+    import datasets
+
     features = table.features
     if not len(table):
         raise DataError(f"{source}: has no rows for {split}; download it again")
-    column = _find_image_column(datasets, features, source)
+    column = _find_image_column(features, source)
     try:
         images = table.select_columns([column])
         images = images.cast_column(column, datasets.Image(decode=False))
@@ -243,7 +239,9 @@ def _read_table(
     )
 
 
-def _find_image_column(datasets: ModuleType, features: Mapping[str, Any], source: object) -> str:
+def _find_image_column(features: Mapping[str, Any], source: object) -> str:
+    import datasets
+
     columns = [name for name in IMAGE_COLUMNS if name in features]
     columns = columns or [n for n, kind in features.items() if isinstance(kind, datasets.Image)]
     if len(columns) != 1:

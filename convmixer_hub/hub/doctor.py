@@ -8,7 +8,7 @@ import re
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
+from importlib import import_module
 from pathlib import Path
 
 from huggingface_hub import constants, get_session
@@ -59,7 +59,8 @@ def examine(names: Sequence[str] = ()) -> list[Finding]:
 
 def _describe_versions() -> str:
     packages = ("huggingface_hub", "safetensors", "timm", "torch")
-    versions = [f"{package} {version(package)}" for package in packages]
+    # Of what is imported, which may be a clone rather than what is installed.
+    versions = [f"{package} {import_module(package).__version__}" for package in packages]
     return ", ".join(
         [f"convmixer-hub {__version__}", *versions, f"Python {platform.python_version()}"]
     )

@@ -95,12 +95,8 @@ def prepare_if_possible(model: nn.Module, cpp: bool = False) -> nn.Module:
 class _Convolution(nn.Module):
     """A convolution, the activation after it, and the scale and shift of the BatchNorm after that.
 
-    Args:
-        conv: The convolution.
-        act: The activation.
-        norm: The BatchNorm after it.
-        before: A BatchNorm whose shift was left out of the input; it goes into the bias. For a 1x1
-            convolution.
+    `before` is a BatchNorm whose shift was left out of the input of a 1x1 convolution; it goes into
+    the bias.
     """
 
     weight: Tensor

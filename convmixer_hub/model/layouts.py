@@ -7,9 +7,8 @@ The activation is no tensor: no layout tells GELU from ReLU.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import NoReturn
 
 from torch import Tensor
@@ -35,33 +34,20 @@ class Layout:
     head: str
     first_layer: int = 0
 
-    @cached_property
-    def _layer_pattern(self) -> re.Pattern[str]:
-        names = "|".join(re.escape(name) for name in self.layer)
-        return re.compile(rf"{re.escape(self.layers)}(\d+)\.({names})")
+    def count_layers(self, modules: Collection[str]) -> int:
+        """Count the layers up to the last one that these modules are of, not more than modules."""
+        names = "|".join(map(re.escape, self.layer))
+        pattern = re.compile(rf"{re.escape(self.layers)}(\d{{1,6}})\.(?:{names})")
+        matches = [pattern.fullmatch(module) for module in modules]
+        counts = [int(match[1]) - self.first_layer + 1 for match in matches if match]
+        return min(max([0, *counts]), len(modules))
 
-    def match_layer(self, module: str) -> re.Match[str] | None:
-        """Take a module's name apart into the number of its layer and its name within it."""
-        return self._layer_pattern.fullmatch(module)
-
-    def count_layers(self, modules: Iterable[str]) -> int:
-        """Count the layers up to the last one that these modules are of."""
-        matches = [self.match_layer(module) for module in modules]
-        numbers = [int(match[1]) - self.first_layer for match in matches if match]
-        return max(numbers, default=-1) + 1
-
-    def name_head(self, n_layers: int) -> str:
-        """Name the linear map; in an `nn.Sequential`, pooling and flattening stand before it."""
-        return self.head.format(self.first_layer + n_layers + 2)
-
-    def translate(self, module: str, target: Layout, n_layers: int) -> str | None:
-        """Name a module as another layout does; None if it has no place in this one."""
-        if module in self.stem:
-            return target.stem[self.stem.index(module)]
-        if match := self.match_layer(module):
-            number = int(match[1]) - self.first_layer + target.first_layer
-            return f"{target.layers}{number}.{target.layer[self.layer.index(match[2])]}"
-        return target.name_head(n_layers) if module == self.name_head(n_layers) else None
+    def list_modules(self, n_layers: int) -> list[str]:
+        """List the modules of a network, in the same order for every layout."""
+        numbers = range(self.first_layer, self.first_layer + n_layers)
+        layers = [f"{self.layers}{number}.{name}" for number in numbers for name in self.layer]
+        # In an `nn.Sequential`, pooling and flattening stand before the linear map.
+        return [*self.stem, *layers, self.head.format(self.first_layer + n_layers + 2)]
 
 
 OURS = "ours"
@@ -124,9 +110,8 @@ def detect_layout(state_dict: Mapping[str, Tensor]) -> str | None:
     modules = [_get_module(key) for key in strip_prefixes(state_dict)]
     found = {}
     for name, layout in LAYOUTS.items():
-        n_layers = layout.count_layers(modules)
-        places = [layout.translate(module, layout, n_layers) for module in modules]
-        found[name] = len(places) - places.count(None)
+        known = set(layout.list_modules(layout.count_layers(modules)))
+        found[name] = sum(module in known for module in modules)
         if found[name] == len(modules):
             break  # no layout has more
     best = max(found, key=lambda name: found[name])
@@ -172,12 +157,12 @@ def convert_layout(state_dict: Mapping[str, Tensor], target: str = OURS) -> dict
     if detected in (None, target):
         return stripped
     source, wanted = LAYOUTS[detected], LAYOUTS[target]
-    n_layers = source.count_layers(map(_get_module, stripped))
+    n_layers = source.count_layers(list(map(_get_module, stripped)))
+    places = dict(zip(source.list_modules(n_layers), wanted.list_modules(n_layers)))
     converted: dict[str, Tensor] = {}
     for key, tensor in stripped.items():
-        module, _, name = key.rpartition(".")
-        place = source.translate(module, wanted, n_layers)
-        new_key = key if place is None else f"{place}.{name}"
+        module, dot, name = key.rpartition(".")
+        new_key = f"{places.get(module, module)}{dot}{name}"
         if new_key in converted:
             raise CheckpointError(
                 f"the state dict has two tensors for {new_key!r}, as if layouts were mixed; "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -122,7 +122,7 @@ def export(
         transform = eval_transform(config, normalize=not with_preprocessing)
         if with_preprocessing:
             transform = transforms.Compose([transform, lambda pixels: pixels.permute(1, 2, 0)])
-        test = prepare_test_images(model, int8_dataset).with_transform(transform)
+        test = replace(prepare_test_images(model, int8_dataset), transform=transform)
     file = output / f"model{'_int8' if int8_dataset else ''}.{format}"
     try:
         output.mkdir(parents=True, exist_ok=True)

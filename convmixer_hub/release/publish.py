@@ -7,8 +7,9 @@ import shlex
 import tempfile
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 from huggingface_hub import CommitOperationAdd, HfApi, hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError
@@ -24,46 +25,23 @@ from .golden import parse_golden
 
 
 @dataclass(frozen=True)
-class Upload:
-    """One file that is published, under its own name.
-
-    Attributes:
-        file: Where it is on this machine.
-        content: What was read there, once: this is checked, and this is uploaded.
-    """
-
-    file: Path
-    content: bytes = field(repr=False)
-
-    @property
-    def size(self) -> int:
-        """Its length, in bytes."""
-        return len(self.content)
-
-    @property
-    def sha256(self) -> str:
-        """Its digest, in hexadecimal."""
-        return hashlib.sha256(self.content).hexdigest()
-
-
-@dataclass(frozen=True)
 class Publication:
     """What the Hub has.
 
     Attributes:
-        uploads: The files; pulled back, each had its digest.
+        uploads: The files, each under its own name; pulled back, each had its digest.
         revision: The commit that they are in.
         changed: False if the Hub had them all before.
         tag: The tag that the commit has.
     """
 
-    uploads: list[Upload]
+    uploads: list[CommitOperationAdd]
     revision: str
     changed: bool
     tag: str | None = None
 
 
-def list_uploads(name: str, repo_id: str = EXAMPLE_REPO_ID) -> list[Upload]:
+def list_uploads(name: str, repo_id: str = EXAMPLE_REPO_ID) -> list[CommitOperationAdd]:
     """List what `publish` uploads. The network is not asked.
 
     Args:
@@ -79,15 +57,21 @@ def list_uploads(name: str, repo_id: str = EXAMPLE_REPO_ID) -> list[Upload]:
     source = resolve_folder(name)
     if not source.record:  # whose file is verified
         load_trained(source)
-    files = read_model_files(source.folder.resolve())
-    uploads = {file.name: Upload(file, data) for file, data in files.items()}
-    if card := uploads.get(CARD_FILE):
-        text = card.content.replace(EXAMPLE_REPO_ID.encode(), repo_id.encode())
-        uploads[CARD_FILE] = Upload(card.file, text)
-    if golden := uploads.get(GOLDEN_FILE):
+    folder = source.folder.resolve()
+    # Read once: what is checked is what is uploaded.
+    contents = {file.name: data for file, data in read_model_files(folder).items()}
+    if card := contents.get(CARD_FILE):
+        contents[CARD_FILE] = card.replace(EXAMPLE_REPO_ID.encode(), repo_id.encode())
+    if golden := contents.get(GOLDEN_FILE):
         remedy = f"`convmixer card {shlex.quote(str(name))} --data DIR` writes it"
-        parse_golden(golden.content, golden.file, uploads[WEIGHTS_FILE].sha256, remedy)
-    return list(uploads.values())
+        digest = hashlib.sha256(contents[WEIGHTS_FILE]).hexdigest()
+        parse_golden(golden, folder / GOLDEN_FILE, digest, remedy)
+    return [CommitOperationAdd(file, data) for file, data in contents.items()]
+
+
+def get_digest(upload: CommitOperationAdd) -> str:
+    """Return the SHA-256 of a file that is published, in hexadecimal."""
+    return hashlib.sha256(cast("bytes", upload.path_or_fileobj)).hexdigest()
 
 
 def publish(name: str, repo_id: str, private: bool = False, tag: str | None = None) -> Publication:
@@ -114,8 +98,7 @@ def publish(name: str, repo_id: str, private: bool = False, tag: str | None = No
     if tag is None:
         with suppress(UnknownModelError):
             tag = get_record(name).revision
-    operations = [CommitOperationAdd(upload.file.name, upload.content) for upload in uploads]
-    message = f"Publish {uploads[0].file.parent.name}"
+    message = f"Publish {resolve_folder(name).folder.resolve().name}"
     try:
         if read_token() is None:
             raise PublishError(
@@ -130,7 +113,7 @@ def publish(name: str, repo_id: str, private: bool = False, tag: str | None = No
                 f"{repo_id}: exists and is public; make it private in its settings, or leave out "
                 "--private"
             )
-        commit = hub.create_commit(repo_id, operations, commit_message=message).oid
+        commit = hub.create_commit(repo_id, uploads, commit_message=message).oid
         _pull_back(uploads, repo_id, commit)
         if tag is not None:
             _set_tag(hub, repo_id, tag, commit)
@@ -141,16 +124,16 @@ def publish(name: str, repo_id: str, private: bool = False, tag: str | None = No
     return Publication(uploads, commit, changed=commit != before.sha, tag=tag)
 
 
-def _pull_back(uploads: Sequence[Upload], repo_id: str, commit: str) -> None:
+def _pull_back(uploads: Sequence[CommitOperationAdd], repo_id: str, commit: str) -> None:
     # Not through a cache, in which the client writes wherever the server's answers lead to.
     with tempfile.TemporaryDirectory() as empty:
         for upload in uploads:
-            name = upload.file.name
+            name, wanted = upload.path_in_repo, get_digest(upload)
             file = hf_hub_download(repo_id, name, revision=commit, local_dir=empty, cache_dir=empty)
             digest = hash_file(Path(file))
-            if digest != upload.sha256:
+            if digest != wanted:
                 raise PublishError(
-                    f"{repo_id}: {name} came back with SHA-256 {digest}, but {upload.sha256} was "
+                    f"{repo_id}: {name} came back with SHA-256 {digest}, but {wanted} was "
                     f"published; do not use commit {commit}, check HF_ENDPOINT and publish again"
                 )
 

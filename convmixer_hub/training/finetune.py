@@ -82,7 +82,7 @@ def choose_settings(
         if output is None or not Path(output, STATE_FILE).exists():
             raise
         begun_with = read_state(Path(output, STATE_FILE)).settings["model"]
-        if os.path.basename(begun_with) != os.path.basename(name):
+        if os.path.basename(os.path.abspath(begun_with)) != os.path.basename(os.path.abspath(name)):
             raise
         name = begun_with
     else:
@@ -159,14 +159,9 @@ def finetune(
 def _draw_mistakes(
     file: Path, images: Tensor, labels: Tensor, probabilities: Tensor, classes: list[str]
 ) -> None:
-    """Draw the most confident mistakes; remove the file if there are none.
+    """Draw the most confident mistakes to a PNG; remove the file if there are none.
 
-    Args:
-        file: The PNG to write.
-        images: `[count, channels, height, width]`, 0 to 1.
-        labels: `[count]`.
-        probabilities: `[count, num_classes]`.
-        classes: Their names.
+    Images are `[count, channels, height, width]`, 0 to 1, probabilities `[count, num_classes]`.
     """
     confidence, predicted = probabilities.max(dim=1)
     order = confidence.argsort(descending=True)

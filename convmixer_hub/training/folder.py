@@ -167,8 +167,6 @@ def read_state(file: Path) -> RunState:
         # A setting that is missing is younger than the run; its default changes nothing.
         plain = asdict(TrainingSettings(content["settings"]["model"]))
         content["settings"] = plain | content["settings"]
-        if content["settings"]["held_out"]:  # earlier versions held out others
-            content.setdefault("held_out_images", "those of an earlier version")
         content["classes"] = order_names(content["classes"])
         known = {field.name for field in fields(RunState)}
         return RunState(**{name: content[name] for name in content.keys() & known})

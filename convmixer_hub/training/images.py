@@ -69,7 +69,7 @@ def choose_images(settings: TrainingSettings, dataset: ImageDataset) -> RunImage
     return RunImages(
         images.select(kept),
         validation,
-        image_digest=_hash((list(images.labels), list(images.files))),
+        image_digest=_hash((list(images.labels), list(images.split.files))),
         held_out_digest=_hash(held_out) if held_out else "",
     )
 

@@ -117,11 +117,7 @@ def build_network(
 def _has_room(model: ConvMixer, image_size: int, device: torch.device, precision: str) -> bool:
     """Return whether the matrices of `FastOnGPU` take at most half of a GPU's free memory.
 
-    Args:
-        model: The model.
-        image_size: Side of its images, in pixels.
-        device: The GPU.
-        precision: Of the settings.
+    `image_size` is the side of the images, in pixels.
     """
     positions = (image_size // model.patch_emb.patch_size) ** 2
     in_bf16 = precision != "fp32" and torch.cuda.is_bf16_supported(including_emulation=False)

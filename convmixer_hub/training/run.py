@@ -83,9 +83,10 @@ def train(
             f"{dataset.source}: has only one class, {dataset.classes[0]}; add images of another one"
         )
     images, chosen = dataset.get("train"), choose_images(settings, dataset)
-    if images.folder and images.folder.resolve() in folder.resolve().parents:
+    place = images.split.folder
+    if place and place.resolve() in folder.resolve().parents:
         raise TrainingError(
-            f"{folder}: lies among the class folders in {images.folder}; name another --output"
+            f"{folder}: lies among the class folders in {place}; name another --output"
         )
     new = RunState(
         asdict(settings),
@@ -238,7 +239,7 @@ class _Run:
                     f"loss {loss / count:.3f}, accuracy {100 * correct / count:.1f} %, "
                     f"{count / max(sums['seconds'], 1e-3):.0f} images/s"
                 )
-                if self._save_is_due:
+                if time.monotonic() - self.state_saved_at > SECONDS_BETWEEN_SAVES:
                     self._update_state(epoch, step + 1, sums)
                     save_state(self.folder, state)
                     self.state_saved_at = time.monotonic()
@@ -293,10 +294,6 @@ class _Run:
         state.epoch, state.step, state.sums = epoch, step, sums
         for name, value in self.network.get_state().items():
             setattr(state, name, value)
-
-    @property
-    def _save_is_due(self) -> bool:
-        return time.monotonic() - self.state_saved_at > SECONDS_BETWEEN_SAVES
 
     def _save_all(self) -> None:
         """Write the whole folder, between two epochs."""
