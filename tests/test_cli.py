@@ -11,8 +11,7 @@ import safetensors.torch
 import torch
 from PIL import Image
 
-from convmixer_hub import ConvMixer, __version__, find_checkpoint, get_record
-from convmixer_hub.checkpoints.files import check_safetensors
+from convmixer_hub import __version__, find_checkpoint, get_record
 from convmixer_hub.cli.main import COMMANDS, SECTIONS
 from convmixer_hub.data.images import open_image
 from convmixer_hub.data.reader import open_dataset
@@ -224,16 +223,6 @@ def test_an_unknown_model_proposes_the_nearest(arguments):
     assert result.stderr.count("\n") == 1
 
 
-def test_a_damaged_checkpoint_is_one_line_on_stderr(tmp_path):
-    shutil.copytree(CHECKOUT / "weights" / NAME, tmp_path / NAME)
-    weights = tmp_path / NAME / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:5000])
-    result = convmixer("predict", IMAGES / "cat.png", "--model", tmp_path / NAME)
-    assert result.exit_code == 1
-    assert result.stderr.startswith(f"Error: {weights}: not a whole safetensors file (")
-    assert len(result.stderr.splitlines()) == 1
-
-
 def test_evaluate_prints_top1(cifar_sample):
     result = convmixer("evaluate", NAME, "--data", cifar_sample, "--workers", 0)
     assert result.exit_code == 0
@@ -262,14 +251,6 @@ def test_train_predict_and_evaluate_take_the_same_folder(cifar_sample, tmp_path)
     )
     assert convmixer("evaluate", run, "--data", cifar_sample, "--workers", 0).exit_code == 0
     assert convmixer("predict", IMAGES / "cat.png", "--model", run).exit_code == 0
-
-
-def test_the_module_is_the_command(run_python):
-    code = "import runpy; runpy.run_module('convmixer_hub', run_name='__main__')"
-    output = run_python(
-        f"import sys; sys.argv = ['x', '--version']; {code}", PYTHONPATH=str(CHECKOUT)
-    )
-    assert __version__ in output
 
 
 def test_convert_says_what_it_wrote_and_asks_for_what_it_cannot_know(tmp_path):
@@ -319,22 +300,6 @@ def test_info_of_a_name_and_of_its_folder():
     assert read_info(file.parent) == info
 
 
-def test_info_tells_what_the_metadata_says(tmp_path):
-    source, file = tmp_path / "in.safetensors", tmp_path / "it's.safetensors"
-    model = ConvMixer(12, 3, 5, 2, num_classes=7, in_chans=1)
-    safetensors.torch.save_file(model.state_dict(), source)
-    assert read_info(source)["activation"] == "not told, and no tensor would tell it"
-    convmixer("convert", source, file, "--layout", "locuslab", "--activation", "relu")
-    info = read_info(file)
-    assert (info["layout"], info["activation"]) == ("locuslab", "relu")
-    assert info["size"] == (
-        "3 layers × 12 channels, kernel 5, patch 2, 1 image channels, 7 classes"
-    )
-    assert info["metadata"] == ", ".join(
-        f"{key}={value}" for key, value in sorted(check_safetensors(file).items())
-    )
-
-
 def test_a_script_of_anybodys_knows_the_models(run_python, tmp_path):
     (tmp_path / "helper.py").write_text("NAMES = 'convmixer_cifar*'")
     script = tmp_path / "list_names.py"
@@ -356,12 +321,6 @@ def test_a_script_of_anybodys_knows_the_models(run_python, tmp_path):
     )
     output = run_python(code, PYTHONPATH=str(CHECKOUT))
     assert output == f"['convmixer_cifar'] {command[2:]}\n3"
-
-
-def test_a_script_that_is_not_there_is_named(tmp_path):
-    result = convmixer("run-script", tmp_path / "none.py")
-    assert result.exit_code == 2
-    assert f"File '{tmp_path / 'none.py'}' does not exist." in result.stderr
 
 
 DESCRIBE_AND_PREDICT = r"""

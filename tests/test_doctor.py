@@ -9,7 +9,7 @@ from huggingface_hub import constants
 
 from convmixer_hub import find_checkpoint
 
-from .conftest import CHECKOUT, NAME, REVISION, as_ordinary_user, convmixer, no_network, offline
+from .conftest import CHECKOUT, NAME, as_ordinary_user, convmixer, no_network, offline
 from .hub_server import error, headers, other_body
 
 REPOSITORY = f"convmixer-hub/{NAME}"
@@ -160,10 +160,6 @@ def bad_namespace(hub, monkeypatch):
     monkeypatch.setenv("CONVMIXER_HUB_NAMESPACE", "a/b")
 
 
-def bad_source(hub, monkeypatch):
-    monkeypatch.setenv("CONVMIXER_HUB_SOURCE", "ftp")
-
-
 @pytest.mark.parametrize(
     ("arrange", "subject", "result"),
     [
@@ -180,12 +176,6 @@ def bad_source(hub, monkeypatch):
             NAME,
             f"{NAME}: no repository is named 'a/b/{NAME}'; check CONVMIXER_HUB_N",
         ),
-        (bad_source, NAME, "unknown source of weights 'ftp'; set CONVMIXER_HUB_SOURCE to one of "),
-        (
-            lambda hub, _: hub.repositories[REPOSITORY].pop(REVISION),
-            NAME,
-            f"hub: http://127.0.0.1:.* has no revision '{REVISION}'; ",
-        ),
         (lambda hub, _: hub.order(error(500)), NAME, r"hub: http://127.0.0.1:.* \(HTTP 500 "),
         (
             lambda hub, _: hub.order(other_body(lambda _: b"other")),
@@ -196,11 +186,6 @@ def bad_source(hub, monkeypatch):
             lambda hub, _: hub.order(headers(ETag='"' + 64 * "a" + '"')),
             NAME,
             "hub: http://127.0.0.1:.*: its model.safetensors is not the recorded file; ",
-        ),
-        (
-            lambda hub, _: hub.order(headers(X_Repo_Commit=None)),
-            NAME,
-            "hub: http://127.0.0.1:.*: comes without a usable X-Repo-Commit or ETag, so ",
         ),
     ],
     ids=lambda value: getattr(value, "__name__", ""),

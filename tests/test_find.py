@@ -2,7 +2,7 @@ import shutil
 
 import pytest
 
-from convmixer_hub import CheckpointError, find_checkpoint, get_record
+from convmixer_hub import CheckpointError, find_checkpoint
 from convmixer_hub.hub import find
 
 from .conftest import CHECKOUT, NAME
@@ -17,17 +17,6 @@ def installed_copy(tmp_path, monkeypatch):
     shutil.copy(CHECKOUT / "weights" / NAME / "model.safetensors", file)
     monkeypatch.setattr(find, "__file__", str(package / "hub" / "find.py"))
     return file
-
-
-def test_the_recorded_file_is_the_embedded_one():
-    record = get_record(NAME)
-    file = CHECKOUT / "weights" / NAME / "model.safetensors"
-    assert find_checkpoint(NAME) == file
-    assert file.stat().st_size == record.size
-
-
-def test_a_bare_arch_means_its_first_tag():
-    assert get_record("convmixer_cifar") is get_record(NAME)
 
 
 def test_a_wheel_carries_the_weights_inside_the_package(installed_copy):

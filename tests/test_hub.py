@@ -184,11 +184,6 @@ FAULTS = {
         ordered(headers(Content_Length="1000"), "HEAD"),
         r"cannot be read \(Consistency check failed: file should be of size 1000 but has size ",
     ),
-    "shorter file": (
-        ordered(other_body(lambda body: body[:-1])),
-        rf"http\S+{REPOSITORY} gives another file, so it is not to be trusted \(has "
-        rf"{len(WEIGHTS) - 1} bytes, but {NAME} has {len(WEIGHTS)}\); check HF_ENDPOINT and ",
-    ),
     "wrong bytes once": (ordered(other_body(lambda _: FLIPPED), "GET", times=1), THE_WEIGHTS),
     "wrong bytes": (
         ordered(other_body(lambda _: FLIPPED)),
@@ -239,13 +234,6 @@ def test_a_token_is_not_sent_on_to_another_host(hub, monkeypatch, host):
     # The client's first request, once a day, is one of its own.
     asked = next(request for request in hub.requests if request.method == "HEAD")
     assert asked.headers["Authorization"] == "Bearer hf_right"
-
-
-def test_a_squatted_namespace_is_refused(hub, monkeypatch):
-    monkeypatch.setenv("CONVMIXER_HUB_NAMESPACE", "squatter")
-    hub.repositories[f"squatter/{NAME}"] = {REVISION: {"model.safetensors": FLIPPED}}
-    with pytest.raises(CheckpointError, match=rf"/squatter/{NAME} gives another .*\({DIGESTS}\);"):
-        timm.create_model(NAME, pretrained=True)
 
 
 def test_timm_says_where_the_cache_is(hub, tmp_path):
@@ -428,15 +416,6 @@ def test_a_read_only_cache_is_read(hub, tmp_path):
     assert as_ordinary_user(lambda: find_checkpoint(NAME)).read_bytes() == WEIGHTS
 
 
-def test_an_empty_read_only_cache_is_one_line(hub, tmp_path):
-    (tmp_path / "cache").mkdir(mode=0o555)
-    with pytest.raises(
-        CheckpointError,
-        match=rf"^{NAME}: the Hub's cache cannot be used \(.*Permission denied: '{tmp_path}/cache/",
-    ):
-        as_ordinary_user(lambda: find_checkpoint(NAME))
-
-
 def test_a_damaged_file_in_a_read_only_cache_is_one_line(hub, tmp_path):
     find_checkpoint(NAME).resolve().write_bytes(FLIPPED)
     make_read_only(tmp_path / "cache")
@@ -480,6 +459,7 @@ def test_a_full_disk_is_one_line(hub):
             find_checkpoint(NAME)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert list(Path(constants.HF_HUB_CACHE).iterdir()) == []
     assert find_checkpoint(NAME).read_bytes() == WEIGHTS
 
 

@@ -1,4 +1,3 @@
-import io
 import struct
 import tracemalloc
 
@@ -88,8 +87,6 @@ def test_exif_rotation_is_applied():
 def test_broken_exif_data_does_not_cost_an_image(format):
     image = Image.new("RGB", (4, 2), "red")
     content = encode(image, format, exif=b"Exif\0\0no header", dpi=(72, 72))
-    with pytest.raises(SyntaxError, match="not a TIFF file"):
-        Image.open(io.BytesIO(content)).getexif()
     red, green, blue = open_image(content).getpixel((1, 1))
     assert red > 250 and green < 5 and blue < 5
 
@@ -142,7 +139,6 @@ def test_evaluation_sees_the_whole_image_normalized():
 @pytest.mark.parametrize("size", [(1, 2_000_000), (2_000_000, 1)])
 def test_an_extremely_long_image_costs_no_more_than_itself(size):
     content = encode(Image.new("RGB", size, (10, 20, 30)))
-    assert len(content) < 10_000
     tracemalloc.start()
     image = eval_transform(CONFIG)(open_image(content))
     _, peak = tracemalloc.get_traced_memory()

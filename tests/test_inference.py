@@ -68,11 +68,6 @@ def test_logits_are_those_of_the_model(make_model, prepare, arch, count):
     assert uses_onednn(prepared) != prepare.keywords["cpp"]
 
 
-def test_a_trained_model_gives_its_logits(batch):
-    model = load_trained("convmixer_cifar").eval()
-    assert_same(model, prepare_for_inference(model), batch)
-
-
 @pytest.mark.parametrize("size", [(2, 2), (7, 50), (33, 31), (64, 64)])
 def test_images_of_any_size(make_model, prepare, size):
     model = make_model("convmixer_cifar")

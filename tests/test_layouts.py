@@ -9,7 +9,7 @@ from timm.models.convmixer import ConvMixer as TimmConvMixer
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
-from convmixer_hub import CheckpointError, ConvMixer, DataError, ModelSizeError, UnknownModelError
+from convmixer_hub import CheckpointError, ConvMixer, DataError, ModelSizeError
 from convmixer_hub.checkpoints.convert import convert
 from convmixer_hub.checkpoints.files import save_model
 from convmixer_hub.load import load_trained
@@ -190,13 +190,6 @@ def test_convert_reads_what_training_programs_save(wrap, part, tmp_path, output)
     assert written.part == part
     tensors = safetensors.torch.load_file(output)
     torch.testing.assert_close(tensors, dict(original.state_dict()), atol=0, rtol=0)
-
-
-def test_a_file_that_would_run_code_is_refused(tmp_path, output):
-    torch.save(make("timm"), tmp_path / "in.pth")
-    with pytest.raises(CheckpointError, match="in.pth: cannot be read with weights_only=True"):
-        convert(str(tmp_path / "in.pth"), output, "timm", "gelu")
-    assert not output.exists()
 
 
 def hold_itself():
@@ -409,8 +402,6 @@ def test_timms_imagenet_models_convert(arch, sizes, activation):
 
 
 def test_what_is_not_there_is_named(tmp_path, output):
-    with pytest.raises(UnknownModelError, match="no file or folder, and no trained weights are na"):
-        convert("convmixer_cifr", output, "timm")
     with pytest.raises(CheckpointError, match="model.safetensors: no such file; check the path"):
         convert(str(tmp_path), output, "timm")
     with pytest.raises(CheckpointError, match="out.pth: is written as safetensors; give it a name"):

@@ -265,10 +265,6 @@ class TestLabelNames:
         again = timm.create_model(NAME, pretrained=True)
         assert get_label_names(again) == list(CIFAR10.classes)
 
-    def test_without_pretrained_they_name_the_classes(self):
-        model = timm.create_model(ARCH, label_names=ANIMALS)
-        assert get_label_names(model) == list(ANIMALS)
-
     def test_a_checkpoint_that_does_not_name_its_classes_gives_a_fresh_head(self, saved, said):
         overlay = {**saved(ConvMixer(96, 8, 5, 1, num_classes=3)), "num_classes": 3}
         timm.create_model(

@@ -319,8 +319,6 @@ def test_two_processes_do_not_train_in_one_folder(cifar_sample, tmp_path):
     message = "run: another process trains in it; wait for that, or name another --output"
     with lock_run(tmp_path / "run"), pytest.raises(TrainingError, match=message):
         run(SETTINGS, cifar_sample, tmp_path / "run")
-    with lock_run(tmp_path / "run"):
-        pass
 
 
 @pytest.mark.parametrize("skip_damaged", [False, True])
@@ -568,10 +566,6 @@ def test_a_finished_run_stays_as_it_is(finished_run, write_parquet, monkeypatch)
         ({"warmup_epochs": -1.0}, "warmup_epochs is -1.0: must be at least 0"),
         ({"held_out": -1}, "held_out is -1: must be at least 0"),
         ({"train_images": -1}, "train_images is -1: must be at least 0"),
-        (
-            {"covariance_init": True, "pretrained": True},
-            "covariance_init is True: must be False for pretrained weights",
-        ),
         ({"flip": "never"}, "flip is never: must be alternating or random"),
         ({"seed": -1}, "seed is -1: must be from 0 to 2147483647"),
     ],
