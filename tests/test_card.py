@@ -25,7 +25,7 @@ from convmixer_hub.release.publish import list_uploads
 from convmixer_hub.training.finetune import FINETUNE_OPTIONS, choose_settings
 from convmixer_hub.training.settings import RECIPE, TrainingSettings
 
-from .conftest import ARCH, convmixer
+from .conftest import ARCH
 from .test_evaluate import calibration_error
 
 SETTINGS = TrainingSettings(
@@ -162,12 +162,6 @@ def test_the_card_of_a_fine_tuned_model_serves_others(run, cifar_sample):
         assert (data.base_model, data.license) == (base, "cc-by-4.0")
     [card] = [u for u in list_uploads(str(run), "me/birds") if u.path_in_repo == "README.md"]
     assert b'timm.create_model("hf-hub:me/birds", pretrained=True)' in card.path_or_fileobj
-
-
-def test_the_license_is_an_option(run, cifar_sample):
-    result = convmixer("card", run, "--data", cifar_sample, "--license", "cc-by-4.0")
-    assert result.exit_code == 0
-    assert ModelCard.load(run / "README.md").data.license == "cc-by-4.0"
 
 
 def test_other_images_of_these_classes_are_not_called_cifar10(run, cifar_sample, monkeypatch):

@@ -82,7 +82,7 @@ def test_each_layer_is_initialized_on_its_own():
 
 
 @pytest.mark.parametrize(
-    ("sizes", "message"),
+    ("options", "message"),
     [
         ({"kernel_size": 4}, "kernel_size is 4: an even kernel has no center, give an odd one"),
         ({"kernel_size": 0}, "kernel_size is 0: give a whole number of at least 1"),
@@ -91,11 +91,14 @@ def test_each_layer_is_initialized_on_its_own():
         ({"n_layers": 0}, "n_layers is 0: give a whole number of at least 1"),
         ({"in_chans": 0}, "in_channels is 0: give a whole number of at least 1"),
         ({"num_classes": -1}, "n_classes is -1: give 0 \\(no head\\) or more"),
+        ({"act_layer": "swish"}, "act_layer is 'swish': give gelu or relu, or a c"),
+        ({"drop_path_rate": -0.1}, "^drop_path_rate is -0.1: give at least 0, less than 1$"),
+        ({"drop_path_rate": 1}, "^drop_path_rate is 1: give at least 0, less than 1$"),
     ],
 )
-def test_impossible_sizes_are_refused(sizes, message):
+def test_what_cannot_be_is_refused(options, message):
     with pytest.raises(ModelSizeError, match=message):
-        ConvMixer(**{"d_model": 8, "n_layers": 1, "kernel_size": 3, "patch_size": 2, **sizes})
+        ConvMixer(**{"d_model": 8, "n_layers": 1, "kernel_size": 3, "patch_size": 2, **options})
 
 
 @pytest.mark.parametrize(("shape", "side"), [((3, 8), "lower"), ((8, 3), "narrower")])

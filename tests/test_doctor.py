@@ -40,17 +40,10 @@ def test_pull_fills_the_cache_although_there_is_an_embedded_copy(hub, monkeypatc
     assert [request.method for request in hub.requests] == PULL
 
 
-@pytest.mark.parametrize(
-    ("arguments", "status", "message"),
-    [
-        ([NAME, "convmixer_cifr"], 1, "Error: no trained weights are named 'convmixer_cifr'; did"),
-        ([], 2, "Missing argument 'NAME...'"),
-    ],
-)
-def test_pull_of_anything_else_downloads_nothing(hub, arguments, status, message):
-    result = convmixer("pull", *arguments)
-    assert result.exit_code == status
-    assert message in result.output
+def test_pull_of_anything_else_downloads_nothing(hub):
+    result = convmixer("pull", NAME, "convmixer_cifr")
+    assert result.exit_code == 1
+    assert "Error: no trained weights are named 'convmixer_cifr'; did" in result.output
     assert hub.requests == []
 
 

@@ -133,7 +133,8 @@ def test_evaluation_sees_the_whole_image_normalized():
     image = Image.open(IMAGES / "cat.png")
     expected = (torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255 - 0.5) / 0.25
     torch.testing.assert_close(eval_transform(CONFIG)(image), expected)
-    assert eval_transform(CONFIG)(image.resize((70, 50))).shape == (3, 32, 32)
+    for size in ((1, 1), (20, 300), (640, 480)):
+        assert eval_transform(CONFIG)(image.resize(size)).shape == (3, 32, 32)
 
 
 @pytest.mark.parametrize("size", [(1, 2_000_000), (2_000_000, 1)])

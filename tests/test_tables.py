@@ -16,7 +16,7 @@ from pyarrow import parquet
 from convmixer_hub import DataError
 from convmixer_hub.data.reader import open_dataset
 
-from .conftest import CHECKOUT, IMAGES, convmixer
+from .conftest import CHECKOUT, IMAGES, NAME, convmixer
 from .hub_server import HubServer
 from .test_reader import count_images, write_tree
 
@@ -408,10 +408,11 @@ def test_a_data_set_of_the_hub_is_measured_by_its_id(tmp_path):
     assert result.stdout.splitlines() == list(OF_THE_HUB.values())
 
 
-def test_what_is_left_out_is_said_by_a_command(tmp_path):
-    write_tree(tmp_path, "test/cat/1.png", "test/dog/1.png", ("test/cat/1.txt", b"x"))
-    result = convmixer("evaluate", "--data", tmp_path, "--workers", 0)
-    assert result.stderr == (
-        "left out: 1 × files that are not images (.txt), the first is test/cat/1.txt\n"
-    )
-    assert result.stdout.endswith("% (1 of 2 test images in 2 classes correct)\n")
+@pytest.mark.parametrize(("folder", "split"), [("test", "test"), ("val", "validation")])
+def test_evaluate_names_the_split_and_what_is_left_out(folder, split, tmp_path):
+    write_tree(tmp_path / folder, "cat/1.png", "dog/1.png", ("cat/1.txt", b"x"))
+    result = convmixer("evaluate", NAME, "--data", tmp_path, "--workers", 0)
+    message = f"left out: 1 × files that are not images (.txt), the first is {folder}/cat/1.txt\n"
+    assert result.stderr == message
+    correct = f"1 of 2 {split} images in 2 classes correct"
+    assert result.stdout == f"{NAME}: top-1 50.00 % ({correct})\n"
