@@ -37,12 +37,12 @@ def page(port, tmp_path, monkeypatch):
     with (tmp_path / "log").open("w") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log)
     try:
-        for _ in range(600):
-            assert process.poll() is None, (tmp_path / "log").read_text()
-            with socket.socket() as client:
-                if client.connect_ex(("127.0.0.1", port)) == 0:
-                    break
-            time.sleep(0.1)
+        deadline = time.monotonic() + 60
+        with socket.socket() as client:
+            while client.connect_ex(("127.0.0.1", port)):
+                running = process.poll() is None and time.monotonic() < deadline
+                assert running, (tmp_path / "log").read_text()
+                time.sleep(0.1)
         with sync_api.sync_playwright() as playwright:
             options = ["--no-sandbox", "--no-proxy-server"]
             browser = playwright.chromium.launch(executable_path=BROWSER, args=options)

@@ -94,10 +94,10 @@ def small_file(hub, monkeypatch):
     ("arrange", "subject", "result"),
     [
         (embedded, NAME, "embedded: its SHA-256 is the recorded one"),
-        (embedded_without_network, "endpoint", "http://127.0.0.1:1 does not answer ("),
+        (embedded_without_network, "endpoint", r"http://127.0.0.1:1 does not answer \("),
         (cached_and_offline, NAME, "cache: its SHA-256 is the recorded one"),
         (cached_and_offline, "offline", "HF_HUB_OFFLINE is set"),
-        (cached_and_offline, "endpoint", "http://127.0.0.1:"),
+        (cached_and_offline, "endpoint", "http://.* is not asked, because HF_HUB_OFFLINE is set$"),
         (small_file, NAME, "hub: to be downloaded, 2.6 MB; its SHA-256 is checked then"),
     ],
 )
@@ -105,7 +105,7 @@ def test_doctor_finds_what_is_healthy(hub, monkeypatch, arrange, subject, result
     arrange(hub, monkeypatch)
     status, found, verdict = doctor(NAME)
     assert (status, verdict) == (0, "healthy")
-    assert found[subject].startswith(result)
+    assert re.match(result, found[subject])
 
 
 @pytest.mark.parametrize("needed", [True, False])

@@ -5,6 +5,7 @@ import math
 import multiprocessing
 import os
 import random
+import re
 import resource
 import shutil
 import signal
@@ -72,7 +73,7 @@ def test_a_run_folder_tells_everything(first_run):
     }
     config = json.loads((first_run / "config.json").read_text())
     assert config["training"] == asdict(SETTINGS)
-    assert "CPU cores" in config["machine"] or "×" in config["machine"]
+    assert re.fullmatch(r"(1 × .+|\d+ CPU cores \(.+\)), fp32", config["machine"])
     rows = read_metrics(first_run)
     assert [(row["epoch"], row["crop_size"]) for row in rows] == [("1", "16"), ("2", "32")]
     assert all(0 <= float(row["held_out_top1"]) <= 100 for row in rows)
@@ -517,8 +518,9 @@ def test_a_folder_that_cannot_be_made_is_named_at_once(cifar_sample, tmp_path):
 
 
 def test_leftovers_of_a_process_killed_in_its_first_save_are_no_hindrance(cifar_sample, tmp_path):
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / ".training_state.pt.tmp").write_bytes(b"half of it")
+    left = tmp_path / "run" / ".saving-abcdefgh"
+    left.mkdir(parents=True)
+    (left / "training_state.pt").write_bytes(b"half of it")
     run(replace(SETTINGS, epochs=1), cifar_sample, tmp_path / "run")
 
 

@@ -232,7 +232,7 @@ def test_another_pooling_is_saved_too(tmp_path, batch):
 def test_two_processes_may_save_into_one_folder(tmp_path, monkeypatch):
     def save_between(model, *arguments, **options):
         save_for_hf(model, *arguments, **options)
-        monkeypatch.undo()
+        monkeypatch.setattr(files, "save_for_hf", save_for_hf)
         save_model(model, tmp_path, {})
 
     save_for_hf = files.save_for_hf
