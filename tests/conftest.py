@@ -6,13 +6,14 @@ import ctypes
 import io
 import json
 import os
-import shutil
+import resource
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TypeVar
@@ -129,18 +130,12 @@ def encode(image: Image.Image, format: str = "PNG", **options) -> bytes:
 def cifar_sample(tmp_path_factory) -> Path:
     """A dataset of the ten shipped images: four times over for training, once for testing.
 
-    The datasets library reads it once for all tests; one that changes it takes `own_cifar_sample`.
+    The datasets library reads it once for all tests, so it stays as it is.
     """
     images = [(IMAGES / f"{name}.png").read_bytes() for name in CIFAR10.classes]
     folder = tmp_path_factory.mktemp("sample") / "data"
     write_split(folder, "train", images * 4, list(range(10)) * 4)
     return write_split(folder, "test", images, list(range(10)))
-
-
-@pytest.fixture
-def own_cifar_sample(cifar_sample, tmp_path) -> Path:
-    """A copy of `cifar_sample`."""
-    return shutil.copytree(cifar_sample, tmp_path / "data")
 
 
 @pytest.fixture
@@ -176,6 +171,17 @@ def as_ordinary_user(function: Callable[[], T]) -> T:
 
     with ThreadPoolExecutor(1) as thread:
         return thread.submit(call).result()
+
+
+@contextmanager
+def limited(what: int, amount: int) -> Iterator[None]:
+    """Let this process have no more than so much of a resource, such as `RLIMIT_AS`."""
+    soft, hard = resource.getrlimit(what)
+    resource.setrlimit(what, (amount, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(what, (soft, hard))
 
 
 def use_endpoint(monkeypatch: pytest.MonkeyPatch, url: str) -> None:

@@ -108,20 +108,12 @@ def headers(**changes: str | None) -> Fault:
 
 def other_body(change: Callable[[bytes], bytes]) -> Fault:
     """Send other bytes, in good order."""
-
-    def fault(answer: Answer) -> None:
-        answer.body = change(answer.body)
-
-    return fault
+    return lambda answer: setattr(answer, "body", change(answer.body))
 
 
 def cut(after: int) -> Fault:
     """End the connection after so many bytes of the body."""
-
-    def fault(answer: Answer) -> None:
-        answer.cut_after = after
-
-    return fault
+    return lambda answer: setattr(answer, "cut_after", after)
 
 
 def drip(pieces: int, before_piece: Callable[[], object]) -> Fault:

@@ -1,6 +1,7 @@
 import json
 import re
 import shlex
+import shutil
 import sys
 from dataclasses import asdict, fields, replace
 from datetime import date
@@ -29,12 +30,7 @@ from .conftest import ARCH
 from .test_evaluate import calibration_error
 
 SETTINGS = TrainingSettings(
-    ARCH,
-    epochs=3,
-    learning_rate=0.004,
-    held_out=7,
-    late_augmentation=True,
-    seed=5,
+    ARCH, epochs=3, learning_rate=0.004, held_out=7, late_augmentation=True, seed=5
 )
 METRICS = """epoch,train_loss,train_top1,seconds,held_out_top1
 1,2.1,20.5,1800.0,21.25
@@ -171,10 +167,11 @@ def test_other_images_of_these_classes_are_not_called_cifar10(run, cifar_sample,
     assert "CIFAR" not in card.read_text() and propose_record(card) == ""
 
 
-def test_validation_images_are_called_so(run, own_cifar_sample):
-    [test] = (own_cifar_sample / "plain_text").glob("test-*")
+def test_validation_images_are_called_so(run, cifar_sample, tmp_path):
+    data = shutil.copytree(cifar_sample, tmp_path / "data")
+    [test] = (data / "plain_text").glob("test-*")
     test.rename(test.with_name("validation-00000-of-00001.parquet"))
-    card = write_card(run, own_cifar_sample)
+    card = write_card(run, data)
     text = card.read_text()
     assert "of the 10 validation images" in text and "the 10 test images" not in text
     assert ModelCard.load(card).data.eval_results[0].dataset_split == "validation"

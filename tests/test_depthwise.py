@@ -15,6 +15,19 @@ def result_and_gradients(conv, x):
     return y, *torch.autograd.grad(y, [x, conv.weight, conv.bias], direction)
 
 
+def make_pair(channels, kernel_size, fast):
+    """Our convolution, and the plain one with the same weights."""
+    conv = DepthWiseConv2d(channels, kernel_size)
+    conv.fast_weight_gradient = fast
+    assert load_passes()
+
+    def plain(x):
+        return F.conv2d(x, conv.weight, conv.bias, padding="same", groups=channels)
+
+    plain.weight, plain.bias = conv.weight, conv.bias
+    return conv, plain
+
+
 SHAPES = [(1, 4, 5, 5), (3, 8, 16, 16), (2, 5, 12, 7), (2, 3, 1, 2)]
 SHAPES_FOR_FAST = [(1, 16, 5, 5), (3, 48, 16, 16), (2, 16, 12, 7), (2, 32, 1, 2)]
 
@@ -26,15 +39,8 @@ SHAPES_FOR_FAST = [(1, 16, 5, 5), (3, 48, 16, 16), (2, 16, 12, 7), (2, 32, 1, 2)
     + [(kernel_size, shape, True) for kernel_size in (3, 5, 7, 9) for shape in SHAPES_FOR_FAST],
 )
 def test_gradients_are_those_of_the_plain_convolution(kernel_size, shape, fast, memory_format):
-    conv = DepthWiseConv2d(shape[1], kernel_size)
-    conv.fast_weight_gradient = fast
-    assert load_passes()
+    conv, plain = make_pair(shape[1], kernel_size, fast)
     x = torch.randn(shape).contiguous(memory_format=memory_format)
-
-    def plain(x):
-        return F.conv2d(x, conv.weight, conv.bias, padding="same", groups=shape[1])
-
-    plain.weight, plain.bias = conv.weight, conv.bias
     found = result_and_gradients(conv, x)
     assert found[0].grad_fn.name() == "_DepthWiseConvFunctionBackward"
     torch.testing.assert_close(found, result_and_gradients(plain, x), atol=2e-5, rtol=2e-5)
@@ -44,15 +50,8 @@ def test_gradients_are_those_of_the_plain_convolution(kernel_size, shape, fast, 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("kernel_size", [3, 5, 7, 9])
 def test_under_autocast_it_is_as_exact_as_the_plain_convolution(kernel_size, memory_format, fast):
-    conv = DepthWiseConv2d(16, kernel_size)
-    conv.fast_weight_gradient = fast
-    assert load_passes()
+    conv, plain = make_pair(16, kernel_size, fast)
     x = torch.randn(16, 16, 12, 12).contiguous(memory_format=memory_format)
-
-    def plain(x):
-        return F.conv2d(x, conv.weight, conv.bias, padding="same", groups=16)
-
-    plain.weight, plain.bias = conv.weight, conv.bias
     exact = result_and_gradients(plain, x)
     with torch.autocast("cpu", torch.bfloat16):
         assert conv(x).grad_fn.name() == "_DepthWiseConvFunctionBackward"

@@ -31,6 +31,7 @@ from .conftest import (
     REVISION,
     as_ordinary_user,
     forbid_sockets,
+    limited,
     no_network,
     offline,
 )
@@ -165,10 +166,7 @@ FAULTS = {
         ordered(error(500), "GET", times=1),
         r"cannot be read \(HTTP 500 Internal Server Error\); try again later, or ",
     ),
-    "redirect to another path": (
-        rename,
-        THE_WEIGHTS,
-    ),
+    "redirect to another path": (rename, THE_WEIGHTS),
     "redirect in a circle": (
         ordered(redirect(FILE)),
         r"cannot be read \(Exceeded \d+ redirects .*\); check the network and HF_ENDPOINT, or ",
@@ -450,15 +448,9 @@ def test_a_token_that_cannot_be_read_is_one_line(make, reason, hub, tmp_path):
 
 
 def test_a_full_disk_is_one_line(hub):
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, hard))
-    try:
-        with pytest.raises(
-            CheckpointError, match=r"the Hub's cache cannot be used \(.*File too large\); make room"
-        ):
-            find_checkpoint(NAME)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    message = r"the Hub's cache cannot be used \(.*File too large\); make room"
+    with limited(resource.RLIMIT_FSIZE, 1_000_000), pytest.raises(CheckpointError, match=message):
+        find_checkpoint(NAME)
     assert list(Path(constants.HF_HUB_CACHE).iterdir()) == []
     assert find_checkpoint(NAME).read_bytes() == WEIGHTS
 

@@ -24,16 +24,11 @@ from .test_convmixer import randomise_norms
 MIXED = cycle([nn.GELU, nn.SiLU])
 
 
-@pytest.fixture
-def make_model():
+def make_model(arch=ARCH, **options):
     """Make a model whose BatchNorms show whether they are used, and where."""
-
-    def make(arch=ARCH, **options):
-        model = timm.create_model(arch, **options)
-        randomise_norms(model)
-        return model.eval()
-
-    return make
+    model = timm.create_model(arch, **options)
+    randomise_norms(model)
+    return model.eval()
 
 
 def assert_same(model, prepared, x):
@@ -60,7 +55,7 @@ def uses_onednn(prepared):
 
 @pytest.mark.parametrize("arch", VARIANTS)
 @pytest.mark.parametrize("count", [1, 3, 20])
-def test_logits_are_those_of_the_model(make_model, prepare, arch, count):
+def test_logits_are_those_of_the_model(prepare, arch, count):
     model = make_model(arch)
     prepared = prepare(model)
     assert_same(model, prepared, torch.randn(count, 3, 32, 32))
@@ -69,7 +64,7 @@ def test_logits_are_those_of_the_model(make_model, prepare, arch, count):
 
 
 @pytest.mark.parametrize("size", [(2, 2), (7, 50), (33, 31), (64, 64)])
-def test_images_of_any_size(make_model, prepare, size):
+def test_images_of_any_size(prepare, size):
     model = make_model("convmixer_cifar")
     prepared = prepare(model)
     for count in (4, 1):
@@ -91,7 +86,7 @@ def test_images_of_any_size(make_model, prepare, size):
     ],
     ids=str,
 )
-def test_other_models(make_model, prepare, options):
+def test_other_models(prepare, options):
     model = make_model(**options)
     x = torch.randn(5, options.get("in_chans", 3), 32, 32)
     assert_same(model, prepare(model), x)
@@ -110,9 +105,7 @@ def test_what_cpp_has_no_layers_for(d_model, kernel_size, is_fast):
     assert uses_onednn(prepared) != is_fast
 
 
-def test_without_onednn_and_elsewhere_ordinary_operations_do(
-    make_model, prepare, batch, monkeypatch
-):
+def test_without_onednn_and_elsewhere_ordinary_operations_do(prepare, batch, monkeypatch):
     model = make_model()
     prepared = prepare(model)
     monkeypatch.setattr(inference._Convolution, "compute_fused", None)
@@ -131,14 +124,14 @@ def test_without_onednn_and_elsewhere_ordinary_operations_do(
     torch.testing.assert_close(tangent.sum(), x.grad.sum(), atol=1e-2, rtol=1e-3)
 
 
-def test_features_are_those_of_the_model(make_model, prepare, batch):
+def test_features_are_those_of_the_model(prepare, batch):
     model = make_model()
     with torch.no_grad():
         found, expected = prepare(model).forward_features(batch), model.forward_features(batch)
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
 
 
-def test_the_model_stays_as_it_is_and_the_other_as_it_was(make_model, batch):
+def test_the_model_stays_as_it_is_and_the_other_as_it_was(batch):
     model = make_model()
     before = copy.deepcopy(model)
     prepared = prepare_for_inference(model)
@@ -149,7 +142,7 @@ def test_the_model_stays_as_it_is_and_the_other_as_it_was(make_model, batch):
     assert model.train().training
 
 
-def test_it_is_copied_saved_traced_and_exported(make_model, prepare, batch):
+def test_it_is_copied_saved_traced_and_exported(prepare, batch):
     prepared = prepare(make_model())
     expected = prepared(batch)
     assert torch.equal(copy.deepcopy(prepared)(batch), expected)
@@ -166,7 +159,7 @@ def test_it_is_copied_saved_traced_and_exported(make_model, prepare, batch):
         torch.testing.assert_close(program.module()(batch), expected, atol=1e-4, rtol=1e-4)
 
 
-def test_another_type_and_back(make_model, prepare, batch):
+def test_another_type_and_back(prepare, batch):
     prepared = prepare(make_model())
     before = prepared(batch)
     found = prepared.bfloat16().float()(batch)
@@ -192,7 +185,7 @@ def test_predict_takes_it():
         assert [p.label for p in one] == [p.label for p in other]
 
 
-def test_what_cannot_be_is_refused(make_model):
+def test_what_cannot_be_is_refused():
     model = make_model()
     prepared = prepare_for_inference(model)
     with pytest.raises(ModelSizeError, match="prepared for inference cannot be trained: train the"):
@@ -205,9 +198,7 @@ def test_what_cannot_be_is_refused(make_model):
         timm.create_model(ARCH, features_only=True),
         prepared,
     ):
-        with pytest.raises(
-            ModelSizeError, match=f"a {type(other).__name__} cannot be prepared for"
-        ):
+        with pytest.raises(ModelSizeError, match=f"a {type(other).__name__} cannot be prepared"):
             prepare_for_inference(other)
     model.conv_mixer_layers[0].norm1 = nn.GroupNorm(4, 96)
     with pytest.raises(ModelSizeError, match="layers.0.norm1 is GroupNorm.*, which is not as in"):

@@ -2,7 +2,6 @@
 
 import json
 import resource
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -15,20 +14,13 @@ from convmixer_hub import CheckpointError
 from convmixer_hub.checkpoints.files import save_model
 from convmixer_hub.load import load_trained
 
-from .conftest import ARCH
+from .conftest import ARCH, limited
 
 
-@contextmanager
 def little_memory():
     """Let this process have 512 MiB more than now: what it then asks for in vain is an error."""
     pages = int(Path("/proc/self/statm").read_text().split()[0])
-    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
-    limit = pages * resource.getpagesize() + 512 * 2**20
-    resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+    return limited(resource.RLIMIT_AS, pages * resource.getpagesize() + 512 * 2**20)
 
 
 NUMBERS = st.sampled_from([0, 1, 7, 8, 2**16, 2**31, 2**32, 2**53, 2**63 - 1, 2**63, 2**64 - 1])

@@ -29,7 +29,8 @@ from convmixer_hub.training.images import choose_images, hold_out, load_images, 
 from convmixer_hub.training.run import train
 from convmixer_hub.training.settings import TrainingSettings
 
-from .conftest import ARCH, CHECKOUT, CONFIG, IMAGES, NAME, convmixer, weights_of
+from .conftest import ARCH, CHECKOUT, CONFIG, IMAGES, NAME, convmixer, limited, weights_of
+from .test_reader import write_tree
 
 SETTINGS = TrainingSettings(
     ARCH,
@@ -132,22 +133,23 @@ def test_a_run_from_a_repository_keeps_its_owner(cifar_sample, tmp_path, hub):
 
 
 @pytest.fixture
-def stop_after(monkeypatch):
-    """Let the next run be stopped when it has saved its state so many times."""
+def run_until(monkeypatch):
+    """Begin a run, and stop it when it has saved its state so many times."""
 
-    def stop(saves: int) -> None:
+    def begin(saves: int, *arguments) -> None:
         save_state = run_module.save_state
         count = iter(range(saves - 1))
 
-        def save_and_stop(*arguments):
-            save_state(*arguments)
+        def save_and_stop(folder, state):
+            save_state(folder, state)
             if next(count, None) is None:
-                monkeypatch.setattr(run_module, "save_state", save_state)
                 raise KeyboardInterrupt
 
-        monkeypatch.setattr(run_module, "save_state", save_and_stop)
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(run_module, "save_state", save_and_stop)
+            run(*arguments)
 
-    return stop
+    return begin
 
 
 def read_metrics(folder):
@@ -169,7 +171,7 @@ def read_metrics(folder):
     ids=["defaults", "bf16", "ema and adamw", "all augmentations", "as in fine-tuning", "others"],
 )
 def test_a_run_stopped_at_every_save_goes_on_as_if_nothing_had_happened(
-    cifar_sample, tmp_path, monkeypatch, stop_after, change
+    cifar_sample, tmp_path, monkeypatch, run_until, change
 ):
     settings = replace(SETTINGS, **change)
     whole = run(settings, cifar_sample, tmp_path / "whole")
@@ -177,9 +179,7 @@ def test_a_run_stopped_at_every_save_goes_on_as_if_nothing_had_happened(
     state_file = tmp_path / "parts" / "training_state.pt"
     # An epoch saves after each of its three steps and at its end; a run resumed there saves first.
     for saves, place in [(1, (0, 1)), (3, (1, 0)), (2, (1, 1))]:
-        stop_after(saves)
-        with pytest.raises(KeyboardInterrupt):
-            run(settings, cifar_sample, tmp_path / "parts")
+        run_until(saves, settings, cifar_sample, tmp_path / "parts")
         state = torch.load(state_file, weights_only=True)
         assert (state["epoch"], state["step"]) == place
     parts = run(settings, cifar_sample, tmp_path / "parts")
@@ -188,12 +188,10 @@ def test_a_run_stopped_at_every_save_goes_on_as_if_nothing_had_happened(
 
 
 def test_a_run_goes_on_here_that_began_on_a_gpu(
-    first_run, cifar_sample, tmp_path, monkeypatch, stop_after
+    first_run, cifar_sample, tmp_path, monkeypatch, run_until
 ):
     monkeypatch.setattr(run_module, "SECONDS_BETWEEN_SAVES", math.inf)
-    stop_after(1)
-    with pytest.raises(KeyboardInterrupt):
-        run(SETTINGS, cifar_sample, tmp_path / "parts")
+    run_until(1, SETTINGS, cifar_sample, tmp_path / "parts")
     state = torch.load(tmp_path / "parts" / "training_state.pt", weights_only=True)
     assert state["epoch"] == 1
     for group in state["optimizer"]["param_groups"]:  # as they are there
@@ -217,7 +215,7 @@ def test_batches_from_other_processes_are_the_same(cifar_sample):
 
 
 def test_a_run_keeps_the_precision_it_began_with(
-    cifar_sample, tmp_path, monkeypatch, stop_after, capsys
+    cifar_sample, tmp_path, monkeypatch, run_until, capsys
 ):
     def choose(dtype):
         monkeypatch.setattr(run_module, "choose_dtype", lambda *_: (dtype, "what is faster"))
@@ -225,12 +223,10 @@ def test_a_run_keeps_the_precision_it_began_with(
     settings = replace(SETTINGS, precision="auto", epochs=1)
     choose(torch.bfloat16)
     monkeypatch.setattr(run_module, "SECONDS_BETWEEN_SAVES", 0.0)
-    stop_after(1)
-    with pytest.raises(KeyboardInterrupt):
-        train(settings, open_dataset(cifar_sample), tmp_path / "run")
+    run_until(1, settings, cifar_sample, tmp_path / "run")
     assert "computes in what is faster" in capsys.readouterr().out
     choose(torch.float32)
-    train(settings, open_dataset(cifar_sample), tmp_path / "run")
+    run(settings, cifar_sample, tmp_path / "run")
     assert "computes in" not in capsys.readouterr().out
     assert json.loads((tmp_path / "run" / "config.json").read_text())["machine"].endswith(", bf16")
 
@@ -293,17 +289,14 @@ def test_crops_grow(cifar_sample):
     assert shapes == [(10, 3, side, side) for side in sides for _ in range(3)]
 
 
-LATE = {"late_augmentation": True, "cutmix": 0.5, "rand_augment": "rand-m9-n2"}
-
-
 def test_augmentation_and_whole_images_come_late(cifar_sample, tmp_path):
     settings = replace(SETTINGS, epochs=4, whole_share=0.5)
-    plain, late = (
-        run(replace(settings, **change), cifar_sample, tmp_path / name)
-        for name, change in [("plain", {}), ("late", {"random_erasing": 1.0, **LATE})]
-    )
-    assert [row["crop_size"] for row in read_metrics(late)] == ["16", "16", "16", "32"]
-    for epoch, (row, plain_row) in enumerate(zip(read_metrics(late), read_metrics(plain))):
+    change = {"random_erasing": 1.0, "cutmix": 0.5, "rand_augment": "rand-m9-n2"}
+    augmented = replace(settings, late_augmentation=True, **change)
+    plain = read_metrics(run(settings, cifar_sample, tmp_path / "plain"))
+    late = read_metrics(run(augmented, cifar_sample, tmp_path / "late"))
+    assert [row["crop_size"] for row in late] == ["16", "16", "16", "32"]
+    for epoch, (row, plain_row) in enumerate(zip(late, plain)):
         assert (row == plain_row) == (epoch < 2)
 
 
@@ -339,19 +332,11 @@ def test_a_damaged_held_out_image_is_noticed_at_once(
             run(SETTINGS, data, tmp_path / "run")
 
 
-def test_a_full_disk_loses_nothing(first_run, cifar_sample, tmp_path, stop_after):
-    stop_after(1)
-    with pytest.raises(KeyboardInterrupt):
+def test_a_full_disk_loses_nothing(first_run, cifar_sample, tmp_path, run_until):
+    run_until(1, SETTINGS, cifar_sample, tmp_path / "parts")
+    message = r"parts: cannot be written \(.+\); it keeps what was saved before, so free .+$"
+    with limited(resource.RLIMIT_FSIZE, 100_000), pytest.raises(TrainingError, match=message):
         run(SETTINGS, cifar_sample, tmp_path / "parts")
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
-    try:
-        message = r"parts: cannot be written \(.+\); it keeps what was saved before, so free some"
-        with pytest.raises(TrainingError, match=message) as refused:
-            run(SETTINGS, cifar_sample, tmp_path / "parts")
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert "\n" not in str(refused.value)
     parts = run(SETTINGS, cifar_sample, tmp_path / "parts")
     torch.testing.assert_close(weights_of(parts), weights_of(first_run), atol=0, rtol=0)
 
@@ -619,10 +604,7 @@ def test_first_kernels_that_are_drawn_by_depth_are_narrow(cifar_sample, tmp_path
 @pytest.mark.parametrize("above", ["", "archive"])
 @pytest.mark.parametrize("place", ["run", "cat/run"])
 def test_a_run_among_class_folders_is_refused(tmp_path, place, above):
-    for name in ("cat", "dog"):
-        (tmp_path / above / name).mkdir(parents=True)
-        for i in range(6):
-            shutil.copy(IMAGES / f"{name}.png", tmp_path / above / name / f"{i}.png")
+    write_tree(tmp_path / above, *(f"{name}/{i}.png" for name in ("cat", "dog") for i in range(6)))
     with pytest.raises(TrainingError, match=f"{place}: lies among the class folders in .*; name"):
         run(SETTINGS, tmp_path, tmp_path / place)
     assert not (tmp_path / place).exists()

@@ -1,9 +1,7 @@
 """What the datasets library reads: parquet files, metadata files, repositories of the Hub."""
 
 import io
-import os
 import shutil
-import subprocess
 import sys
 from types import ModuleType
 
@@ -18,10 +16,8 @@ from convmixer_hub.data.reader import open_dataset
 
 from .conftest import CHECKOUT, IMAGES, NAME, convmixer
 from .hub_server import HubServer
-from .test_reader import count_images, write_tree
+from .test_reader import CAT, DOG, count_images, write_tree
 
-CAT = (IMAGES / "cat.png").read_bytes()
-DOG = (IMAGES / "dog.png").read_bytes()
 PAIR = {"cat": 1, "dog": 1}
 INT = datasets.Value("int64")
 NAMED = datasets.ClassLabel(names=["cat", "dog"])
@@ -211,10 +207,7 @@ REFUSED = {
         {"a.parquet": make_bare(image=STRUCT, label=[[0, 1], [1]])},
         r": its column 'label' holds List\(.*\), not names or numbers of classes; name anot",
     ),
-    "no rows": (
-        {"train.parquet": make_table([])},
-        ": cannot be read as a dataset .*; check",
-    ),
+    "no rows": ({"train.parquet": make_table([])}, ": cannot be read as a dataset .*; check"),
     "no labels": (
         {"train.parquet": make_table([-1, -1])},
         ": its images have no labels; give a dataset that has them",
@@ -366,11 +359,12 @@ OF_THE_HUB = {
         "convmixer_cifar: top-1 50.00 % (1 of 2 test images in 2 classes correct)"
     ),
 }
-EVALUATE_EACH = """
+EVALUATE_EACH = f"""
 import sys
 from convmixer_hub.cli.main import main
 
-for options in sys.argv[1:]:
+sys.stderr = sys.stdout
+for options in {list(OF_THE_HUB)}:
     try:
         main(["evaluate", *options.split()])
     except SystemExit:
@@ -379,7 +373,7 @@ for options in sys.argv[1:]:
 
 
 @pytest.mark.slow
-def test_a_data_set_of_the_hub_is_measured_by_its_id(tmp_path):
+def test_a_data_set_of_the_hub_is_measured_by_its_id(run_python):
     several = {"a/train.parquet": TABLE, "b/train.parquet": TABLE}
     several["README.md"] = (
         b"---\nconfigs:\n- config_name: a\n  data_files: a/*\n- config_name: b\n"
@@ -392,20 +386,9 @@ def test_a_data_set_of_the_hub_is_measured_by_its_id(tmp_path):
             "datasets/someone/several": {"main": several},
         }
         # The libraries read the address of the Hub when they are imported.
-        result = subprocess.run(
-            [sys.executable, "-u", "-c", EVALUATE_EACH, *OF_THE_HUB],
-            cwd=tmp_path,
-            env=os.environ
-            | {
-                "HF_ENDPOINT": server.url,
-                "HF_HOME": str(tmp_path / "hf"),
-                "PYTHONPATH": str(CHECKOUT),
-            },
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-    assert result.stdout.splitlines() == list(OF_THE_HUB.values())
+        environment = {"HF_ENDPOINT": server.url, "PYTHONPATH": str(CHECKOUT)}
+        printed = run_python(EVALUATE_EACH, HF_HUB_OFFLINE="0", **environment)
+    assert printed.splitlines() == list(OF_THE_HUB.values())
 
 
 @pytest.mark.parametrize(("folder", "split"), [("test", "test"), ("val", "validation")])

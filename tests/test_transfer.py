@@ -11,16 +11,13 @@ from convmixer_hub.data.reader import open_dataset
 from convmixer_hub.training.finetune import choose_settings
 
 from .conftest import convmixer
-from .test_finetune import ANIMALS, MACHINES, write_class
+from .test_finetune import write_photos
 
 
 @pytest.fixture
 def photos(tmp_path):
     """Two class folders for training, and two with the same images for testing."""
-    for split in ("train", "test"):
-        write_class(tmp_path / "photos" / split / "animal", ANIMALS)
-        write_class(tmp_path / "photos" / split / "machine", MACHINES)
-    return tmp_path / "photos"
+    return write_photos(tmp_path / "photos", "train", "test")
 
 
 def compare(data, *options: str) -> list[list[str]]:
@@ -35,21 +32,16 @@ def test_fine_tuning_is_compared_on_the_same_images_and_steps(photos, monkeypatc
     train = transfer_module.train
 
     def train_and_look(settings, dataset, output, **options):
-        runs.append(
-            (
-                settings,
-                [image.tobytes() for image, _ in map(dataset.get("train").__getitem__, range(10))],
-            )
-        )
+        images = dataset.get("train")
+        runs.append((settings, [images[i][0].tobytes() for i in range(10)]))
         assert list(dataset.splits) == ["train"]
         return train(settings, dataset, output, **options)
 
     monkeypatch.setattr(transfer_module, "train", train_and_look)
     monkeypatch.setattr(transfer_module, "choose_settings", partial(choose_settings, epochs=1))
     *_, title, _, row, mean = compare(photos, "--images-per-class", "5", "--seeds", "1")
-    assert title[0].startswith(
-        "convmixer_cifar, 5 images per class, top-1 on the test images (%), "
-    )
+    start = "convmixer_cifar, 5 images per class, top-1 on the test images (%), "
+    assert title[0].startswith(start)
     assert row == ["0", *mean[1:]]
     assert all(0 <= float(top1) <= 100 for top1 in row[1:3])
     (tuned, images), (fresh, same_images) = runs
