@@ -55,7 +55,5 @@ def test_what_is_finished_is_shown_when_a_run_fails(cifar_sample, tmp_path, monk
 
 
 def test_runs_without_held_out_images_cannot_be_compared(cifar_sample, tmp_path):
-    with pytest.raises(
-        TrainingError, match="held_out is 0: must be at least 1, for the runs to be"
-    ):
+    with pytest.raises(TrainingError, match="held_out is 0: must be at least 1, for the runs to"):
         next(compare_changes(ARCH, open_dataset(cifar_sample), tmp_path, epochs=1))

@@ -14,12 +14,6 @@ from convmixer_hub.model.cpu import speed_up_on_cpu
 from .conftest import ARCH, convmixer
 
 
-def copy_by_order(source, target):
-    """Give one model the weights of another with the same layers in the same order."""
-    tensors = list(source.state_dict().values())
-    target.load_state_dict(dict(zip(target.state_dict(), tensors, strict=True)))
-
-
 def bench(arguments: str) -> list[list[str]]:
     """Run `convmixer bench`; give the lines that it printed, as cells."""
     result = convmixer("bench", *arguments.split())
@@ -31,7 +25,8 @@ def bench(arguments: str) -> list[list[str]]:
 def test_all_variants_compute_the_same(make):
     ours = timm.create_model(ARCH)
     other = make(ours)
-    copy_by_order(ours, other)
+    # They have the same layers in the same order.
+    other.load_state_dict(dict(zip(other.state_dict(), ours.state_dict().values(), strict=True)))
     speed_up_on_cpu(ours)
     x = torch.randn(2, 3, 32, 32)
     torch.testing.assert_close(ours(x), other(x), atol=1e-4, rtol=1e-4)
@@ -101,15 +96,9 @@ def test_what_is_not_timed_in_bfloat16_is_named(monkeypatch):
     in_torch = ["timm", "timm-channels-last", "timm-compiled", "ours", "prepared"]
     _, header, *rows = bench(f"inference {ARCH} --batch-size 128 --batch-size 1 --bf16")
     assert header == ["batch", "variant", "images/s", "× timm", "difference"]
+    timed = list(enumerate(in_torch, 1))
+    left_out = [name for name in VARIANTS if name not in in_torch]
     assert rows == [
-        *[
-            [batch_size, name, f"{i}", f"{i}.00", "4e-03"]
-            for batch_size in ("128", "1")
-            for i, name in enumerate(in_torch, 1)
-        ],
-        *[
-            [f"left out: {name}, which is timed in float32 on a CPU alone"]
-            for name in VARIANTS
-            if name not in in_torch
-        ],
+        *([size, name, f"{i}", f"{i}.00", "4e-03"] for size in ("128", "1") for i, name in timed),
+        *([f"left out: {name}, which is timed in float32 on a CPU alone"] for name in left_out),
     ]

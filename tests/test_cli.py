@@ -171,10 +171,7 @@ def test_the_record_of_a_folder_with_the_name_of_a_model_is_printed(
 ):
     sample = replace(CIFAR10, test_images=10)
     monkeypatch.setattr("convmixer_hub.release.card.DATASETS", [sample])
-    folder = tmp_path / NAME
-    folder.mkdir()
-    for file in ("config.json", "model.safetensors"):
-        shutil.copy(CHECKOUT / "weights" / NAME / file, folder / file)
+    folder = shutil.copytree(CHECKOUT / "weights" / NAME, tmp_path / NAME)
     record = get_record(NAME)
     printed = convmixer("card", folder, "--data", cifar_sample).stdout
     assert f'CheckpointRecord(\n    name="{NAME}",\n    sha256="{record.sha256}",' in printed
@@ -342,12 +339,8 @@ def test_a_terminal_that_does_not_know_all_characters_is_no_hindrance(tmp_path):
     (described, predicted, answers), statuses = printed[::2], printed[1::2]
     assert statuses == ["0", "1", "0"]
     assert "8 layers × 256 channels" in described
-    assert [line.partition(": cat ")[0] for line in predicted.splitlines()] == [
-        "caf\\udcff.png",
-        "Kätzchen \\u718a.png",
-        "two\\nlines.png",
-        "100$ $cat$.png",
-    ]
+    shown = ["caf\\udcff.png", "Kätzchen \\u718a.png", "two\\nlines.png", "100$ $cat$.png"]
+    assert [line.partition(": cat ")[0] for line in predicted.splitlines()] == shown
     assert len(json.loads(answers)) == 4
     with Image.open(tmp_path / "seen.png") as figure:
         assert figure.format == "PNG"

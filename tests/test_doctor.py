@@ -164,11 +164,7 @@ def bad_namespace(hub, monkeypatch):
         (no_cache, "cache", "/dev/null/cache, .* GB free, not writable; name another with HF_HOME"),
         (full_disk, "cache", "/.*/cache, 0.0 GB free; make room, or name another with HF_HOME$"),
         (broken_cache, NAME, rf"{NAME}: the Hub's cache cannot be used \(.*Not a directory"),
-        (
-            bad_namespace,
-            NAME,
-            f"{NAME}: no repository is named 'a/b/{NAME}'; check CONVMIXER_HUB_N",
-        ),
+        (bad_namespace, NAME, f"{NAME}: no repository is named 'a/b/{NAME}'; check CONVMIXER_HU"),
         (lambda hub, _: hub.order(error(500)), NAME, r"hub: http://127.0.0.1:.* \(HTTP 500 "),
         (
             lambda hub, _: hub.order(other_body(lambda _: b"other")),

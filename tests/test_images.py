@@ -62,10 +62,7 @@ def test_negative_grey_is_refused(tmp_path, mode):
 def test_transparency_is_laid_over_white():
     red_and_nothing = Image.new("RGBA", (2, 1), (255, 0, 0, 255))
     red_and_nothing.putpixel((1, 0), (0, 0, 0, 0))
-    for image in (
-        red_and_nothing,
-        red_and_nothing.quantize(4),  # a palette with transparency
-    ):
+    for image in (red_and_nothing, red_and_nothing.quantize(4)):  # a palette with transparency
         pixels = np.asarray(open_image(encode(image)))[0].tolist()
         assert pixels == [[255, 0, 0], [255, 255, 255]]
 

@@ -70,17 +70,9 @@ def make_locuslab_short(h, d, k, p, n, act):
     )
 
 
-def make_ours(d_model, n_layers, kernel_size, patch_size, n_classes, act):
-    return ConvMixer(d_model, n_layers, kernel_size, patch_size, n_classes, act_layer=act)
-
-
-def make_timms(dim, depth, kernel_size, patch_size, n_classes, act):
-    return TimmConvMixer(dim, depth, kernel_size, patch_size, num_classes=n_classes, act_layer=act)
-
-
 MAKE = {
-    "ours": make_ours,
-    "timm": make_timms,
+    "ours": lambda d, n, k, p, c, act: ConvMixer(d, n, k, p, c, act_layer=act),
+    "timm": lambda d, n, k, p, c, act: TimmConvMixer(d, n, k, p, num_classes=c, act_layer=act),
     "locuslab": make_locuslab,
     "locuslab-short": make_locuslab_short,
 }
@@ -166,10 +158,7 @@ def test_an_averaged_model_loads(batch):
     [
         (lambda weights, other: weights, ""),
         (lambda weights, other: {"state_dict": weights, "epoch": 3}, "state_dict"),
-        (
-            lambda weights, other: {"state_dict": other, "state_dict_ema": weights},
-            "state_dict_ema",
-        ),
+        (lambda weights, other: {"state_dict": other, "state_dict_ema": weights}, "state_dict_ema"),
         (lambda weights, other: {"model": other, "model_ema": weights}, "model_ema"),
         (lambda weights, other: {"net": weights, "acc": 93.1}, "net"),
         (

@@ -284,10 +284,7 @@ def test_a_folder_that_cannot_be_read_whole_is_one_line(path, mode, writable, ru
 def test_a_token_that_cannot_be_read_is_one_line(writable, run, monkeypatch, tmp_path):
     monkeypatch.delenv("HF_TOKEN")
     (tmp_path / "token").mkdir()
-    with pytest.raises(
-        CheckpointError,
-        match=r"^your token cannot be read \(.*Is a directory: .*\); fix or remove ",
-    ):
+    with pytest.raises(CheckpointError, match=r"^your token cannot be read \(.*Is a directory: "):
         publish(run, TARGET)
 
 

@@ -90,9 +90,7 @@ FOLDERS = {
             "asl_test/asl_test/A_test.png",
         ],
         {"train": {"A": 1, "B": 1}},
-        [
-            "left out: 1 × images in no class folder, the first is asl_test/asl_test/A_test.png",
-        ],
+        ["left out: 1 × images in no class folder, the first is asl_test/asl_test/A_test.png"],
     ),
     "classes named like splits": (
         ["car/1.png", "toy train/1.png", "test tube/1.png", "train/1.png", "dev kit/1.png"],
