@@ -142,7 +142,10 @@ Tensor map_features(const Tensor& patches, const std::vector<Tensor>& parameters
   TORCH_CHECK(channels % PANEL == 0);
   Tensor x = at::empty({patches.size(0), channels, patches.size(2), patches.size(3)},
                        patches.options(), at::MemoryFormat::ChannelsLast);
-  Tensor y = at::empty_like(x);
+  // Kept, as the C library gives large blocks back to the kernel, which clears them every time.
+  thread_local std::vector<float> kept;
+  kept.resize(std::max<size_t>(kept.size(), x.numel()));
+  Tensor y = at::from_blob(kept.data(), x.sizes(), x.strides(), x.options());
   auto parameter = parameters.begin();
   auto next = [&](int64_t count) { return read(*parameter++, count * channels); };
   auto mix = [&](const Tensor& from, Tensor& to) {
