@@ -19,7 +19,7 @@ from .data.reader import ImageDataset, LabeledImages
 from .errors import DataError
 from .machine import find_device
 from .model.config import check_classifies, get_label_names
-from .model.inference import prepare_if_possible
+from .model.inference import WORTH_COMPILING, prepare_if_possible
 
 CALIBRATION_BINS = 15
 MIN_MISTAKES = 10  # fewer do not determine a temperature
@@ -105,7 +105,8 @@ def evaluate_on(
     """
     images = prepare_test_images(model, dataset)
     loader = DataLoader(images, batch_size, num_workers=workers)
-    return evaluate(prepare_if_possible(model.to(find_device()).eval()), loader)
+    model = model.to(find_device()).eval()
+    return evaluate(prepare_if_possible(model, cpp=len(images) >= WORTH_COMPILING), loader)
 
 
 @torch.inference_mode()

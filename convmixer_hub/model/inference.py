@@ -25,6 +25,7 @@ from .convmixer import ConvMixer, ConvMixerLayer, name_activation
 from .depthwise import FAST_KERNEL_SIZES, DepthWiseConv2d
 
 BYTES_IN_CACHE = 2**21  # of one feature map of a part of a batch
+WORTH_COMPILING = 5000  # images: for fewer, nobody should wait for a compiler
 PANEL = 32  # channels whose weights lie together in `inference.cpp`
 
 # What has to be there as it is in a `ConvMixer`.

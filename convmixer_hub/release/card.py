@@ -56,7 +56,7 @@ from ..machine import describe_machine
 from ..model.config import get_config, get_label_names
 from ..model.convmixer import ConvMixer
 from ..model.depthwise import DepthWiseConv2d
-from ..model.inference import prepare_if_possible
+from ..model.inference import WORTH_COMPILING, prepare_if_possible
 from ..training.finetune import FINETUNE_OPTIONS
 from ..training.folder import METRICS_FILE, read_metrics
 from ..training.settings import RECIPE, TrainingSettings
@@ -116,8 +116,9 @@ def write_card(
 
     # What needs no images comes first: its errors show before the minutes that a test takes.
     figures = _draw_weights(model) | ({"curve.png": draw_curve(metrics)} if metrics else {})
-    loader = DataLoader(prepare_test_images(model, dataset), batch_size=64)
-    logits, labels = collect_logits(prepare_if_possible(model.eval()), loader)
+    images = prepare_test_images(model, dataset)
+    network = prepare_if_possible(model.eval(), cpp=len(images) >= WORTH_COMPILING)
+    logits, labels = collect_logits(network, DataLoader(images, batch_size=64))
     probabilities = logits.softmax(dim=1)
     confusion = count_confusions(probabilities, labels)
     calibration = measure_calibration(probabilities, labels)

@@ -101,7 +101,7 @@ def verify(name: str) -> float:
     except OSError as error:
         raise CheckpointError(f"{file}: cannot be read ({first_line(error)}); {remedy}") from None
     golden = parse_golden(content, file, hash_file(source.file), remedy)
-    # As it is, and as `predict` and `evaluate` use it.
+    # As it is, and as `predict` uses it.
     networks = (model.eval(), prepare_if_possible(model))
     logits, also = (_compute_logits(network, torch.float32) for network in networks)
     if logits.shape != golden.shape:
