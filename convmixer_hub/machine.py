@@ -55,7 +55,7 @@ def refuse_torchrun() -> None:
     """
     if not dist.is_available() or not dist.is_torchelastic_launched():
         return
-    count = int(os.environ["WORLD_SIZE"])
+    count = int(os.environ.get("WORLD_SIZE") or 1)
     if count > 1:
         raise TrainingError(
             f"torchrun started {count} processes, but this trains in one, on one GPU; start it "

@@ -5,7 +5,8 @@ import timm
 import torch
 from PIL import Image
 
-from convmixer_hub import DataError
+from convmixer_hub import DataError, prepare_for_inference
+from convmixer_hub import evaluate as evaluate_module
 from convmixer_hub.data.images import eval_transform
 from convmixer_hub.data.reader import open_dataset
 from convmixer_hub.evaluate import (
@@ -20,6 +21,7 @@ from convmixer_hub.load import load_trained
 from convmixer_hub.model.config import get_config
 
 from .conftest import IMAGES
+from .test_inference import uses_cpp
 
 
 def test_top1_counts_every_image_once(cifar_sample):
@@ -35,6 +37,20 @@ def test_top1_counts_every_image_once(cifar_sample):
         result = evaluate_on(model, open_dataset(cifar_sample), batch_size)
         assert (result.correct, result.count) == (right, 10)
         assert result.top1 == 10.0 * right
+
+
+@pytest.mark.parametrize(("enough", "cpp"), [(10, True), (11, False)])
+def test_cpp_is_compiled_for_many_images(cifar_sample, monkeypatch, enough, cpp):
+    prepared = []
+
+    def prepare(*args, **options):
+        prepared.append(prepare_for_inference(*args, **options))
+        return prepared[0]
+
+    monkeypatch.setattr(evaluate_module, "WORTH_COMPILING", enough)
+    monkeypatch.setattr(evaluate_module, "prepare_if_possible", prepare)
+    evaluate_on(load_trained("convmixer_cifar"), open_dataset(cifar_sample))
+    assert uses_cpp(prepared[0]) == cpp
 
 
 def test_evaluation_does_not_change_the_model(cifar_sample):

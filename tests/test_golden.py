@@ -75,6 +75,13 @@ def test_a_logit_that_is_no_number_is_noticed(run):
     golden["logits"][0][0] = float("nan")
     (run / "golden.json").write_text(json.dumps(golden))
     assert not verify(str(run)) <= TOLERANCE
+    assert convmixer("verify", run).exit_code == 1
+
+
+def test_the_input_of_large_images_follows_its_formula():
+    n = 4 * 3 * 1024 * 1024 - 1
+    expected = (n**3 % 65521 % 251 - 125) / 64
+    assert make_golden_input((3, 1024, 1024)).flatten()[-1] == expected
 
 
 def rewrite(run, **changes):

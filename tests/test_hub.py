@@ -234,6 +234,13 @@ def test_a_token_is_not_sent_on_to_another_host(hub, monkeypatch, host):
     assert asked.headers["Authorization"] == "Bearer hf_right"
 
 
+def test_a_squatted_namespace_is_refused(hub, monkeypatch):
+    monkeypatch.setenv("CONVMIXER_HUB_NAMESPACE", "squatter")
+    hub.repositories[f"squatter/{NAME}"] = {REVISION: {"model.safetensors": FLIPPED}}
+    with pytest.raises(CheckpointError, match=rf"/squatter/{NAME} gives another .*\({DIGESTS}\);"):
+        timm.create_model(NAME, pretrained=True)
+
+
 def test_timm_says_where_the_cache_is(hub, tmp_path):
     timm.create_model(NAME, pretrained=True, cache_dir=tmp_path / "elsewhere")
     assert find_checkpoint(NAME, cache_dir=tmp_path / "elsewhere").read_bytes() == WEIGHTS
@@ -412,6 +419,13 @@ def test_a_read_only_cache_is_read(hub, tmp_path):
     find_checkpoint(NAME)
     make_read_only(tmp_path / "cache")
     assert as_ordinary_user(lambda: find_checkpoint(NAME)).read_bytes() == WEIGHTS
+
+
+def test_an_empty_read_only_cache_is_one_line(hub, tmp_path):
+    (tmp_path / "cache").mkdir(mode=0o555)
+    message = rf"^{NAME}: the Hub's cache cannot be used \(.*Permission denied: '{tmp_path}/cache/"
+    with pytest.raises(CheckpointError, match=message):
+        as_ordinary_user(lambda: find_checkpoint(NAME))
 
 
 def test_a_damaged_file_in_a_read_only_cache_is_one_line(hub, tmp_path):

@@ -2,6 +2,7 @@ import copy
 import io
 import re
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import cycle
 
@@ -9,6 +10,7 @@ import pytest
 import timm
 import torch
 from torch import nn
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from convmixer_hub import ConvMixer, ModelSizeError, prepare_for_inference
 from convmixer_hub.data.images import open_image
@@ -109,8 +111,10 @@ def test_without_onednn_and_elsewhere_ordinary_operations_do(prepare, batch, mon
     model = make_model()
     prepared = prepare(model)
     monkeypatch.setattr(inference._Convolution, "compute_fused", None)
-    assert not prepare(model)._can_fuse
-    assert_same(model, prepare(model), batch)
+    again = prepare(model)
+    assert_same(model, again, batch)
+    assert not uses_onednn(again)
+    assert uses_cpp(again) == prepare.keywords["cpp"]
     assert_same(model.double(), prepare(model), batch.double())
     half = copy.deepcopy(model).bfloat16()
     found = prepare(half)(batch.bfloat16())
@@ -157,6 +161,17 @@ def test_it_is_copied_saved_traced_and_exported(prepare, batch):
         torch.testing.assert_close(traced(batch), expected, atol=1e-4, rtol=1e-4)
         program = torch.export.export(prepared, (batch,))
         torch.testing.assert_close(program.module()(batch), expected, atol=1e-4, rtol=1e-4)
+        recorded = make_fx(prepared)(torch.zeros_like(batch))
+        torch.testing.assert_close(recorded(batch), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_several_threads_may_call_it(prepare):
+    prepared = prepare(make_model("convmixer_cifar"))
+    batches = [torch.randn(count, 3, 32, 32) for count in (1, 20, 3, 7) * 3]
+    expected = [prepared(batch) for batch in batches]
+    with ThreadPoolExecutor(4) as pool:
+        for found, one in zip(pool.map(prepared, batches), expected):
+            torch.testing.assert_close(found, one, atol=1e-5, rtol=1e-5)
 
 
 def test_another_type_and_back(prepare, batch):

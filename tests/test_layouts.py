@@ -249,6 +249,14 @@ def test_the_first_tensor_that_is_wrong_is_named(layout, change, message, load, 
     assert not output.exists()
 
 
+def test_a_part_of_a_state_dict_is_converted():
+    weight = torch.zeros(1)
+    assert convert_layout({"blocks.7.1.weight": weight, "head.bias": weight}) == {
+        "conv_mixer_layers.7.point_wise_conv.weight": weight,
+        "classification.linear.bias": weight,
+    }
+
+
 def test_tensors_of_another_model_are_in_no_layout(file, output):
     tensors = {"layer1.0.conv1.weight": torch.zeros(2, 2, 3, 3)}
     safetensors.torch.save_file(tensors, file)

@@ -22,6 +22,7 @@ from convmixer_hub import DataError, TrainingError, UnknownModelError
 from convmixer_hub.data.reader import open_dataset
 from convmixer_hub.hub.records import CIFAR10
 from convmixer_hub.load import load_trained
+from convmixer_hub.machine import refuse_torchrun
 from convmixer_hub.training import network as network_module
 from convmixer_hub.training import run as run_module
 from convmixer_hub.training.folder import lock_run
@@ -346,6 +347,8 @@ def test_several_processes_are_refused(cifar_sample, tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(TrainingError, match="torchrun started 2 processes, but this trains in one"):
         run(SETTINGS, cifar_sample, tmp_path / "run")
+    monkeypatch.setenv("WORLD_SIZE", "")
+    refuse_torchrun()
 
 
 def test_the_last_line_names_the_dataset_as_it_was_given(finished_run, cifar_sample):

@@ -19,6 +19,7 @@ from convmixer_hub.training.step import TrainingStep
 from convmixer_hub.training.teacher import Teacher
 
 from .conftest import CHECKOUT, on_gpu
+from .test_inference import uses_cpp
 
 CLASSES = list(CIFAR10.classes)
 CPU = torch.device("cpu")
@@ -51,6 +52,8 @@ def test_gives_the_mean_logits_of_models_for_other_images(resnet, batch, device,
         teacher = Teacher([str(folder), "convmixer_cifar"], CLASSES, OURS, device)
         logits = teacher(batch.to(device)).cpu()
     torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4)
+    if device.type == "cpu":
+        assert uses_cpp(teacher.models[1].model)
 
 
 @pytest.mark.parametrize(

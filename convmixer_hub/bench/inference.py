@@ -25,7 +25,7 @@ from ..errors import TrainingError
 from ..machine import find_device
 from ..model.config import get_config
 from ..model.convmixer import ConvMixer
-from ..model.inference import prepare_for_inference
+from ..model.inference import load_cpp, prepare_for_inference
 from .training import check_is_ours, make_timms
 from .turns import Timing, time_in_turns
 
@@ -37,6 +37,8 @@ def explain_absence(variant: str, bf16: bool = False) -> str:
     needed = VARIANTS[variant].needs
     if VARIANTS[variant].only_fp32_on_cpu and (bf16 or find_device().type == "cuda"):
         return "is timed in float32 on a CPU alone"
+    if variant == "prepared-cpp" and not load_cpp():
+        return "needs a C++ compiler"
     missing = [name for name in needed if not find_spec(name)]
     return f"needs {' '.join(missing)}: pip install {' '.join(missing)}" if missing else ""
 

@@ -41,12 +41,12 @@ from .tables import load_from_hub, load_metadata, load_parquet, load_saved, read
 TORCHVISION = {kind.base_folder: kind for kind in (CIFAR10, CIFAR100)}
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class LabeledImages(Dataset[tuple[Any, int]]):
     """Images of a split, each with the number of its class.
 
     Attributes:
-        split: The whole split, as it was read.
+        split: The whole split, as it was read, without its labels.
         labels: Number of the class of each image.
         rows: Where each image is in the split.
         transform: What is applied to each image, if anything is.
@@ -245,7 +245,7 @@ def _number_classes(
         numbers = {label: number for number, label in enumerate(classes)}
     splits = {
         split: LabeledImages(
-            images,
+            replace(images, labels=[]),
             _number(images.labels, numbers, f"{source}: its {split}"),
             range(len(images.labels)),
         )

@@ -16,7 +16,7 @@ from ..errors import first_line
 from ..files import replacing
 from ..machine import describe_processor
 
-FLAGS = ("-O3", "-march=native", "-std=c++20", "-fopenmp", "-fPIC", "-shared")
+FLAGS = ("-O3", "-fno-fast-math", "-march=native", "-std=c++20", "-fopenmp", "-fPIC", "-shared")
 
 _logger = logging.getLogger(__package__)
 

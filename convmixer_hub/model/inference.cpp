@@ -25,7 +25,8 @@ constexpr int ROWS = 12;  // there are 32 registers
 constexpr int ROWS = 6;  // there are 16
 #endif
 constexpr int COLUMNS = 8, VECTORS = 2;
-constexpr int64_t PANEL = 32;  // channels whose weights lie together
+constexpr int64_t PANEL = 32;   // channels whose weights lie together
+constexpr int64_t KEPT = 1 << 19;  // numbers in the memory that stays with a thread
 
 inline Floats gelu(Floats z) {
   Floats y, slope;
@@ -135,17 +136,18 @@ void mix_channels(const Tensor& x, Tensor& y, const float* weight, const float* 
 // weight, bias, scale and shift of the stem; then for each layer weight, bias and scale of the
 // depthwise convolution, and weight, bias, scale and shift of the 1x1 convolution. See above for how
 // weights are laid out.
-Tensor map_features(const Tensor& patches, const std::vector<Tensor>& parameters) {
+Tensor map_features(const Tensor& patches, at::TensorList parameters) {
   TORCH_CHECK(patches.is_contiguous(at::MemoryFormat::ChannelsLast));
   TORCH_CHECK(parameters.size() % 7 == 4);
   const int64_t inputs = patches.size(1), channels = parameters[1].numel();
   TORCH_CHECK(channels % PANEL == 0);
   Tensor x = at::empty({patches.size(0), channels, patches.size(2), patches.size(3)},
                        patches.options(), at::MemoryFormat::ChannelsLast);
-  // Kept, as the C library gives large blocks back to the kernel, which clears them every time.
-  thread_local std::vector<float> kept;
-  kept.resize(std::max<size_t>(kept.size(), x.numel()));
-  Tensor y = at::from_blob(kept.data(), x.sizes(), x.strides(), x.options());
+  // A small block is kept: the C library gives it back to the kernel, which clears it every time.
+  thread_local std::vector<float> kept(KEPT);
+  const bool is_small = x.numel() <= KEPT;
+  Tensor y = is_small ? at::from_blob(kept.data(), x.sizes(), x.strides(), x.options())
+                      : at::empty_like(x);
   auto parameter = parameters.begin();
   auto next = [&](int64_t count) { return read(*parameter++, count * channels); };
   auto mix = [&](const Tensor& from, Tensor& to) {
@@ -172,4 +174,9 @@ Tensor map_features(const Tensor& patches, const std::vector<Tensor>& parameters
 
 }  // namespace
 
-TORCH_LIBRARY_FRAGMENT(convmixer_hub, library) { library.def("map_features", map_features); }
+TORCH_LIBRARY_FRAGMENT(convmixer_hub, library) {
+  library.def("map_features(Tensor patches, Tensor[] parameters) -> Tensor");
+}
+
+// For the CPU alone, so that tracing sees one operator rather than what it is made of.
+TORCH_LIBRARY_IMPL(convmixer_hub, CPU, library) { library.impl("map_features", map_features); }

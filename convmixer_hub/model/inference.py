@@ -48,16 +48,16 @@ def prepare_for_inference(model: nn.Module, cpp: bool = False) -> InferenceConvM
     """Make a model that gives the same logits faster, up to rounding (1e-5).
 
     It has the weights as they are now, takes images of any size, and cannot be trained. Where
-    oneDNN is missing, with another activation than exact GELU, on a GPU, in another type than
-    float32, and under `torch.compile`, autocast or `torch.export`, it computes with ordinary
-    operations, which is right but gains less.
+    neither oneDNN nor `cpp` can be used, with another activation than exact GELU, on a GPU, in
+    another type than float32, and under `torch.compile`, autocast or `torch.export`, it computes
+    with ordinary operations, which is right but gains less.
 
     Args:
         model: A ConvMixer of this package; it stays as it is.
         cpp: In float32 on a CPU, compute the layers with `inference.cpp`, which is faster still. It
-            is compiled for the first images (10 seconds, once per machine). Without a C++ compiler
-            (a WARNING says so), with a number of channels that is no multiple of 32, or a kernel
-            other than 3, 5, 7 and 9, oneDNN is used.
+            is compiled when the first images come (10 seconds, once per machine). It is not used
+            without a C++ compiler (a WARNING says so), with another activation than exact GELU, a
+            number of channels that is no multiple of 32, or a kernel other than 3, 5, 7 and 9.
 
     Returns:
         The model, on the same device and in the same type.
@@ -91,6 +91,11 @@ def prepare_if_possible(model: nn.Module, cpp: bool = False) -> nn.Module:
         return prepare_for_inference(model, cpp)
     except ModelSizeError:
         return model
+
+
+def load_cpp() -> bool:
+    """Load `inference.cpp`, see `load_operators`."""
+    return load_operators("inference", "inference is slower than it could be")
 
 
 class _Convolution(nn.Module):
@@ -276,7 +281,7 @@ class InferenceConvMixer(nn.Module):
         )
 
     def _can_use_cpp(self) -> bool:
-        return self._cpp and load_operators("inference", "inference is slower than it could be")
+        return self._cpp and load_cpp()
 
     def _is_fast(self, x: Tensor) -> bool:
         return (

@@ -35,12 +35,11 @@ class Layout:
     first_layer: int = 0
 
     def count_layers(self, modules: Collection[str]) -> int:
-        """Count the layers up to the last one that these modules are of, not more than modules."""
+        """Count the layers up to the last one that these modules are of."""
         names = "|".join(map(re.escape, self.layer))
-        pattern = re.compile(rf"{re.escape(self.layers)}(\d{{1,6}})\.(?:{names})")
+        pattern = re.compile(rf"{re.escape(self.layers)}(\d{{1,4}})\.(?:{names})")
         matches = [pattern.fullmatch(module) for module in modules]
-        counts = [int(match[1]) - self.first_layer + 1 for match in matches if match]
-        return min(max([0, *counts]), len(modules))
+        return max([0, *(int(match[1]) - self.first_layer + 1 for match in matches if match)])
 
     def list_modules(self, n_layers: int) -> list[str]:
         """List the modules of a network, in the same order for every layout."""

@@ -7,7 +7,7 @@ import shlex
 import tempfile
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import cast
 
@@ -35,7 +35,7 @@ class Publication:
         tag: The tag that the commit has.
     """
 
-    uploads: list[CommitOperationAdd]
+    uploads: list[CommitOperationAdd] = field(repr=False)
     revision: str
     changed: bool
     tag: str | None = None
