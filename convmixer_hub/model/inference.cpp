@@ -25,7 +25,7 @@ constexpr int ROWS = 12;  // there are 32 registers
 constexpr int ROWS = 6;  // there are 16
 #endif
 constexpr int COLUMNS = 8, VECTORS = 2;
-constexpr int64_t PANEL = 32;   // channels whose weights lie together
+constexpr int64_t PANEL = 32;      // channels whose weights lie together
 constexpr int64_t KEPT = 1 << 19;  // numbers in the memory that stays with a thread
 
 inline Floats gelu(Floats z) {
@@ -143,7 +143,7 @@ Tensor map_features(const Tensor& patches, at::TensorList parameters) {
   TORCH_CHECK(channels % PANEL == 0);
   Tensor x = at::empty({patches.size(0), channels, patches.size(2), patches.size(3)},
                        patches.options(), at::MemoryFormat::ChannelsLast);
-  // A small block is kept: the C library gives it back to the kernel, which clears it every time.
+  // A small block is kept: given back, the kernel would clear it for every part of a batch.
   thread_local std::vector<float> kept(KEPT);
   const bool is_small = x.numel() <= KEPT;
   Tensor y = is_small ? at::from_blob(kept.data(), x.sizes(), x.strides(), x.options())
