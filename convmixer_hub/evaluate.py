@@ -48,7 +48,10 @@ def evaluate(model: nn.Module, loader: DataLoader) -> Evaluation:
     Raises:
         DataError: If an image cannot be read.
     """
-    logits, labels = collect_logits(model, loader)
+    return _count_correct(*collect_logits(model, loader))
+
+
+def _count_correct(logits: Tensor, labels: Tensor) -> Evaluation:
     return Evaluation(int((logits.argmax(dim=1) == labels).sum()), len(labels))
 
 
@@ -103,10 +106,21 @@ def evaluate_on(
         CheckpointError: As `prepare_test_images` does.
         DataError: As `prepare_test_images` does, and if an image cannot be read.
     """
+    model = model.to(find_device())
+    return _count_correct(*collect_test_logits(model, dataset, batch_size, workers))
+
+
+def collect_test_logits(
+    model: nn.Module, dataset: ImageDataset, batch_size: int = 64, workers: int = 0
+) -> tuple[Tensor, Tensor]:
+    """Keep what a model says of each test image; as `evaluate_on`, but where the model is.
+
+    Returns:
+        As `collect_logits` does.
+    """
     images = prepare_test_images(model, dataset)
-    loader = DataLoader(images, batch_size, num_workers=workers)
-    model = model.to(find_device()).eval()
-    return evaluate(prepare_if_possible(model, cpp=len(images) >= WORTH_COMPILING), loader)
+    network = prepare_if_possible(model.eval(), cpp=len(images) >= WORTH_COMPILING)
+    return collect_logits(network, DataLoader(images, batch_size, num_workers=workers))
 
 
 @torch.inference_mode()

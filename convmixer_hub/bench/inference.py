@@ -30,15 +30,16 @@ from .training import check_is_ours, make_timms
 from .turns import Timing, time_in_turns
 
 IMAGES_A_TURN = 64  # at least
+COMPILER = "a C++ compiler"
 
 
 def explain_absence(variant: str, bf16: bool = False) -> str:
     """Say why a variant cannot be timed here; empty if it can."""
     needed = VARIANTS[variant].needs
-    if VARIANTS[variant].only_fp32_on_cpu and (bf16 or find_device().type == "cuda"):
+    if needed and (bf16 or find_device().type == "cuda"):
         return "is timed in float32 on a CPU alone"
-    if variant == "prepared-cpp" and not load_cpp():
-        return "needs a C++ compiler"
+    if needed == (COMPILER,):
+        return "" if load_cpp() else f"needs {COMPILER}"
     missing = [name for name in needed if not find_spec(name)]
     return f"needs {' '.join(missing)}: pip install {' '.join(missing)}" if missing else ""
 
@@ -78,8 +79,7 @@ class _Variant:
     """What is timed, made of our model and timm's with the same weights."""
 
     make: Callable[[ConvMixer, nn.Module], Network]
-    needs: tuple[str, ...] = ()  # libraries beside torch and timm
-    only_fp32_on_cpu: bool = False
+    needs: tuple[str, ...] = ()  # beside torch and timm; what needs something is for fp32 on a CPU
     channels_last: bool = False  # images
 
 
@@ -90,27 +90,19 @@ VARIANTS = {
     ),
     "timm-compiled": _Variant(lambda ours, timms: _compile(timms), channels_last=True),
     "timm-onnxruntime": _Variant(
-        lambda ours, timms: _in_onnxruntime(timms, ours),
-        needs=ONNX_LIBRARIES,
-        only_fp32_on_cpu=True,
+        lambda ours, timms: _in_onnxruntime(timms, ours), needs=ONNX_LIBRARIES
     ),
     "timm-openvino": _Variant(
-        lambda ours, timms: _in_openvino(timms, ours),
-        needs=(*ONNX_LIBRARIES, "openvino"),
-        only_fp32_on_cpu=True,
+        lambda ours, timms: _in_openvino(timms, ours), needs=(*ONNX_LIBRARIES, "openvino")
     ),
     "ours": _Variant(lambda ours, timms: ours),
     "prepared": _Variant(lambda ours, timms: prepare_for_inference(ours)),
     "prepared-cpp": _Variant(
-        lambda ours, timms: prepare_for_inference(ours, cpp=True), only_fp32_on_cpu=True
+        lambda ours, timms: prepare_for_inference(ours, cpp=True), needs=(COMPILER,)
     ),
-    "exported": _Variant(
-        lambda ours, timms: _in_onnxruntime(ours, ours), needs=ONNX_LIBRARIES, only_fp32_on_cpu=True
-    ),
+    "exported": _Variant(lambda ours, timms: _in_onnxruntime(ours, ours), needs=ONNX_LIBRARIES),
     "exported-int8": _Variant(
-        lambda ours, timms: _in_onnxruntime(ours, ours, int8=True),
-        needs=ONNX_LIBRARIES,
-        only_fp32_on_cpu=True,
+        lambda ours, timms: _in_onnxruntime(ours, ours, int8=True), needs=ONNX_LIBRARIES
     ),
 }
 

@@ -2,7 +2,7 @@
 //
 // They read and write tensors [images, channels, height, width] stored channels last, in fp32 or
 // bfloat16, a few channels at a time, and compute in fp32. The processor's cores share the work;
-// no result depends on how many there are. `cpu.py` compiles this file and calls the passes.
+// no result depends on how many there are. `cpu.py` calls the passes.
 
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>

@@ -20,7 +20,6 @@ from typing import Any
 import torch
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from timm.data import resolve_input_data_config
-from torch.utils.data import DataLoader
 
 from ..checkpoints.resolve import resolve
 from ..data.reader import ImageDataset
@@ -28,10 +27,9 @@ from ..errors import CheckpointError, DataError, TrainingError, UnknownModelErro
 from ..evaluate import (
     Calibration,
     Evaluation,
-    collect_logits,
+    collect_test_logits,
     count_confusions,
     measure_calibration,
-    prepare_test_images,
 )
 from ..figures import (
     draw_confusion,
@@ -56,7 +54,6 @@ from ..machine import describe_machine
 from ..model.config import get_config, get_label_names
 from ..model.convmixer import ConvMixer
 from ..model.depthwise import DepthWiseConv2d
-from ..model.inference import WORTH_COMPILING, prepare_if_possible
 from ..training.finetune import FINETUNE_OPTIONS
 from ..training.folder import METRICS_FILE, read_metrics
 from ..training.settings import RECIPE, TrainingSettings
@@ -116,9 +113,7 @@ def write_card(
 
     # What needs no images comes first: its errors show before the minutes that a test takes.
     figures = _draw_weights(model) | ({"curve.png": draw_curve(metrics)} if metrics else {})
-    images = prepare_test_images(model, dataset)
-    network = prepare_if_possible(model.eval(), cpp=len(images) >= WORTH_COMPILING)
-    logits, labels = collect_logits(network, DataLoader(images, batch_size=64))
+    logits, labels = collect_test_logits(model, dataset)
     probabilities = logits.softmax(dim=1)
     confusion = count_confusions(probabilities, labels)
     calibration = measure_calibration(probabilities, labels)
