@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from convmixer_hub import ConvMixer, ModelSizeError, prepare_for_inference
+from convmixer_hub import ConvMixer, ConvMixerLayer, ModelSizeError, prepare_for_inference
 from convmixer_hub.data.images import open_image
 from convmixer_hub.load import load_trained
 from convmixer_hub.model import inference
@@ -192,6 +192,51 @@ def test_it_can_be_compiled(batch):
         torch.testing.assert_close(compiled(batch), prepared(batch), atol=1e-4, rtol=1e-4)
 
 
+def test_it_is_as_fast_wherever_it_was_prepared(batch):
+    model = make_model()
+    with torch.autocast("cpu", torch.bfloat16):
+        prepared = [prepare_for_inference(model)]
+    prepared.append(prepare_for_inference(copy.deepcopy(model).bfloat16()).float())
+    prepared[1](batch.bfloat16().float())
+    for one in prepared:
+        one(batch)
+        assert uses_onednn(one)
+    assert_same(model, prepared[0], batch)
+
+
+def test_a_stem_with_another_stride(prepare, batch):
+    model = make_model("convmixer_cifar")
+    model.patch_emb.conv = nn.Conv2d(3, 256, 3, padding=1)
+    assert_same(model, prepare(model), batch[:, :, :8, :8])
+
+
+class Doubling(ConvMixerLayer):
+    """A layer that computes something else."""
+
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+def replace_a_layer(model):
+    layer = Doubling(96, 5)
+    layer.load_state_dict(model.conv_mixer_layers[3].state_dict())
+    model.conv_mixer_layers[3] = layer
+
+
+@pytest.mark.parametrize(
+    ("change", "name"),
+    [
+        (replace_a_layer, "conv_mixer_layers.3 is Doubling"),
+        (lambda model: model.conv_mixer_layers.append(nn.Dropout(0.1)), "mixer_layers.8 is Dropo"),
+    ],
+)
+def test_other_layers_are_refused(change, name):
+    model = make_model()
+    change(model)
+    with pytest.raises(ModelSizeError, match=rf"{name}(.|\n)*, which is not as in this package's"):
+        prepare_for_inference(model)
+
+
 def test_predict_takes_it():
     model = load_trained("convmixer_cifar")
     images = [open_image(IMAGES / f"{name}.png") for name in ("cat", "ship")]
@@ -206,6 +251,8 @@ def test_what_cannot_be_is_refused():
     with pytest.raises(ModelSizeError, match="prepared for inference cannot be trained: train the"):
         prepared.train()
     assert not prepared.eval().training
+    with pytest.raises(ModelSizeError, match="takes no weights: load them into the one it was"):
+        prepared.load_state_dict(prepared.state_dict())
     with pytest.raises(AssertionError, match="the image is smaller than one patch: resize it, or "):
         prepare_for_inference(make_model("convmixer_cifar"))(torch.randn(1, 3, 1, 9))
     for other in (

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from ..errors import ModelSizeError
 from .compiler import load_operators
-from .convmixer import ConvMixer, ConvMixerLayer, name_activation
+from .convmixer import ConvMixer, ConvMixerLayer, PatchEmbeddings, name_activation
 from .depthwise import FAST_KERNEL_SIZES, DepthWiseConv2d
 
 BYTES_IN_CACHE = 2**21  # of one feature map of a part of a batch
@@ -30,6 +30,8 @@ PANEL = 32  # channels whose weights lie together in `inference.cpp`
 
 # What has to be there as it is in a `ConvMixer`.
 PLAIN = {
+    "patch_emb": (PatchEmbeddings,),
+    "layer": (ConvMixerLayer,),
     "conv": (nn.Conv2d,),
     "depth_wise_conv": (nn.Conv2d, DepthWiseConv2d),
     "point_wise_conv": (nn.Conv2d,),
@@ -63,16 +65,17 @@ def prepare_for_inference(model: nn.Module, cpp: bool = False) -> InferenceConvM
         The model, on the same device and in the same type.
 
     Raises:
-        ModelSizeError: If it is another model, or its convolutions or BatchNorms were replaced, as
-            `cpu.speed_up_on_cpu` does.
+        ModelSizeError: If it is another model, or one of a class of its own, or its parts were
+            replaced, as `cpu.speed_up_on_cpu` does.
     """
-    if not isinstance(model, ConvMixer):
+    if type(model) is not ConvMixer:
         raise ModelSizeError(
             f"a {type(model).__name__} cannot be prepared for inference: give a ConvMixer of this "
             "package, whole rather than with features_only"
         )
     for name, module in model.named_modules():
-        kinds = PLAIN.get(name.rpartition(".")[2])
+        part = name.rpartition(".")[2]
+        kinds = PLAIN.get("layer" if part.isdecimal() else part)
         if kinds is None:
             continue
         is_plain = all(getattr(module, k, plain) == plain for k, plain in PLAIN_SETTINGS.items())
@@ -190,16 +193,16 @@ class InferenceConvMixer(nn.Module):
         for name in ("num_classes", "in_chans", "global_pool", "pretrained_cfg"):
             setattr(self, name, copy.copy(getattr(model, name, None)))
         self._traits = copy.copy(getattr(model, "_traits", {}))
-        is_gelu = name_activation(model) == "gelu"
-        self._can_fuse = is_gelu and self._is_fused_right()
-        self._cpp = cpp and is_gelu and self._has_fast_shapes()
+        self._is_gelu = name_activation(model) == "gelu"
+        self._cpp = cpp and self._is_gelu and self._has_fast_shapes()
+        self._fused_is_right: bool | None = None  # found out on the CPU that is to use it
         self._parameters_in_panels: list[Tensor] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_parameters_in_panels": None}
+        return {**self.__dict__, "_fused_is_right": None, "_parameters_in_panels": None}
 
     def _apply(self, *args: Any, **options: Any) -> InferenceConvMixer:
-        self._parameters_in_panels = None
+        self._fused_is_right = self._parameters_in_panels = None
         return super()._apply(*args, **options)
 
     def train(self, mode: bool = True) -> InferenceConvMixer:
@@ -210,6 +213,13 @@ class InferenceConvMixer(nn.Module):
                 "made from"
             )
         return super().train(False)
+
+    def load_state_dict(self, *args: Any, **options: Any) -> Any:
+        """Refuse weights: of what it has, the head alone is in its state dict."""
+        raise ModelSizeError(
+            "a model that is prepared for inference takes no weights: load them into the one it "
+            "was made from, and prepare that"
+        )
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Map images `[batch, in_chans, height, width]` to `[batch, d_model, rows, columns]`."""
@@ -295,16 +305,20 @@ class InferenceConvMixer(nn.Module):
             and not (torch.is_grad_enabled() and x.requires_grad)
             and forward_ad.unpack_dual(x).tangent is None
             and not torch.is_autocast_enabled("cpu")
-            and (self._can_fuse or self._can_use_cpp())  # last: it may compile
+            and (self._can_use_onednn() or self._can_use_cpp())  # last: they compute, or compile
         )
+
+    def _can_use_onednn(self) -> bool:
+        if self._fused_is_right is None:
+            self._fused_is_right = self._is_gelu and self._is_fused_right()
+        return self._fused_is_right
 
     def _is_fused_right(self) -> bool:
         """Check that oneDNN's fused operation, which PyTorch does not make public, is right."""
         conv = self.stem
-        if conv.weight.device.type != "cpu" or conv.weight.dtype != torch.float32:
-            return False
-        x = torch.linspace(-2, 2, conv.weight[0].numel() * 4)
-        x = x.view(1, conv.weight.shape[1], 2 * conv.stride[0], 2 * conv.stride[1])
+        _, channels, height, width = conv.weight.shape
+        x = torch.linspace(-2, 2, 4 * conv.weight[0].numel())
+        x = x.view(1, channels, 2 * height, 2 * width)
         try:
             found = conv.compute_fused(x.contiguous(memory_format=torch.channels_last))
         except (RuntimeError, AttributeError, NotImplementedError, TypeError):
