@@ -11,6 +11,11 @@ from convmixer_hub.model import cpu, inference
 from convmixer_hub.model.compiler import load_operators
 from convmixer_hub.model.cpu import GELUBatchNorm2d, speed_up_on_cpu
 
+COMPILERS = {
+    "broken": "echo Working >&2\necho error: no space >&2\nexit 1\n",
+    "garbling": 'for output; do :; done\nseq 1000 > "$output"\n',
+}
+
 
 @pytest.mark.parametrize(
     ("compiler", "reason"),
@@ -19,16 +24,16 @@ from convmixer_hub.model.cpu import GELUBatchNorm2d, speed_up_on_cpu
         ("false", "false failed without a message"),
         ("./broken", "error: no space"),
         ("c++ -DX='", "No closing quotation"),
+        ("./garbling", "invalid ELF header"),
     ],
 )
 @pytest.mark.parametrize("what", ["training", "inference"])
 def test_without_a_compiler_it_works_and_says_why_it_is_slow(
     what, compiler, reason, tmp_path, monkeypatch, caplog
 ):
-    (tmp_path / "broken").write_text(
-        "#!/bin/sh\necho Working >&2\necho error: no space >&2\nexit 1\n"
-    )
-    (tmp_path / "broken").chmod(0o755)
+    for name, script in COMPILERS.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{script}")
+        (tmp_path / name).chmod(0o755)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("CXX", compiler)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
@@ -50,7 +55,7 @@ def test_without_a_compiler_it_works_and_says_why_it_is_slow(
         "inference": "inference is slower than it could be: inference.cpp",
     }[what]
     assert re.fullmatch(
-        rf"{effect} cannot be compiled "
+        rf"{effect} cannot be compiled or loaded "
         rf"\(.*{reason}.*\); install a C\+\+ compiler such as g\+\+, or name one in CXX; if the "
         "cache folder cannot be written to, name another in XDG_CACHE_HOME",
         message,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+import platform
 import shlex
 import subprocess
 from functools import cache
@@ -39,10 +40,10 @@ def load_operators(name: str, effect: str) -> bool:
     flags += [f"-L{torch_folder / 'lib'}", "-ltorch_cpu", "-lc10"]
     try:
         compiler = shlex.split(os.environ.get("CXX") or "c++")
-        # What is compiled for one processor may not run on another that shares the folder.
-        processor = describe_processor("flags", "Features")
+        # What is compiled on one system may not run on another that shares the folder.
+        system = [describe_processor("flags", "Features"), *platform.libc_ver()]
         texts = [file.read_text() for file in (source, source.with_name("vectors.h"))]
-        made_of = [*texts, *compiler, *flags, torch.__version__, processor]
+        made_of = [*texts, *compiler, *flags, torch.__version__, *system]
         digest = hashlib.sha256("\0".join(made_of).encode()).hexdigest()
         folder = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
         library = folder / "convmixer_hub" / f"{name}_{digest[:16]}.so"
@@ -53,11 +54,11 @@ def load_operators(name: str, effect: str) -> bool:
         torch.ops.load_library(str(library))
     except (OSError, RuntimeError, ValueError) as error:  # of no home folder, of quotes in CXX
         _logger.warning(
-            "%s: %s cannot be compiled (%s); install a C++ compiler such as g++, or name one in "
-            "CXX; if the cache folder cannot be written to, name another in XDG_CACHE_HOME",
+            "%s: %s cannot be compiled or loaded (%s); install a C++ compiler such as g++, or name "
+            "one in CXX; if the cache folder cannot be written to, name another in XDG_CACHE_HOME",
             effect,
             source.name,
-            first_line(error),
+            first_line(error.__cause__ or error),  # torch hides why a file cannot be loaded
         )
         return False
     return True
