@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import cast
 
@@ -16,7 +17,7 @@ from tqdm import tqdm
 
 from .data.images import eval_transform
 from .data.reader import ImageDataset, LabeledImages
-from .errors import DataError
+from .errors import DataError, first_line
 from .machine import find_device
 from .model.config import check_classifies, get_label_names
 from .model.inference import WORTH_COMPILING, prepare_if_possible
@@ -135,19 +136,31 @@ def collect_logits(model: nn.Module, loader: DataLoader) -> tuple[Tensor, Tensor
         Logits `[count, num_classes]` in double precision, and labels `[count]`.
 
     Raises:
-        DataError: If an image cannot be read; in one line from a worker, too.
+        DataError: If an image cannot be read, or a process that reads them fails.
     """
     model.eval()
     device = next(model.parameters()).device
     logits, labels = [], []
+    for images, numbers in tqdm(_serve(loader), "evaluate", len(loader), False, disable=None):
+        logits.append(model(images.to(device)).cpu())
+        labels.append(numbers)
+    return torch.cat(logits).double(), torch.cat(labels)
+
+
+def _serve(loader: DataLoader) -> Iterator[tuple[Tensor, Tensor]]:
+    """Serve batches, and tell in one line what goes wrong in a process that reads images."""
     try:
-        for images, numbers in tqdm(loader, "evaluate", leave=False, disable=None):
-            logits.append(model(images.to(device)).cpu())
-            labels.append(numbers)
+        yield from loader
     except DataError as error:
         _, _, line = str(error).strip().rpartition("DataError: ")
         raise DataError(line) from None
-    return torch.cat(logits).double(), torch.cat(labels)
+    except (RuntimeError, OSError) as error:
+        if not loader.num_workers:
+            raise
+        raise DataError(
+            f"the process that reads images failed ({first_line(error)}); give --workers 0, or "
+            "more shared memory (docker run --shm-size 1g)"
+        ) from None
 
 
 def fit_temperature(logits: Tensor, labels: Tensor) -> float:

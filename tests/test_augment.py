@@ -135,7 +135,7 @@ def test_damaged_images_are_counted_and_named_or_skipped(write_parquet):
     images = open_dataset(folder).get("train")
     message = (
         r"^2 of 4 images cannot be read, the first is .*/data, row 1 of its "
-        r"train images: damaged image \(.*\); replace the file; --skip-damaged leaves them o"
+        r"train images: damaged image \(.*\); replace the file; train and finetune leave "
     )
     with pytest.raises(DataError, match=message):
         TrainingImages(images, CONFIG)

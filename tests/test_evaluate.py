@@ -1,15 +1,21 @@
+import os
 import shutil
+import signal
+from dataclasses import replace
 
 import pytest
 import timm
 import torch
 from PIL import Image
+from torch import nn
+from torch.utils.data import DataLoader
 
 from convmixer_hub import DataError, prepare_for_inference
 from convmixer_hub import evaluate as evaluate_module
 from convmixer_hub.data.images import eval_transform
 from convmixer_hub.data.reader import open_dataset
 from convmixer_hub.evaluate import (
+    collect_logits,
     count_confusions,
     evaluate_on,
     fit_temperature,
@@ -69,6 +75,14 @@ def test_a_damaged_image_is_one_line_from_a_worker_too(write_parquet):
         with pytest.raises(DataError, match=message) as refused:
             evaluate_on(model, open_dataset(folder), workers=workers)
         assert "\n" not in str(refused.value)
+
+
+def test_a_worker_that_dies_is_one_line(cifar_sample):
+    images = open_dataset(cifar_sample).get("test")
+    killed = replace(images, transform=lambda image: os.kill(os.getpid(), signal.SIGKILL))
+    message = r"^the process that reads images failed \(.*\); give --workers 0, or more shared mem"
+    with pytest.raises(DataError, match=message):
+        collect_logits(nn.Linear(1, 1), DataLoader(killed, num_workers=1))
 
 
 @pytest.mark.parametrize(

@@ -215,6 +215,21 @@ def test_damaged_images_are_named_or_skipped(split_photos, tmp_path, split, coun
     assert re.search("skipped: .*cat 32.jpg", result.stderr)
 
 
+def test_other_validation_images_are_another_run(split_photos, tmp_path):
+    settings = choose("convmixer_cifar", split_photos, **QUICK)
+    run(settings, split_photos, tmp_path / "run")
+    (split_photos / "val" / "animal" / "cat 32.jpg").unlink()
+    with pytest.raises(TrainingError, match="holds a run with other validation images; give the"):
+        run(settings, split_photos, tmp_path / "run")
+
+
+def test_a_run_among_validation_images_is_refused(split_photos):
+    settings = choose("convmixer_cifar", split_photos, **QUICK)
+    place = split_photos / "val"
+    with pytest.raises(TrainingError, match=f"run: lies among the class folders in {place}; name"):
+        run(settings, split_photos, place / "run")
+
+
 def test_a_model_of_timm_is_refused(photos, tmp_path):
     folder = tmp_path / "timms"
     folder.mkdir()

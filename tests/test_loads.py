@@ -143,6 +143,9 @@ def test_a_head_that_fits_is_not_thrown_away(saved, said):
     assert said()[0][-1].endswith("for 37 classes, not the 7 of the checkpoint")
     overlay["num_classes"] = 7
     timm.create_model(ARCH, num_classes=7, **options)
+    overlay["num_classes"] = -1  # as timm's train.py does with --pretrained-path, for a new head
+    timm.create_model(ARCH, num_classes=7, **options)
+    assert said()[-1][-1].endswith("newly initialized for 7 classes, not the 7 of the checkpoint")
 
 
 def test_a_stem_for_more_channels_repeats_those_it_has_and_scales_them():

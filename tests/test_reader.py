@@ -366,7 +366,8 @@ def test_a_folder_of_torchvision_may_be_the_current_one(tmp_path, monkeypatch):
 
 def test_one_of_several_data_sets_is_chosen(tmp_path):
     write_tree(tmp_path, "pets/cat/1.png", "pets/dog/1.png", "more/rose/1.png", "more/lily/1.png")
-    assert open_dataset(tmp_path, config="pets").classes == ["cat", "dog"]
+    pets = open_dataset(tmp_path, config="pets")
+    assert (pets.name, pets.classes) == ("pets", ["cat", "dog"])
     with pytest.raises(DataError, match=f"^{tmp_path}/cars: no such folder; --config names a fold"):
         open_dataset(tmp_path, config="cars")
 
@@ -380,7 +381,9 @@ def photos(tmp_path):
     )
 
 
-def test_a_name_too_long_for_a_folder_is_none():
+def test_what_names_no_folder():
+    with pytest.raises(DataError, match="^no dataset is named; give the folder that holds it"):
+        open_dataset("")
     with pytest.raises(DataError, match="x: no such folder"):
         open_dataset("x" * 300)
 

@@ -457,7 +457,7 @@ def test_a_run_goes_on_under_a_version_with_more_settings(finished_run, change_s
     [
         (
             lambda state: state.pop("held_out_images"),
-            "holds a run with other images held out; give the same settings",
+            "holds a run with other validation images; give the same settings",
         ),
         (
             lambda state: state["settings"].update(not_yet_known=3),
@@ -469,7 +469,7 @@ def test_a_run_goes_on_under_a_version_with_more_settings(finished_run, change_s
             r"holds a run with classes \['cat', 'dog'\], not \['airplane'",
         ),
     ],
-    ids=["other images held out", "more settings", "other images", "other classes"],
+    ids=["other validation images", "more settings", "other images", "other classes"],
 )
 def test_another_run_is_not_gone_on_with(
     finished_run, change_state, cifar_sample, difference, message
@@ -520,6 +520,20 @@ def test_what_is_derived_from_the_state_is_restored(first_run, finished_run, cif
     torch.testing.assert_close(after, before, atol=0, rtol=0)
     for name in ("config.json", "metrics.csv"):
         assert (finished_run / name).read_text() == (first_run / name).read_text()
+
+
+@pytest.mark.parametrize(
+    ("first", "machines"),
+    [("2 cores", "2 cores, fp32"), ("12 cores", "12 cores, fp32, then 2 cores, fp32")],
+)
+def test_each_machine_of_a_run_is_named(
+    run_until, cifar_sample, tmp_path, monkeypatch, first, machines
+):
+    names = [first, "2 cores"]
+    monkeypatch.setattr(run_module, "describe_machine", lambda device: names.pop(0))
+    run_until(1, SETTINGS, cifar_sample, tmp_path / "run")
+    run(SETTINGS, cifar_sample, tmp_path / "run")
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["machine"] == machines
 
 
 def test_a_finished_run_stays_as_it_is(finished_run, write_parquet, monkeypatch):

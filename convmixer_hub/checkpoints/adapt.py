@@ -125,7 +125,7 @@ def _adapt_head(
         return f"{CLASSIFIER} left out"
     weight = f"{CLASSIFIER}.weight"
     classes = len(state_dict[weight]) if weight in state_dict else 0
-    if classes == model.num_classes:
+    if classes == model.num_classes and trained.num_classes >= 0:  # timm's train.py gives -1
         raise CheckpointError(
             f"{source}: has a head for {classes} classes, but its configuration says "
             f"{trained.num_classes}; put num_classes={classes} into pretrained_cfg_overlay, too"

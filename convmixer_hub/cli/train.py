@@ -96,10 +96,9 @@ def train_command(
         settings["covariance_init"] = False
     with _stopping_at(output):
         plan = TrainingSettings(model, **settings)
-        dataset = open_data()
-        train(plan, dataset, output, skip_damaged)
-    command = ["convmixer", "evaluate", _as_folder(output), "--data", dataset.source]
-    for option in ("config", "label_column"):
+        train(plan, open_data(), output, skip_damaged)
+    command = ["convmixer", "evaluate", _as_folder(output)]
+    for option in ("data", "config", "label_column"):
         if value := given.params[option]:
             command += [f"--{option.replace('_', '-')}", value]
     click.echo(f"{output}: finished; measure it with: {shlex.join(command)}")

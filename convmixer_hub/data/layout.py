@@ -35,7 +35,7 @@ class RawSplit:
         labels: Names or numbers of classes; None or -1 for no label.
         read: Gives the RGB image of an index, or raises a DataError that names it.
         names: Names of the classes by number, if they are known.
-        is_in_files: Whether the images are files of their own.
+        is_in_files: Whether the images of a table are files of their own.
         folder: Where another folder would be taken for a class, if they lie in class folders.
         files: Their paths in the dataset, if so.
     """
@@ -48,23 +48,17 @@ class RawSplit:
     files: Sequence[str] = ()
 
 
-class LeftOut:
-    """What of a dataset is not used: how much of which kind, and the first by name."""
+# What of a dataset is not used: names by kind, a plural.
+LeftOut = defaultdict[str, list[Any]]
 
-    def __init__(self) -> None:
-        self._names: dict[str, list[str]] = defaultdict(list)
 
-    def add(self, kind: str, names: Iterable[object]) -> None:
-        """Note things of one kind, a plural that stands for itself."""
-        self._names[kind] += map(str, names)
-
-    def describe(self) -> list[str]:
-        """Return one line for each kind."""
-        return [
-            printable(f"left out: {len(names)} × {kind}, the first is {names[0]}")
-            for kind, names in self._names.items()
-            if names
-        ]
+def describe_left_out(left_out: LeftOut) -> list[str]:
+    """Return one line for each kind."""
+    return [
+        printable(f"left out: {len(names)} × {kind}, the first is {names[0]}")
+        for kind, names in left_out.items()
+        if names
+    ]
 
 
 def find_split(name: str) -> str:
@@ -85,7 +79,7 @@ def choose_splits(names: Iterable[str], place: object, left_out: LeftOut) -> dic
     of_split = defaultdict(list)
     for name in names:
         of_split[find_split(name)].append(name)
-    left_out.add("splits of other names", sorted(of_split.pop("", [])))
+    left_out["splits of other names"] += sorted(of_split.pop("", []))
     chosen = {}
     for split, candidates in of_split.items():
         plain = [name for name in candidates if name.lower() in SPLITS[split]]
@@ -95,7 +89,7 @@ def choose_splits(names: Iterable[str], place: object, left_out: LeftOut) -> dic
                 f"{place}: has {' and '.join(sorted(best))}, both for {split}; keep one of them"
             )
         chosen[split] = best[0]
-        left_out.add("splits of other names", sorted(set(candidates) - set(best)))
+        left_out["splits of other names"] += sorted(set(candidates) - set(best))
     return chosen
 
 
@@ -113,10 +107,10 @@ def list_files(root: Path, left_out: LeftOut) -> tuple[list[PurePath], list[Pure
     files: list[PurePath] = []
     empty: list[PurePath] = []
 
-    def walk(folder: Path, above: tuple[str, ...]) -> None:
-        real = os.path.realpath(folder)
-        if any(f"{place}/".startswith(f"{real.rstrip('/')}/") for place in above):
-            left_out.add("links to a folder above them", [folder.relative_to(root)])
+    def walk(folder: Path, above: tuple[Path, ...]) -> None:
+        real = Path(os.path.realpath(folder))
+        if any(place.is_relative_to(real) for place in above):
+            left_out["links to a folder above them"].append(folder.relative_to(root))
             return
         try:
             entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
@@ -135,7 +129,7 @@ def list_files(root: Path, left_out: LeftOut) -> tuple[list[PurePath], list[Pure
             elif os.path.isfile(place):
                 files.append(place.relative_to(root))
             else:
-                left_out.add("broken links", [place.relative_to(root)])
+                left_out["broken links"].append(place.relative_to(root))
 
     walk(root, ())
     return files, empty
@@ -193,7 +187,7 @@ def find_tables(
     [splits] = tables.values()
     if list(splits) == [""]:  # one table, of which nothing says that it is for anything else
         splits = {"train": splits[""]}
-    left_out.add("tables named after no split", splits.pop("", []))
+    left_out["tables named after no split"] += splits.pop("", [])
     for parts in splits.values():
         _check_complete(root, parts)
     return dict(splits)
@@ -269,7 +263,7 @@ def find_class_folders(
         if is_image(root / file):
             images.append(file)
         elif len(file.parts) > 1:
-            left_out.add(f"files that are not images ({file.suffix or 'no suffix'})", [file])
+            left_out[f"files that are not images ({file.suffix or 'no suffix'})"].append(file)
 
     # What an archive was unpacked into may be a folder of its own, whatever that is called.
     tree = _Tree(root, images, sorted(folders))
@@ -281,7 +275,7 @@ def find_class_folders(
     tops = sorted({image.parts[0] for image in tree.images if len(image.parts) > 1})
     if any(map(find_split, tree.nested)):
         names = choose_splits(tops, tree.place, left_out)
-        left_out.add("images beside the splits", [i for i in tree.images if len(i.parts) == 1])
+        left_out["images beside the splits"] += [i for i in tree.images if len(i.parts) == 1]
     elif tree.nested:
         raise DataError(
             f"{tree.place}: holds folders of folders ({', '.join(sorted(tree.nested)[:5])}); "
@@ -330,7 +324,7 @@ def _sort_by_class(tree: _Tree, names: Mapping[str, str], left_out: LeftOut) -> 
         elif known and not labels & known and {find_split(label) for label in labels} == {split}:
             loose += [file for _, file in classed]  # asl_alphabet_test/asl_alphabet_test/1.jpg
             classed = []
-        left_out.add("images in no class folder", [file.relative_to(tree.place) for file in loose])
+        left_out["images in no class folder"] += [file.relative_to(tree.place) for file in loose]
         bare = {folder.parts[0] for folder in inside.folders} - {label for label, _ in classed}
         if split == "train" and bare and classed:
             raise DataError(
@@ -342,7 +336,6 @@ def _sort_by_class(tree: _Tree, names: Mapping[str, str], left_out: LeftOut) -> 
             splits[split] = RawSplit(
                 [label for label, _ in classed],
                 partial(_read_file, files),
-                is_in_files=True,
                 folder=place,
                 files=[file.relative_to(tree.place).as_posix() for file in files],
             )

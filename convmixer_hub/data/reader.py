@@ -31,6 +31,7 @@ from .layout import (
     SPLITS,
     LeftOut,
     RawSplit,
+    describe_left_out,
     find_class_folders,
     is_metadata,
     is_named_like_image,
@@ -133,9 +134,11 @@ def open_dataset(
         DataError: If there is no dataset, or it is not clear what its images, labels or splits
             are, or the datasets library, which reads it, is not installed.
     """
+    if not str(source):
+        raise DataError("no dataset is named; give the folder that holds it")
     folder = Path(source, config or "")
-    left_out = LeftOut()
-    hub_id = None
+    left_out = LeftOut(list)
+    hub_id, place = None, str(folder)
     if os.path.isdir(folder):
         splits = _read_folder(folder, label_column, left_out)
     elif os.path.isfile(source):
@@ -143,17 +146,17 @@ def open_dataset(
     elif os.path.isdir(source):
         raise DataError(f"{folder}: no such folder; --config names a folder in {source}")
     elif re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(source)):
-        hub_id = str(source)
+        hub_id = place = str(source)
         splits = read_tables(load_from_hub(hub_id, config), hub_id, label_column, left_out)
     else:
         raise DataError(f"{source}: no such folder; give the folder that holds the dataset")
     if not splits:
-        skipped = "".join(f" ({line})" for line in left_out.describe())
+        skipped = "".join(f" ({line})" for line in describe_left_out(left_out))
         raise DataError(
             f"{folder}: no dataset found{skipped}; expected class folders train/<class>/*.png, "
             f"train-*.parquet files, or one of {', '.join(TORCHVISION)}"
         )
-    return _number_classes(str(source), hub_id, splits, left_out)
+    return _number_classes(place, hub_id, splits, left_out)
 
 
 def _read_folder(folder: Path, label_column: str | None, left_out: LeftOut) -> dict[str, RawSplit]:
@@ -179,7 +182,7 @@ def _read_folder(folder: Path, label_column: str | None, left_out: LeftOut) -> d
         return find_class_folders(folder, files, empty, left_out)
     if not any(split.is_in_files for split in splits.values()):
         unused = [file for file in files if is_named_like_image(file)]
-        left_out.add("images beside the dataset's own files", unused)
+        left_out["images beside the dataset's own files"] += unused
     return splits
 
 
@@ -222,7 +225,7 @@ def _number_classes(
     for split in list(raw):
         if all(label in (None, -1) for label in raw[split].labels):
             rows = range(len(raw.pop(split).labels))
-            left_out.add(f"{split} images without labels", (f"row {row}" for row in rows))
+            left_out[f"{split} images without labels"] += (f"row {row}" for row in rows)
     if not raw:
         raise DataError(f"{source}: its images have no labels; give a dataset that has them")
 
@@ -257,7 +260,7 @@ def _number_classes(
             raise DataError(
                 f"{source}: has a class named {name!r}; give it a name that can be printed"
             )
-    return ImageDataset(source, hub_id, classes, splits, left_out.describe())
+    return ImageDataset(source, hub_id, classes, splits, describe_left_out(left_out))
 
 
 def _compose(names: Sequence[Any]) -> list[Any]:
@@ -307,7 +310,7 @@ def read_images(
             tensors.append(tensor)
             labels.append(label)
     if damaged and not (skip_damaged and tensors):
-        remedy = "" if skip_damaged else "; --skip-damaged leaves them out"
+        remedy = "" if skip_damaged else "; train and finetune leave them out with --skip-damaged"
         raise DataError(
             f"{len(damaged)} of {len(images)} images cannot be read, the first is "
             f"{damaged[0]}{remedy}"

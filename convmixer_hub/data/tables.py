@@ -35,7 +35,7 @@ def load_parquet(folder: Path, tables: Sequence[PurePath], left_out: LeftOut) ->
     Raises:
         DataError: If they cannot be read, or their labels mean different classes.
     """
-    datasets = _import_datasets(folder)
+    datasets = _import_datasets(f"{folder}:")
     places = find_tables(folder, tables, left_out)
     _check_same_classes(datasets, [folder / file for files in places.values() for file in files])
     return _load_files(datasets, "parquet", folder, places)
@@ -55,7 +55,7 @@ def load_metadata(
     Raises:
         DataError: If they cannot be read, or a file lists images of several splits.
     """
-    datasets = _import_datasets(folder)
+    datasets = _import_datasets(f"{folder}:")
     places = find_tables(folder, tables, left_out)
     loaded = _load_files(datasets, "imagefolder", folder, places)
     listed: set[PurePath] = set()
@@ -72,7 +72,7 @@ def load_metadata(
             )
         listed.update(paths)
     unlisted = [file for file in files if file not in listed and not is_metadata(file)]
-    left_out.add("files that no metadata lists", unlisted)
+    left_out["files that no metadata lists"] += unlisted
     return loaded
 
 
@@ -82,7 +82,7 @@ def load_saved(folder: Path) -> Mapping[str, Any]:
     Raises:
         DataError: If it cannot be read.
     """
-    datasets = _import_datasets(folder)
+    datasets = _import_datasets(f"{folder}:")
     with _raising_data_errors(f"{folder}:"):
         loaded = datasets.load_from_disk(str(folder))
     if not isinstance(loaded, Mapping):
@@ -101,12 +101,7 @@ def load_from_hub(repo_id: str, config: str | None) -> Mapping[str, Any]:
     Raises:
         DataError: If there is no such repository, or it cannot be read.
     """
-    try:
-        datasets = _import_datasets(repo_id)
-    except DataError:
-        raise DataError(
-            f"{repo_id}: no such folder; for a dataset of the Hub, pip install datasets"
-        ) from None
+    datasets = _import_datasets(f"{repo_id}: no such folder; if it is on the Hub,")
     where = f"{repo_id}: no such folder, and what the Hub has by that name"
     with _raising_data_errors(where):
         names = datasets.get_dataset_config_names(repo_id)
@@ -117,14 +112,14 @@ def load_from_hub(repo_id: str, config: str | None) -> Mapping[str, Any]:
     return loaded
 
 
-def _import_datasets(place: object) -> ModuleType:
-    """Import the datasets library, which only those need who read with it."""
+def _import_datasets(what: str) -> ModuleType:
+    """Import the datasets library; if it is not installed, say what needs it."""
     try:
         import datasets
     except ImportError:
         datasets = None
     if not hasattr(datasets, "load_dataset"):  # a folder of this name can be imported, too
-        raise DataError(f"{place}: reading it needs the datasets library: pip install datasets")
+        raise DataError(f"{what} reading it needs the datasets library: pip install datasets")
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
     return datasets

@@ -45,7 +45,7 @@ class RunState:
         classes: Names of its classes.
         images: Number of its training images, with those held out.
         image_digest: What tells them from others, see `images.RunImages`; empty in older runs.
-        held_out_images: What tells which of them are held out; empty if none are.
+        held_out_images: What tells the images for validation from others; empty if there are none.
         epoch: Number of completed epochs.
         step: Number of steps taken in the current epoch.
         sums: Of the current epoch so far: `loss`, `correct`, `seconds`.
@@ -152,6 +152,8 @@ def open_run(folder: Path, new: RunState) -> RunState:
         )
     state = read_state(folder / STATE_FILE)
     state.image_digest = state.image_digest or new.image_digest
+    if not new.settings["held_out"]:
+        state.held_out_images = state.held_out_images or new.held_out_images
     _check_same(folder, state.identity, new.identity)
     return state
 
@@ -188,7 +190,7 @@ def _check_same(folder: Path, found: dict[str, Any], wanted: dict[str, Any]) -> 
             if name == "image_digest":
                 differs = "on other images"
             if name == "held_out_images":
-                differs = "with other images held out"
+                differs = "with other validation images"
             raise TrainingError(
                 f"{folder}: holds a run {differs}; "
                 "give the same settings and data to resume it, or name another run folder"

@@ -30,13 +30,14 @@ class RunImages(NamedTuple):
         validation: Those by which it measures itself after each epoch; there may be none.
         image_digest: Digest of the labels of all training images, and of their paths if they lie in
             class folders.
-        held_out_digest: Digest of which of them are held out; empty if none are.
+        validation_digest: Digest of which of them are held out, or of other images for validation;
+            empty if there are none.
     """
 
     training: LabeledImages
     validation: LabeledImages
     image_digest: str
-    held_out_digest: str
+    validation_digest: str
 
 
 def choose_images(settings: TrainingSettings, dataset: ImageDataset) -> RunImages:
@@ -58,7 +59,7 @@ def choose_images(settings: TrainingSettings, dataset: ImageDataset) -> RunImage
         generator = torch.Generator().manual_seed(settings.seed)
         order = torch.randperm(len(kept), generator=generator)[: settings.train_images]
         kept = [kept[i] for i in sorted(order.tolist())]
-    validation = images.select(held_out)
+    validation, validation_digest = images.select(held_out), _hash(held_out) if held_out else ""
     if settings.keep_best and not held_out:
         if "validation" not in dataset.splits:
             raise TrainingError(
@@ -66,12 +67,12 @@ def choose_images(settings: TrainingSettings, dataset: ImageDataset) -> RunImage
                 "--held-out"
             )
         validation = dataset.get("validation")
-    return RunImages(
-        images.select(kept),
-        validation,
-        image_digest=_hash((list(images.labels), list(images.split.files))),
-        held_out_digest=_hash(held_out) if held_out else "",
-    )
+        validation_digest = _hash_images(validation)
+    return RunImages(images.select(kept), validation, _hash_images(images), validation_digest)
+
+
+def _hash_images(images: LabeledImages) -> str:
+    return _hash((list(images.labels), list(images.split.files)))
 
 
 def _hash(value: object) -> str:

@@ -83,17 +83,17 @@ def train(
             f"{dataset.source}: has only one class, {dataset.classes[0]}; add images of another one"
         )
     images, chosen = dataset.get("train"), choose_images(settings, dataset)
-    place = images.split.folder
-    if place and place.resolve() in folder.resolve().parents:
-        raise TrainingError(
-            f"{folder}: lies among the class folders in {place}; name another --output"
-        )
+    for place in {split.split.folder for split in dataset.splits.values()}:
+        if place and place.resolve() in folder.resolve().parents:
+            raise TrainingError(
+                f"{folder}: lies among the class folders in {place}; name another --output"
+            )
     new = RunState(
         asdict(settings),
         dataset.classes,
         len(images),
         chosen.image_digest,
-        chosen.held_out_digest,
+        chosen.validation_digest,
     )
     try:
         with lock_run(folder):
@@ -137,8 +137,9 @@ class _Run:
             side = min(data_config["input_size"][1:])
             settings.check_crops(side, self.network.model.patch_emb.patch_size)
             here = f"{describe_machine(device)}, {self._choose_precision(data_config)}"
-            before = state.machine or here
-            state.machine = before if before.endswith(here) else f"{before}, then {here}"
+            machines = state.machine.split(", then ") if state.machine else []
+            if machines[-1:] != [here]:
+                state.machine = ", then ".join([*machines, here])
             teacher = None
             if settings.teachers:
                 teacher = Teacher(settings.teachers, dataset.classes, data_config, device)
