@@ -201,15 +201,10 @@ def _to_png(figure: Figure) -> bytes:
         if not text.get_text().isascii():
             text.set_fontfamily(["sans-serif", *fonts])
     content = io.BytesIO()
-    with warnings.catch_warnings(record=True) as caught:
+    with warnings.catch_warnings(record=True) as boxes:
+        warnings.simplefilter("ignore")  # such as that there is little room
         warnings.filterwarnings("always", MISSING_GLYPH)
         figure.savefig(content, format="png", dpi="figure")
-    boxes = [warning for warning in caught if re.match(MISSING_GLYPH, str(warning.message))]
-    for warning in caught:
-        if warning not in boxes:
-            warnings.warn_explicit(
-                warning.message, warning.category, warning.filename, warning.lineno
-            )
     if boxes:
         _logger.warning(
             "no font here has all characters of the names in a figure, so some are boxes; install "

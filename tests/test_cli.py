@@ -240,7 +240,7 @@ def test_convert_says_what_it_wrote_and_asks_for_what_it_cannot_know(tmp_path):
     )
     tensors = safetensors.torch.load_file(output)
     torch.save({"state_dict_ema": tensors}, tmp_path / "in.pth")
-    arguments = ["convert", tmp_path / "in.pth", back, "--layout", "labml"]
+    arguments = ["convert", tmp_path / "in.pth", back, "--layout", "ours"]
     refused = convmixer(*arguments)
     assert refused.exit_code == 1
     assert refused.stderr == (

@@ -203,14 +203,9 @@ def test_a_pointer_of_git_lfs_is_named(tmp_path, name):
                 load(tmp_path)
 
 
-def test_what_transformers_wrote_otherwise_is_named(tmp_path):
+def test_a_pickle_beside_no_safetensors_is_named(tmp_path):
     save_model(timm.create_model(ARCH), tmp_path, {})
-    (tmp_path / "model.safetensors").rename(tmp_path / "model-00001-of-00001.safetensors")
-    (tmp_path / "model.safetensors.index.json").touch()
-    message = "no such file, but model.safetensors.index.json beside it; save the model whole, with"
-    with pytest.raises(CheckpointError, match=message):
-        load_trained(tmp_path)
-    (tmp_path / "model.safetensors.index.json").rename(tmp_path / "pytorch_model.bin")
+    (tmp_path / "model.safetensors").rename(tmp_path / "pytorch_model.bin")
     message = (
         "no such file, but pytorch_model.bin beside it; convert that: convmixer convert "
         f"{tmp_path}/pytorch_model.bin {tmp_path}/model.safetensors --layout ours$"

@@ -16,7 +16,7 @@ from convmixer_hub.hub.find import find_embedded
 from convmixer_hub.hub.records import RECORDS
 from convmixer_hub.load import load_trained
 from convmixer_hub.release.golden import write_golden
-from convmixer_hub.release.publish import get_digest, list_uploads, publish
+from convmixer_hub.release.publish import list_uploads, publish
 
 from .conftest import (
     ARCH,
@@ -127,8 +127,8 @@ def test_a_dry_run_asks_no_network_and_no_token(run, monkeypatch):
         uploads = list_uploads(name)
         assert (result.exit_code, last) == (0, f"{TARGET}: would get these {len(uploads)} files")
         assert [line.split() for line in lines] == [
-            [upload.path_in_repo, f"{upload.upload_info.size:,}", "bytes", get_digest(upload)]
-            for upload in uploads
+            [file.path_in_repo, f"{len(data):,}", "bytes", hashlib.sha256(data).hexdigest()]
+            for file, data in ((upload, upload.path_or_fileobj) for upload in uploads)
         ]
 
 

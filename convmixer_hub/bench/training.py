@@ -10,6 +10,7 @@ from functools import partial
 import timm
 import torch
 from timm.models.convmixer import ConvMixer as TimmConvMixer
+from timm.models.convmixer import Residual
 from torch import nn
 from torch.nn import functional as F
 
@@ -47,15 +48,6 @@ def make_timms(model: ConvMixer) -> nn.Module:
     )
 
 
-class _Residual(nn.Module):
-    def __init__(self, function: nn.Module) -> None:
-        super().__init__()
-        self.function = function
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.function(x) + x
-
-
 def _make_sequential(model: ConvMixer) -> nn.Module:
     """Make the `nn.Sequential` of the paper's appendix, of the same size."""
     dim, kernel_size, patch_size = (
@@ -69,7 +61,7 @@ def _make_sequential(model: ConvMixer) -> nn.Module:
 
     layers = [
         nn.Sequential(
-            _Residual(then_norm(nn.Conv2d(dim, dim, kernel_size, groups=dim, padding="same"))),
+            Residual(then_norm(nn.Conv2d(dim, dim, kernel_size, groups=dim, padding="same"))),
             then_norm(nn.Conv2d(dim, dim, kernel_size=1)),
         )
         for _ in model.conv_mixer_layers

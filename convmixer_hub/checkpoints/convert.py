@@ -19,14 +19,7 @@ from ..errors import CheckpointError, first_line
 from ..files import write_file
 from ..hub.records import CONFIG_FILE
 from ..model.convmixer import ACTIVATIONS, ConvMixer, name_activation
-from ..model.layouts import (
-    ALIASES,
-    LAYOUTS,
-    check_fit,
-    convert_layout,
-    detect_layout,
-    find_networks,
-)
+from ..model.layouts import LAYOUTS, check_fit, convert_layout, detect_layout, find_networks
 from .files import check_finite, check_is_no_pointer, check_safetensors
 from .resolve import Source, resolve
 
@@ -245,7 +238,7 @@ def convert(name: str, output: Path, layout: str, activation: str | None = None)
     Args:
         name: As in `read_checkpoint`.
         output: The file to write, replaced whole or not at all.
-        layout: A key of `LAYOUTS` or `ALIASES`.
+        layout: A key of `LAYOUTS`.
         activation: A key of `ACTIVATIONS`; needed where nothing in the checkpoint tells it.
 
     Returns:
@@ -261,7 +254,6 @@ def convert(name: str, output: Path, layout: str, activation: str | None = None)
             f"{output}: is written as safetensors; give it a name in .safetensors"
         )
     checkpoint = read_checkpoint(name)
-    layout = ALIASES.get(layout, layout)
     metadata = {
         "format": "pt",
         "layout": layout,

@@ -21,9 +21,7 @@ from ..model.config import get_label_names
 from ..model.convmixer import ConvMixer, name_activation
 
 POINTER = b"version https://git-lfs."
-# What transformers wrote instead of one file in safetensors format.
-SHARDS_FILE = f"{WEIGHTS_FILE}.index.json"
-PICKLE_FILE = "pytorch_model.bin"
+PICKLE_FILE = "pytorch_model.bin"  # of older versions of transformers
 
 
 def read_model_files(folder: Path) -> dict[Path, bytes]:
@@ -51,18 +49,15 @@ def check_safetensors(path: Path) -> dict[str, str]:
         CheckpointError: With the fault and the remedy.
     """
     check_is_no_pointer(path)
-    others = [name for name in (SHARDS_FILE, PICKLE_FILE) if path.with_name(name).exists()]
     try:
         with safe_open(path, framework="pt") as file:
             return file.metadata() or {}
     except FileNotFoundError:
         reason, remedy = "no such file", "check the path"
-        if others:
-            reason = f"no such file, but {others[0]} beside it"
-            remedy = "save the model whole, with a larger max_shard_size"
-            if others == [PICKLE_FILE]:
-                paths = shlex.join(map(str, [path.with_name(PICKLE_FILE), path]))
-                remedy = f"convert that: convmixer convert {paths} --layout ours"
+        if (pickle := path.with_name(PICKLE_FILE)).exists():
+            reason = f"no such file, but {PICKLE_FILE} beside it"
+            paths = shlex.join(map(str, [pickle, path]))
+            remedy = f"convert that: convmixer convert {paths} --layout ours"
     except (SafetensorError, OSError) as error:
         reason = f"not a whole safetensors file ({first_line(error)})"
         remedy = "copy it again; pickles are not opened, `convmixer convert` rewrites them"

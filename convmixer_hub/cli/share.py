@@ -12,10 +12,10 @@ from ..checkpoints.convert import convert
 from ..checkpoints.resolve import resolve_folder
 from ..hub.records import CARD_FILE, WEIGHTS_FILE
 from ..model.convmixer import ACTIVATIONS
-from ..model.layouts import ALIASES, LAYOUTS
+from ..model.layouts import LAYOUTS
 from ..release.card import propose_record, write_card
 from ..release.export import RUNTIMES, export
-from ..release.publish import get_digest, list_uploads, publish
+from ..release.publish import list_uploads, publish
 from ..zoo import VARIANTS
 from .options import DEFAULT_MODEL, OpenData, data_options, print_table
 
@@ -58,8 +58,8 @@ def publish_command(name: str, repo_id: str, private: bool, tag: str | None, dry
     """
     if dry_run:
         uploads = list_uploads(name, repo_id)
-        rows = [(u.path_in_repo, f"{u.upload_info.size:,} bytes", get_digest(u)) for u in uploads]
-        print_table([list(row) for row in rows])
+        infos = {upload.path_in_repo: upload.upload_info for upload in uploads}
+        print_table([[k, f"{info.size:,} bytes", info.sha256.hex()] for k, info in infos.items()])
         click.echo(f"{repo_id}: would get these {len(uploads)} files")
     else:
         publication = publish(name, repo_id, private, tag)
@@ -68,8 +68,8 @@ def publish_command(name: str, repo_id: str, private: bool, tag: str | None, dry
         tagged = f", tag {publication.tag}" if publication.tag else ""
         click.echo(f"{repo_id}: {len(uploads)} files, {done}")
         click.echo(f"revision {publication.revision}{tagged}")
-        [digest] = [get_digest(u) for u in uploads if u.path_in_repo == WEIGHTS_FILE]
-        click.echo(f"SHA-256 of {WEIGHTS_FILE} {digest}, downloaded again and compared")
+        [info] = [u.upload_info for u in uploads if u.path_in_repo == WEIGHTS_FILE]
+        click.echo(f"SHA-256 of {WEIGHTS_FILE} {info.sha256.hex()}, downloaded again and compared")
     if CARD_FILE not in [upload.path_in_repo for upload in uploads]:
         command = shlex.join(["convmixer", "card", name, "--data", "DIR"])
         click.echo(f"there is no model card; `{command}` writes one")
@@ -132,7 +132,12 @@ def export_command(
 @click.command("convert")
 @click.argument("name", metavar="IN")
 @click.argument("output", metavar="OUT", type=click.Path(path_type=Path))
-@click.option("--layout", required=True, type=click.Choice([*LAYOUTS, *ALIASES]))
+@click.option(
+    "--layout",
+    required=True,
+    type=click.Choice(list(LAYOUTS)),
+    help="Whose names the tensors get; ours are those of labml_nn.",
+)
 @click.option(
     "--activation",
     type=click.Choice(list(ACTIVATIONS)),

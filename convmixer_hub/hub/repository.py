@@ -15,10 +15,8 @@ from huggingface_hub import (
     hf_hub_url,
 )
 from huggingface_hub.errors import (
-    EntryNotFoundError,
     HfHubHTTPError,
     HFValidationError,
-    LocalEntryNotFoundError,
     OfflineModeIsEnabled,
     RemoteEntryNotFoundError,
     RepositoryNotFoundError,
@@ -72,11 +70,9 @@ class Repository:
         try:
             read_token()
             return Path(hf_hub_download(self.repo_id, name, revision=self.revision))
+        except RemoteEntryNotFoundError:
+            return None
         except Exception as error:  # the client, its HTTP library and the disk each have their own
-            # The first is a kind of the second, but says nothing of the Hub.
-            is_local = isinstance(error, LocalEntryNotFoundError)
-            if isinstance(error, EntryNotFoundError) and not is_local:
-                return None
             raise CheckpointError(self.explain(error, name)) from None
 
     def ask_for(self, name: str, retry: bool = False) -> HfFileMetadata:

@@ -80,7 +80,6 @@ LAYOUTS = {
         first_layer=1,
     ),
 }
-ALIASES = {"labml": OURS}
 
 # DistributedDataParallel and AveragedModel; torch.compile; Lightning; moving averages by others.
 PREFIXES = ("module.", "_orig_mod.", "model.", "ema.", "ema_model.", "model_ema.")
@@ -146,13 +145,13 @@ def convert_layout(state_dict: Mapping[str, Tensor], target: str = OURS) -> dict
 
     Args:
         state_dict: Tensors by key.
-        target: A key of `LAYOUTS` or `ALIASES`.
+        target: A key of `LAYOUTS`.
 
     Raises:
         CheckpointError: If two keys would become one, as in a mixture of layouts.
     """
     stripped = strip_prefixes(state_dict)
-    detected, target = detect_layout(stripped), ALIASES.get(target, target)
+    detected = detect_layout(stripped)
     if detected in (None, target):
         return stripped
     source, wanted = LAYOUTS[detected], LAYOUTS[target]

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import cast
 
 from huggingface_hub import CommitOperationAdd, HfApi, hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError
@@ -69,11 +68,6 @@ def list_uploads(name: str, repo_id: str = EXAMPLE_REPO_ID) -> list[CommitOperat
     return [CommitOperationAdd(file, data) for file, data in contents.items()]
 
 
-def get_digest(upload: CommitOperationAdd) -> str:
-    """Return the SHA-256 of a file that is published, in hexadecimal."""
-    return hashlib.sha256(cast("bytes", upload.path_or_fileobj)).hexdigest()
-
-
 def publish(name: str, repo_id: str, private: bool = False, tag: str | None = None) -> Publication:
     """Upload a model to the Hub in one commit, and pull it back to compare every byte.
 
@@ -128,7 +122,7 @@ def _pull_back(uploads: Sequence[CommitOperationAdd], repo_id: str, commit: str)
     # Not through a cache, in which the client writes wherever the server's answers lead to.
     with tempfile.TemporaryDirectory() as empty:
         for upload in uploads:
-            name, wanted = upload.path_in_repo, get_digest(upload)
+            name, wanted = upload.path_in_repo, upload.upload_info.sha256.hex()
             file = hf_hub_download(repo_id, name, revision=commit, local_dir=empty, cache_dir=empty)
             digest = hash_file(Path(file))
             if digest != wanted:

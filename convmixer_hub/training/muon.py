@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from timm.optim import muon
 from torch import Tensor
+from torch.optim.adamw import adamw
 
 
 @contextmanager
@@ -71,33 +72,6 @@ def update_matrices(
             params[i].add_(step.view_as(params[i]))
 
 
-def update_others(
-    params: list[Tensor],
-    grads: list[Tensor],
-    exp_avgs: list[Tensor],
-    exp_avg_sqs: list[Tensor],
-    max_exp_avg_sqs: list[Tensor],
-    state_steps: list[Tensor],
-    *,
-    lr: float | Tensor,
-    beta1: float,
-    beta2: float,
-    weight_decay: float,
-    eps: float,
-    **defaults: Any,
-) -> None:
-    """Do what `timm.optim.adamw.adamw` does by default, with one bias correction for all.
-
-    All parameters have taken the same number of steps.
-    """
-    torch._foreach_add_(state_steps, 1)
-    step = state_steps[0]
-    torch._foreach_mul_(params, 1 - lr * weight_decay)
-    torch._foreach_lerp_(exp_avgs, grads, 1 - beta1)
-    torch._foreach_mul_(exp_avg_sqs, beta2)
-    torch._foreach_addcmul_(exp_avg_sqs, grads, grads, 1 - beta2)
-    denominators = torch._foreach_sqrt(exp_avg_sqs)
-    torch._foreach_div_(denominators, (1 - beta2**step).sqrt())
-    torch._foreach_add_(denominators, eps)
-    torch._foreach_div_(denominators, -lr / (1 - beta1**step))
-    torch._foreach_addcdiv_(params, exp_avgs, denominators)
+def update_others(*tensors: Any, caution: bool, max_lr: float | None, **options: Any) -> None:
+    """Do what `timm.optim.adamw.adamw` does by default, in one kernel."""
+    adamw(*tensors, **options | {"fused": True})
