@@ -230,32 +230,3 @@ def _choose_labels(
     kwargs["num_classes"] = len(label_names)
     known = order_names(trained.label_names) or ()
     return None if list(label_names) == list(known) else label_names
-
-
-@dataclass(frozen=True)
-class ModelInfo:
-    """One line of the list of models; a model without trained weights has no record.
-
-    Attributes:
-        name: `arch.tag`, or the arch alone where there are no weights.
-        parameters: Their number.
-        macs: Number of multiply-accumulates for one image, of convolutions and head.
-        record: What is known of the weights.
-    """
-
-    name: str
-    parameters: int
-    macs: int
-    record: CheckpointRecord | None
-
-
-def list_models() -> list[ModelInfo]:
-    """List every registered model of this package, trained ones first for each arch."""
-    models = []
-    for arch, variant in VARIANTS.items():
-        for tag, cfg in default_cfgs[arch].cfgs.items():
-            record = RECORDS.get(f"{arch}.{tag}")
-            name = record.name if record else arch
-            counts = variant.count_parameters(cfg.num_classes), variant.count_macs(cfg.num_classes)
-            models.append(ModelInfo(name, *counts, record))
-    return models

@@ -121,7 +121,7 @@ def finetune_command(
     """
     with _stopping_at(output):
         dataset = open_data()
-        settings = choose_settings(name, dataset, output, **changes)
+        settings = choose_settings(name, dataset, **changes)
         result = finetune(settings, dataset, output, skip_damaged)
     click.echo(
         f"{output}: top-1 {result.top1:.2f} % ({result.correct} of {result.count} validation "

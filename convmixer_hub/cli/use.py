@@ -27,7 +27,7 @@ from ..machine import describe_machine
 from ..predict import Prediction, predict_each
 from ..release.demo import run_demo
 from ..release.golden import TOLERANCE, verify
-from ..zoo import list_models
+from ..zoo import VARIANTS
 from .options import (
     DEFAULT_MODEL,
     NOT_NEGATIVE,
@@ -57,21 +57,21 @@ def list_command(markdown: bool) -> None:
     """List the models: dataset, parameters, MACs, top-1, calibration error (ECE)."""
     source = "card" if markdown else "source"
     rows = [["name", "parameters", "MACs", "dataset", "top-1", "ECE", "size", source]]
-    for model in list_models():
-        record = model.record
-        row = [model.name, f"{model.parameters:,}", f"{model.macs / 1e6:.1f}M"]
-        if record is None:
-            row += ["–", "–", "–", "–", "untrained"]
-        else:
-            card = f"[card](weights/{record.name}/{CARD_FILE})"
-            row += [
+    for name, record in RECORDS.items():
+        variant, num_classes = VARIANTS[record.arch], len(record.dataset.classes)
+        card = f"[card](weights/{name}/{CARD_FILE})"
+        rows.append(
+            [
+                f"`{name}`" if markdown else name,
+                f"{variant.count_parameters(num_classes):,}",
+                f"{variant.count_macs(num_classes) / 1e6:.1f}M",
                 record.dataset.name,
                 f"{record.top1:.2f} %",
                 f"{record.ece:.2f} %",
                 f"{record.size / 1e6:.1f} MB",
                 card if markdown else locate(record),
             ]
-        rows.append([f"`{model.name}`", *row[1:]] if markdown else row)
+        )
     print_rows = print_markdown if markdown else print_table
     print_rows(rows)
 

@@ -7,7 +7,6 @@ pictures of what the model still gets wrong.
 from __future__ import annotations
 
 import math
-import os
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +19,12 @@ from torchvision.transforms.functional import to_pil_image
 from ..checkpoints.resolve import resolve
 from ..data.images import eval_transform
 from ..data.reader import ImageDataset, read_images
-from ..errors import CheckpointError, UnknownModelError
 from ..evaluate import Evaluation, collect_logits, count_confusions
 from ..figures import check_matplotlib, draw_confusion, draw_predictions
 from ..files import write_file
 from ..load import load_trained
 from ..model.config import get_label_names
 from ..predict import name_best
-from .folder import STATE_FILE, read_state
 from .images import choose_images
 from .run import train
 from .settings import TrainingSettings
@@ -57,15 +54,12 @@ FEW_IMAGES = 5000
 MIN_STEPS = 200
 
 
-def choose_settings(
-    name: str, dataset: ImageDataset, output: str | Path | None = None, **changes: Any
-) -> TrainingSettings:
+def choose_settings(name: str, dataset: ImageDataset, **changes: Any) -> TrainingSettings:
     """Choose how to fine-tune, for the data at hand.
 
     Args:
-        name: The trained model, as in `load.load_trained`; it may be gone if a run is resumed.
+        name: The trained model, as in `load.load_trained`.
         dataset: What to fine-tune on.
-        output: The run folder, if there may be such a run in it.
         changes: Settings that override those chosen here; None overrides nothing. By default a
             fifth of the training images is held out, if there are none for validation.
 
@@ -75,19 +69,10 @@ def choose_settings(
         UnknownModelError: If there is no such model.
         CheckpointError: If it cannot be found or downloaded, or is a file alone.
     """
-    try:
-        source = resolve(name)
-        source.check_is_whole()
-    except (UnknownModelError, CheckpointError):
-        if output is None or not Path(output, STATE_FILE).exists():
-            raise
-        begun_with = read_state(Path(output, STATE_FILE)).settings["model"]
-        if os.path.basename(os.path.abspath(begun_with)) != os.path.basename(os.path.abspath(name)):
-            raise
-        name = begun_with
-    else:
-        is_folder = source.name.startswith("local-dir:")
-        name = str(source.folder.absolute()) if is_folder else source.name
+    source = resolve(name)
+    source.check_is_whole()
+    is_folder = source.name.startswith("local-dir:")
+    model = str(source.folder.absolute()) if is_folder else source.name
     changes = {setting: value for setting, value in changes.items() if value is not None}
     labels = dataset.get("train").labels
     count = len(labels)
@@ -106,7 +91,7 @@ def choose_settings(
         "rand_augment": "rand-m5-n1-mstd0.5-inc1" if few else "",
         "random_erasing": 0.25 if few else 0.0,
     }
-    return TrainingSettings(name, **settings | changes, pretrained=True, keep_best=True)
+    return TrainingSettings(model, **settings | changes, pretrained=True, keep_best=True)
 
 
 def finetune(
