@@ -155,7 +155,7 @@ def _serve(loader: DataLoader) -> Iterator[tuple[Tensor, Tensor]]:
         _, _, line = str(error).strip().rpartition("DataError: ")
         raise DataError(line) from None
     except (RuntimeError, OSError) as error:
-        if not loader.num_workers:
+        if not loader.num_workers or str(error).startswith("Caught "):  # of an image, in there
             raise
         raise DataError(
             f"the process that reads images failed ({first_line(error)}); give --workers 0, or "

@@ -77,9 +77,13 @@ def test_a_damaged_image_is_one_line_from_a_worker_too(write_parquet):
         assert "\n" not in str(refused.value)
 
 
+def kill_this_process(image):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
 def test_a_worker_that_dies_is_one_line(cifar_sample):
     images = open_dataset(cifar_sample).get("test")
-    killed = replace(images, transform=lambda image: os.kill(os.getpid(), signal.SIGKILL))
+    killed = replace(images, transform=kill_this_process)
     message = r"^the process that reads images failed \(.*\); give --workers 0, or more shared mem"
     with pytest.raises(DataError, match=message):
         collect_logits(nn.Linear(1, 1), DataLoader(killed, num_workers=1))

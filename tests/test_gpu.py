@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from convmixer_hub.model import gpu
 from convmixer_hub.model.convmixer import ConvMixer
 from convmixer_hub.model.gpu import FastOnGPU, _gelu, can_speed_up
+from convmixer_hub.training.muon import fast_muon
 from convmixer_hub.training.network import _has_room, build_network
 from convmixer_hub.training.settings import TrainingSettings
 from convmixer_hub.training.step import TrainingStep
@@ -141,16 +142,17 @@ def test_on_a_gpu_replays_the_steps_that_it_captured():
         torch.manual_seed(0)
         settings = TrainingSettings("convmixer_cifar", pretrained=True, learning_rate=1e-3)
         device = torch.device("cuda")
-        network = build_network(settings, settings.model, [*"0123456789"], device)
+        network = build_network(settings, [*"0123456789"], device)
         network.module.train()
         step = TrainingStep(network, settings, torch.bfloat16, device)
         step.captures = captures
         numbers = []
-        for number in range(12):
-            side = 24 if number < 6 else 32
-            images = torch.randn(32, 3, side, side, device=device)
-            labels = torch.randint(10, (32,), device=device)
-            numbers.append(step(images, labels, labels, (number + 1) / 12))
+        with fast_muon(torch.bfloat16, device):
+            for number in range(12):
+                side = 24 if number < 6 else 32
+                images = torch.randn(32, 3, side, side, device=device)
+                labels = torch.randint(10, (32,), device=device)
+                numbers.append(step(images, labels, labels, (number + 1) / 12))
         assert (step._captured is not None) is captures
         results.append(torch.stack(numbers).cpu())
     plain, captured = results

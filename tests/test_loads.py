@@ -85,7 +85,7 @@ def test_a_plain_load_says_nothing(arguments, said):
             {"num_classes": 37, "in_chans": 1},
             119,
             "patch_emb.conv.weight adapted from 3 to 1 channels; "
-            f"{HEAD} newly initialized for 37 classes, not the 10 of the checkpoint",
+            f"{HEAD} newly initialized for 37 classes, that of the checkpoint for 10 left out",
         ),
         ({"num_classes": 0}, 119, f"{HEAD} left out"),
         (
@@ -140,12 +140,12 @@ def test_a_head_that_fits_is_not_thrown_away(saved, said):
     with pytest.raises(CheckpointError, match=message):
         timm.create_model(ARCH, num_classes=7, **options)
     timm.create_model(ARCH, num_classes=37, **options)
-    assert said()[0][-1].endswith("for 37 classes, not the 7 of the checkpoint")
+    assert said()[0][-1].endswith("for 37 classes, that of the checkpoint for 7 left out")
     overlay["num_classes"] = 7
     timm.create_model(ARCH, num_classes=7, **options)
     overlay["num_classes"] = -1  # as timm's train.py does with --pretrained-path, for a new head
     timm.create_model(ARCH, num_classes=7, **options)
-    assert said()[-1][-1].endswith("newly initialized for 7 classes, not the 7 of the checkpoint")
+    assert said()[-1][-1].endswith("for 7 classes, that of the checkpoint for 7 left out")
 
 
 def test_a_stem_for_more_channels_repeats_those_it_has_and_scales_them():

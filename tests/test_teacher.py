@@ -98,7 +98,7 @@ def test_refuses_what_is_no_model(resnet):
 def test_a_step_learns_labels_and_answers(batch):
     # Hinton et al. 2015, with a temperature of 4 and a share of 0.9.
     labels = torch.tensor([3, 8])
-    network = build_network(SETTINGS, SETTINGS.model, CLASSES, CPU)
+    network = build_network(SETTINGS, CLASSES, CPU)
     teacher = Teacher(["convmixer_cifar"], CLASSES, OURS, CPU)
     network.module.train()
     with torch.no_grad():

@@ -132,7 +132,7 @@ def _adapt_head(
         )
     return (
         f"{CLASSIFIER} newly initialized for {model.num_classes} classes, "
-        f"not the {classes} of the checkpoint"
+        f"that of the checkpoint for {classes} left out"
     )
 
 

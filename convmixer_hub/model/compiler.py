@@ -5,9 +5,9 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-import platform
 import shlex
 import subprocess
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
@@ -40,17 +40,20 @@ def load_operators(name: str, effect: str) -> bool:
     flags += [f"-L{torch_folder / 'lib'}", "-ltorch_cpu", "-lc10"]
     try:
         compiler = shlex.split(os.environ.get("CXX") or "c++")
-        # What is compiled on one system may not run on another that shares the folder.
-        system = [describe_processor("flags", "Features"), *platform.libc_ver()]
+        # What is compiled for one processor may not run on another that shares the folder.
+        processor = describe_processor("flags", "Features")
         texts = [file.read_text() for file in (source, source.with_name("vectors.h"))]
-        made_of = [*texts, *compiler, *flags, torch.__version__, *system]
+        made_of = [*texts, *compiler, *flags, torch.__version__, processor]
         digest = hashlib.sha256("\0".join(made_of).encode()).hexdigest()
         folder = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
         library = folder / "convmixer_hub" / f"{name}_{digest[:16]}.so"
-        if not library.exists():
-            library.parent.mkdir(parents=True, exist_ok=True)
-            with replacing(library) as temporary:
-                _run([*compiler, str(source), *flags, "-o", str(temporary)])
+        if library.exists():
+            with suppress(OSError):  # it is damaged, or of a newer system that shares the folder
+                torch.ops.load_library(str(library))
+                return True
+        library.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(library) as temporary:
+            _run([*compiler, str(source), *flags, "-o", str(temporary)])
         torch.ops.load_library(str(library))
     except (OSError, RuntimeError, ValueError) as error:  # of no home folder, of quotes in CXX
         _logger.warning(

@@ -65,8 +65,8 @@ def prepare_for_inference(model: nn.Module, cpp: bool = False) -> InferenceConvM
         The model, on the same device and in the same type.
 
     Raises:
-        ModelSizeError: If it is another model, or one of a class of its own, or its parts were
-            replaced, as `cpu.speed_up_on_cpu` does.
+        ModelSizeError: If it is another model, a subclass too, or its parts were replaced, as
+            `cpu.speed_up_on_cpu` does.
     """
     if type(model) is not ConvMixer:
         raise ModelSizeError(
@@ -74,16 +74,17 @@ def prepare_for_inference(model: nn.Module, cpp: bool = False) -> InferenceConvM
             "package, whole rather than with features_only"
         )
     for name, module in model.named_modules():
-        part = name.rpartition(".")[2]
-        kinds = PLAIN.get("layer" if part.isdecimal() else part)
+        parent, _, part = name.rpartition(".")
+        kinds = PLAIN.get("layer" if parent == "conv_mixer_layers" else part)
         if kinds is None:
             continue
         is_plain = all(getattr(module, k, plain) == plain for k, plain in PLAIN_SETTINGS.items())
         is_plain &= not isinstance(getattr(module, "padding", 0), str)
         if type(module) not in kinds or not is_plain:
+            text = str(module).partition("(\n")[0]  # without its parts
             raise ModelSizeError(
-                f"{name} is {module}, which is not as in this package's models, so the model "
-                "cannot be prepared for inference: use it as it is"
+                f"{name} is {text}, which is not as in this "
+                "package's models, so the model cannot be prepared for inference: use it as it is"
             )
     return InferenceConvMixer(model, cpp)
 
@@ -194,16 +195,22 @@ class InferenceConvMixer(nn.Module):
             setattr(self, name, copy.copy(getattr(model, name, None)))
         self._traits = copy.copy(getattr(model, "_traits", {}))
         self._is_gelu = name_activation(model) == "gelu"
+        self._can_fuse = self._is_fused_right()
         self._cpp = cpp and self._is_gelu and self._has_fast_shapes()
-        self._fused_is_right: bool | None = None  # found out on the CPU that is to use it
         self._parameters_in_panels: list[Tensor] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_fused_is_right": None, "_parameters_in_panels": None}
+        return {**self.__dict__, "_parameters_in_panels": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._can_fuse = self._is_fused_right()  # here and now: it may have been on a GPU
 
     def _apply(self, *args: Any, **options: Any) -> InferenceConvMixer:
-        self._fused_is_right = self._parameters_in_panels = None
-        return super()._apply(*args, **options)
+        super()._apply(*args, **options)
+        self._parameters_in_panels = None
+        self._can_fuse = self._is_fused_right()
+        return self
 
     def train(self, mode: bool = True) -> InferenceConvMixer:
         """Refuse to be trained."""
@@ -305,27 +312,24 @@ class InferenceConvMixer(nn.Module):
             and not (torch.is_grad_enabled() and x.requires_grad)
             and forward_ad.unpack_dual(x).tangent is None
             and not torch.is_autocast_enabled("cpu")
-            and (self._can_use_onednn() or self._can_use_cpp())  # last: they compute, or compile
+            and (self._can_fuse or self._can_use_cpp())  # last: it may compile
         )
-
-    def _can_use_onednn(self) -> bool:
-        if self._fused_is_right is None:
-            self._fused_is_right = self._is_gelu and self._is_fused_right()
-        return self._fused_is_right
 
     def _is_fused_right(self) -> bool:
         """Check that oneDNN's fused operation, which PyTorch does not make public, is right."""
-        conv = self.stem
-        _, channels, height, width = conv.weight.shape
-        x = torch.linspace(-2, 2, 4 * conv.weight[0].numel())
-        x = x.view(1, channels, 2 * height, 2 * width)
+        weight = self.stem.weight
+        if not self._is_gelu or weight.device.type != "cpu" or weight.dtype != torch.float32:
+            return False
+        _, channels, height, width = weight.shape
+        x = torch.linspace(-2, 2, 4 * weight[0].numel(), dtype=weight.dtype, device="cpu")
+        x = x.view(1, channels, 2 * height, 2 * width).to(memory_format=torch.channels_last)
+        conv = copy.copy(self.stem)  # that packs its weight for images of the usual size
         try:
-            found = conv.compute_fused(x.contiguous(memory_format=torch.channels_last))
+            with torch.autocast("cpu", enabled=False):
+                found, expected = conv.compute_fused(x), conv.activate(x, False)
+            return torch.allclose(found, expected, atol=1e-5, rtol=1e-5)
         except (RuntimeError, AttributeError, NotImplementedError, TypeError):
             return False
-        finally:
-            conv._packed = None  # for images of the usual size
-        return torch.allclose(found, conv.activate(x, False), atol=1e-5, rtol=1e-5)
 
 
 def _read_norm(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:

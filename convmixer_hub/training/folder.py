@@ -45,7 +45,8 @@ class RunState:
         classes: Names of its classes.
         images: Number of its training images, with those held out.
         image_digest: What tells them from others, see `images.RunImages`; empty in older runs.
-        held_out_images: What tells the images for validation from others; empty if there are none.
+        held_out_images: What tells the images for validation from others; empty if there are none,
+            and in older runs whose images for validation are a split.
         epoch: Number of completed epochs.
         step: Number of steps taken in the current epoch.
         sums: Of the current epoch so far: `loss`, `correct`, `seconds`.

@@ -73,5 +73,5 @@ def update_matrices(
 
 
 def update_others(*tensors: Any, caution: bool, max_lr: float | None, **options: Any) -> None:
-    """Do what `timm.optim.adamw.adamw` does by default, in one kernel."""
+    """Do what `timm.optim.adamw.adamw` does by default, in few kernels."""
     adamw(*tensors, **options | {"fused": True})

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import timm
@@ -67,16 +66,13 @@ class Network:
             self.average.module.load_state_dict(state.average)
 
 
-def build_network(
-    settings: TrainingSettings, start: str | Path, classes: list[str], device: torch.device
-) -> Network:
+def build_network(settings: TrainingSettings, classes: list[str], device: torch.device) -> Network:
     """Build what a run trains.
 
     On a CPU, the C library keeps memory that tensors gave back, from here on in this process.
 
     Args:
         settings: Those of the run.
-        start: The trained model to start from, if the settings say so; else the arch.
         classes: Names of the classes.
         device: Where it is trained.
 
@@ -85,9 +81,9 @@ def build_network(
             damaged or do not fit.
     """
     if settings.pretrained:
-        model = load_trained(start, classes)
+        model = load_trained(settings.model, classes)
     else:
-        model = timm.create_model(str(start), num_classes=len(classes))
+        model = timm.create_model(settings.model, num_classes=len(classes))
     assert isinstance(model, ConvMixer)  # as every arch of this package is
     if settings.covariance_init:
         init_depthwise_kernels(model)

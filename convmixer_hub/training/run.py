@@ -21,7 +21,7 @@ from ..data.augment import derive_seed
 from ..data.reader import ImageDataset
 from ..errors import DataError, TrainingError, UnknownModelError, first_line
 from ..evaluate import collect_logits, evaluate, fit_temperature
-from ..hub.records import CONFIG_FILE, WEIGHTS_FILE, suggest
+from ..hub.records import suggest
 from ..machine import count_workers, describe_machine, find_device, refuse_torchrun
 from ..model.cpu import choose_dtype
 from ..zoo import default_cfgs
@@ -127,11 +127,7 @@ class _Run:
         self.state = state
         self.device = device = find_device()
         random_seed(settings.seed)
-        start: str | Path = settings.model
-        is_model = all((folder / name).exists() for name in (CONFIG_FILE, WEIGHTS_FILE))
-        if settings.pretrained and state.model is not None and is_model:
-            start = folder  # what a run began with may be gone when it is resumed
-        self.network = build_network(settings, start, dataset.classes, device)
+        self.network = build_network(settings, dataset.classes, device)
         data_config = resolve_input_data_config(self.network.model)
         if state.epoch < settings.epochs:  # a finished run is only written out again
             side = min(data_config["input_size"][1:])
