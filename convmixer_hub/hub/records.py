@@ -135,12 +135,12 @@ RECORDS: dict[str, CheckpointRecord] = {
     for record in [
         CheckpointRecord(
             name="convmixer_cifar.cifar10",
-            sha256="606ecd7aafee58101da0bbaca8befcf01eb179e960a3c76cda6b97371f524870",
+            sha256="0729be26bbd4f88a38223883055222e1df3ef499ead29e823d387b30167761d6",
             size=2620544,
             dataset=CIFAR10,
-            top1=95.14,
-            ece=1.27,
-            revision="v2",
+            top1=95.34,
+            ece=1.11,
+            revision="v3",
         ),
         CheckpointRecord(
             name="convmixer_cifar.cifar100",
