@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import safetensors.torch
@@ -144,12 +145,12 @@ def test_a_figure_that_cannot_be_written_is_named(tmp_path, figure, message):
     assert re.search(message, result.stderr)
 
 
-def test_card_is_written_for_a_name(cifar_sample, tmp_path):
-    options = ["--data", cifar_sample, "--output", tmp_path / "card", "--license", "cc-by-4.0"]
-    result = convmixer("card", NAME, *options)
+def test_the_card_of_a_name_is_not_written_into_the_package(cifar_sample, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    result = convmixer("card", ARCH, "--data", cifar_sample, "--license", "cc-by-4.0")
     assert result.exit_code == 0, result.stderr
-    assert result.stdout == f"{tmp_path / 'card' / 'README.md'}\n"  # no weights beside it
-    text = (tmp_path / "card" / "README.md").read_text()
+    assert result.stdout == f"{ARCH}.cifar10/README.md\n"  # no weights beside it
+    text = Path(result.stdout.strip()).read_text()
     assert "of the 10 test images" in text and "\nlicense: cc-by-4.0\n" in text
     assert convmixer("card", "nothing", "--data", cifar_sample).stderr.startswith(
         "Error: no file or folder, and no trained weights are named 'nothing'; known are"

@@ -24,7 +24,9 @@ from .options import DEFAULT_MODEL, OpenData, data_options, print_table
 @click.argument("name", default=DEFAULT_MODEL)
 @data_options
 @click.option(
-    "--output", type=click.Path(path_type=Path), help="Folder to write to, the model's by default."
+    "--output",
+    type=click.Path(path_type=Path),
+    help="Folder to write to; by default that of the run, or a new one named like the model.",
 )
 @click.option("--license", help="The Hub's id of the license, such as mit.")
 def card_command(name: str, open_data: OpenData, output: Path | None, license: str | None) -> None:
@@ -34,7 +36,10 @@ def card_command(name: str, open_data: OpenData, output: Path | None, license: s
     the dataset; NOTES.md in the folder is appended. The record to add for a model of the package
     is printed.
     """
-    folder = resolve_folder(name).folder
+    source = resolve_folder(name)
+    folder = source.folder
+    if source.record and output is None:
+        output = Path(source.record.name)  # the package's own copy stays as it is
     card = write_card(folder, open_data(), output, license=license)
     click.echo(card)
     record = propose_record(card)
