@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,8 @@ from .checkpoints.files import check_safetensors
 from .checkpoints.resolve import Source, resolve
 from .errors import CheckpointError, ConvMixerHubError, first_line
 from .files import hash_file
-from .hub.records import CONFIG_FILE, RECORDS, suggest
+from .hub.records import CONFIG_FILE, RECORDS, WEIGHTS_FILE, suggest
+from .hub.repository import PREFIX
 from .model.config import get_config
 from .zoo import VARIANTS, Variant, default_cfgs
 
@@ -64,6 +66,8 @@ def load_trained(name: str | Path | Source, label_names: Sequence[str] | None = 
             "name one of this package"
         )
     check_safetensors(source.file)
+    if source.name.startswith(PREFIX):  # the repository's own configuration may name a pickle
+        options["pretrained_cfg_overlay"] = {"hf_hub_filename": WEIGHTS_FILE}
     try:
         return timm.create_model(source.name, pretrained=True, **options)
     except ConvMixerHubError:
@@ -79,7 +83,10 @@ def _load_file(source: Source) -> nn.Module:
     """Build the model of a file of weights alone, with the arch's own preprocessing."""
     if source.config:
         return load_trained(source.folder)
-    digest = hash_file(source.file) if source.file.is_file() else ""
+    digest = ""
+    if source.file.suffix == ".safetensors":  # by which timm tells how to open a file
+        with suppress(OSError):  # `read_checkpoint` says it
+            digest = hash_file(source.file)
     if known := [record for record in RECORDS.values() if record.sha256 == digest]:
         return load_trained(replace(source, record=known[0]))
     checkpoint = read_checkpoint(source.file)

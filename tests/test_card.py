@@ -18,6 +18,7 @@ from convmixer_hub.cli.train import finetune_command, train_command
 from convmixer_hub.data.images import eval_transform
 from convmixer_hub.data.reader import open_dataset
 from convmixer_hub.files import hash_file
+from convmixer_hub.hub.find import find_embedded
 from convmixer_hub.hub.records import CIFAR10, DATASETS, RECORDS, CheckpointRecord
 from convmixer_hub.release import card as card_module
 from convmixer_hub.release.card import propose_record
@@ -129,6 +130,17 @@ def test_a_card_says_what_the_files_and_the_test_images_say(run, cifar_sample):
             assert image.format == "PNG" and image.width > 200
     assert verify(str(run)) <= TOLERANCE
     assert len(list(run.iterdir())) == 4 + 2 + len(pictures)  # no temporary files
+
+
+@pytest.mark.parametrize("same", [False, True])
+def test_only_the_weights_on_record_are_loaded_by_name(run, cifar_sample, same):
+    name = f"{ARCH}.cifar10"
+    folder = run.rename(run.with_name(name))
+    if same:
+        shutil.copy(find_embedded(RECORDS[name]), folder / "model.safetensors")
+    card = write_card(folder, cifar_sample)
+    assert (f'timm.create_model("{name}", pretrained=True)' in card.read_text()) == same
+    assert ModelCard.load(card).data.license == ("mit" if same else None)
 
 
 def test_the_card_of_a_fine_tuned_model_gives_its_command(run, cifar_sample):

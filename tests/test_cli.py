@@ -20,6 +20,13 @@ from convmixer_hub.hub.records import CIFAR10, RECORDS
 from .conftest import ARCH, CHECKOUT, IMAGES, NAME, convmixer
 
 
+def test_a_table_does_not_write_to_the_terminal_what_a_file_says(tmp_path):
+    file = tmp_path / "a.safetensors"
+    tensors = safetensors.torch.load_file(find_checkpoint(NAME))
+    safetensors.torch.save_file(tensors, file, {"by": "\x1b[2Jme\nsha256  on record"})
+    assert "by=\\x1b[2Jme\\nsha256  on record" in convmixer("info", file).stdout
+
+
 def test_version():
     assert __version__ in convmixer("--version").output
 

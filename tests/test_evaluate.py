@@ -114,6 +114,15 @@ def test_folders_of_numbers_are_classes_of_these_numbers(tmp_path):
     assert images.labels == [int(name) for name in sorted(map(str, range(12)))]
 
 
+def test_names_may_be_numbers(tmp_path):
+    model = timm.create_model("convmixer_96_8_ks5_p1", num_classes=3)
+    get_config(model)["label_names"] = [2, 1, 0]
+    for name in range(3):
+        (tmp_path / "test" / str(name)).mkdir(parents=True)
+        shutil.copy(IMAGES / "cat.png", tmp_path / "test" / str(name))
+    assert prepare_test_images(model, open_dataset(tmp_path)).labels == [2, 1, 0]
+
+
 def test_classes_are_found_by_their_names(cifar_sample, tmp_path):
     model = load_trained("convmixer_cifar")
     expected = evaluate_on(model, open_dataset(cifar_sample)).correct

@@ -49,6 +49,18 @@ def test_a_repository_is_described(prefix, revision, somebodys):
     assert info["size"].endswith("7 classes")
 
 
+def test_no_configuration_names_another_file(hub, somebodys, tmp_path):
+    config = json.loads(somebodys["config.json"])
+    config["pretrained_cfg"]["hf_hub_filename"] = "other.bin"
+    torch.save(timm.create_model(ARCH, num_classes=7).state_dict(), tmp_path / "other.bin")
+    other = (tmp_path / "other.bin").read_bytes()
+    files = somebodys | {"config.json": json.dumps(config).encode(), "other.bin": other}
+    hub.repositories["somebody/small"]["main"] = files
+    expected = safetensors.torch.load(somebodys["model.safetensors"])
+    found = dict(load_trained(SMALL).state_dict())
+    torch.testing.assert_close(found, expected, atol=0, rtol=0)
+
+
 @pytest.mark.parametrize("name", ["hf-hub:convmixer-hub/{}", f"convmixer-hub/{{}}@{REVISION}"])
 def test_a_repository_on_record_is_verified(name, hub):
     info = describe(name.format(NAME))

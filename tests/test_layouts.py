@@ -180,6 +180,15 @@ def test_convert_reads_what_training_programs_save(wrap, part, tmp_path, output)
     torch.testing.assert_close(tensors, dict(original.state_dict()), atol=0, rtol=0)
 
 
+def test_what_timms_train_py_was_told_is_not_guessed(tmp_path, batch):
+    original = timm.create_model(ARCH, act_layer="relu", global_pool="max").eval()
+    args = argparse.Namespace(gp="max", model_kwargs={"act_layer": "relu"})
+    content = {"arch": ARCH, "state_dict": original.state_dict(), "args": args}
+    torch.save(content, tmp_path / "last.pth.tar")
+    loaded = load_trained(str(tmp_path / "last.pth.tar")).eval()
+    torch.testing.assert_close(loaded(batch), original(batch), atol=1e-5, rtol=0)
+
+
 def hold_itself():
     content = {}
     content["model"] = content

@@ -15,7 +15,7 @@ from convmixer_hub.hub.records import CIFAR10
 from convmixer_hub.load import load_trained
 from convmixer_hub.predict import WORTH_PREPARING, predict, predict_each
 
-from .conftest import CHECKOUT, IMAGES
+from .conftest import CHECKOUT, IMAGES, as_ordinary_user
 
 
 def test_probabilities_are_the_softmax_of_the_logits():
@@ -100,6 +100,15 @@ def test_a_file_of_weights_alone_answers(tmp_path):
     shutil.copy(find_checkpoint("convmixer_cifar"), tmp_path / "copy.safetensors")
     expected = predict(load_trained("convmixer_cifar"), [image])
     assert predict(load_trained(tmp_path / "copy.safetensors"), [image]) == expected
+
+    (tmp_path / "copy.safetensors").chmod(0)
+    with pytest.raises(CheckpointError, match="copy.safetensors: may not be read; change its perm"):
+        as_ordinary_user(lambda: load_trained(tmp_path / "copy.safetensors"))
+    shutil.copy(find_checkpoint("convmixer_cifar"), tmp_path / "blob")
+    with pytest.raises(
+        CheckpointError, match=r"blob: cannot be read with weights_only=True \(.*\)"
+    ):
+        load_trained(tmp_path / "blob")
 
     # Not on record: its sizes tell the model, its metadata the activation, nothing the classes.
     options = {"num_classes": 4, "in_chans": 1, "global_pool": "catavgmax"}

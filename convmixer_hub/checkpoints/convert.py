@@ -106,7 +106,9 @@ def read_checkpoint(name: str | Path) -> Checkpoint:
     arch = config.get("architecture") or content.get("arch") or metadata.get("arch")
     arch = str(arch).partition(".")[0]
     network = _build_convmixer(arch)
-    activation = metadata.get("activation") or (config.get("model_args") or {}).get("act_layer")
+    trained_with = content.get("args")  # timm's train.py keeps its options
+    options = getattr(trained_with, "model_kwargs", None) or config.get("model_args") or {}
+    activation = metadata.get("activation") or options.get("act_layer")
     if activation is None and network:
         activation = name_activation(network)
     if activation not in (None, *ACTIVATIONS):
@@ -122,7 +124,8 @@ def read_checkpoint(name: str | Path) -> Checkpoint:
             f"give a state dict in one of the layouts {', '.join(LAYOUTS)}"
         )
     converted = convert_layout(tensors)
-    model = _build_like(converted, str(file))
+    global_pool = getattr(trained_with, "gp", None) or options.get("global_pool")
+    model = _build_like(converted, str(file), global_pool)
     shapes = {key: tensor.shape for key, tensor in model.state_dict().items()}
     check_fit(converted, shapes, str(file), tensors)
     check_finite(tensors, str(file))
@@ -185,7 +188,9 @@ def _unwrap(file: Path, content: Mapping[str, Any]) -> tuple[str, dict[str, Tens
     return ".".join(path), dict(content)
 
 
-def _build_like(state_dict: Mapping[str, Tensor], source: str) -> ConvMixer:
+def _build_like(
+    state_dict: Mapping[str, Tensor], source: str, global_pool: str | None
+) -> ConvMixer:
     """Build the model that a state dict in our layout is of, on the meta device, with GELU."""
     stem, kernel = "patch_emb.conv.weight", "conv_mixer_layers.0.depth_wise_conv.weight"
     head = state_dict.get("classification.linear.weight")
@@ -208,7 +213,7 @@ def _build_like(state_dict: Mapping[str, Tensor], source: str) -> ConvMixer:
         patch_size=patch_size,
         num_classes=0 if head is None else len(head),
         in_chans=in_chans,
-        global_pool="catavgmax" if doubled else "avg",
+        global_pool=global_pool or ("catavgmax" if doubled else "avg"),
         device="meta",
     )
 

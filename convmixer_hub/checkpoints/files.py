@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import tempfile
 from collections.abc import Mapping
@@ -52,9 +53,11 @@ def check_safetensors(path: Path) -> dict[str, str]:
     try:
         with safe_open(path, framework="pt") as file:
             return file.metadata() or {}
-    except FileNotFoundError:
+    except FileNotFoundError:  # safetensors' answer to a lack of permission, too
         reason, remedy = "no such file", "check the path"
-        if (pickle := path.with_name(PICKLE_FILE)).exists():
+        if os.path.exists(path):
+            reason, remedy = "may not be read", "change its permissions"
+        elif (pickle := path.with_name(PICKLE_FILE)).exists():
             reason = f"no such file, but {PICKLE_FILE} beside it"
             paths = shlex.join(map(str, [pickle, path]))
             remedy = f"convert that: convmixer convert {paths} --layout ours"

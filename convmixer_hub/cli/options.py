@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from ..data.reader import ImageDataset, open_dataset
+from ..errors import printable
 
 DEFAULT_MODEL = "convmixer_cifar"
 
@@ -56,6 +57,7 @@ def data_options(command: Callable, required: bool = True) -> Callable:
 
 def print_table(rows: list[list[str]]) -> None:
     """Print rows of equal length, the first being the header, in aligned columns."""
+    rows = [[printable(cell) for cell in row] for row in rows]
     widths = [max(len(cell) for cell in column) for column in zip(*rows)]
     for row in rows:
         click.echo("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())

@@ -93,7 +93,7 @@ class ImageDataset:
     @property
     def name(self) -> str:
         """Its name in a card."""
-        return self.hub_id or Path(self.source).resolve().name
+        return self.hub_id or printable(Path(self.source).resolve().name)
 
     @property
     def test_split(self) -> str:

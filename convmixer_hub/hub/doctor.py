@@ -93,7 +93,10 @@ def _is_to_be_downloaded(record: CheckpointRecord) -> bool:
 def _examine_cache(to_download: int) -> Finding:
     """Look at the Hub's cache folder, which matters if so many bytes have to be downloaded."""
     folder = Path(constants.HF_HUB_CACHE)
-    existing = next(path for path in [folder, *folder.parents] if os.path.exists(path))
+    existing = next((path for path in [folder, *folder.parents] if os.path.exists(path)), None)
+    if existing is None:  # on Windows
+        result = f"{folder}, no such drive; name another with HF_HOME"
+        return Finding("cache", result, healthy=to_download == 0)
     free = shutil.disk_usage(existing).free
     result, healthy = f"{folder}, {free / 1e9:.1f} GB free", True
     if not os.access(existing, os.W_OK | os.X_OK) or not existing.is_dir():

@@ -22,7 +22,7 @@ def get_config(model: nn.Module) -> dict[str, Any]:
 def get_label_names(model: nn.Module) -> list[str] | None:
     """Return the names of a model's classes by index; None if it has none, or too few or many."""
     names = order_names(get_config(model).get("label_names"))
-    return list(names) if names and len(names) == model.num_classes else None
+    return [str(name) for name in names] if names and len(names) == model.num_classes else None
 
 
 def order_names(label_names: Any) -> Any:

@@ -23,7 +23,14 @@ from timm.data import resolve_input_data_config
 
 from ..checkpoints.resolve import resolve
 from ..data.reader import ImageDataset
-from ..errors import CheckpointError, DataError, TrainingError, UnknownModelError, first_line
+from ..errors import (
+    CheckpointError,
+    DataError,
+    TrainingError,
+    UnknownModelError,
+    first_line,
+    printable,
+)
 from ..evaluate import (
     Calibration,
     Evaluation,
@@ -92,7 +99,7 @@ def write_card(
             not installed, or if the output cannot be written.
     """
     folder = Path(folder).resolve()
-    name = folder.name
+    name = printable(folder.name)
     source = resolve(folder)
     model = load_trained(source)
     if not isinstance(model, ConvMixer):
@@ -130,16 +137,18 @@ def write_card(
     preprocessing = resolve_input_data_config(model)
     validation_top1 = metrics.get("held_out_top1", [0.0])
     base_model = _find_base_model(settings)
-    if license is None and name in RECORDS:
+    known = RECORDS.get(name)
+    is_known = known is not None and known.sha256 == hash_file(source.file)
+    if license is None and is_known:
         license = get_config(model).get("license")
     card = ModelCard.from_template(
         _make_metadata(name, license, base_model, shown, split, result, calibration),
-        str(Path(__file__).with_suffix(".md")),
+        template_str=Path(__file__).with_suffix(".md").read_text(encoding="utf-8"),
         name=name,
         model=model,
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         preprocessing=preprocessing,
-        source=name if name in RECORDS else f"{PREFIX}{EXAMPLE_REPO_ID}",
+        source=name if is_known else f"{PREFIX}{EXAMPLE_REPO_ID}",
         base_model=base_model,
         has_predictions=(output / "predictions.png").is_file(),
         settings=settings,
