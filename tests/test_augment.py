@@ -100,8 +100,16 @@ def test_rand_augment_is_timms(training_images):
 
 def test_what_timm_does_not_take_for_rand_augment_is_refused():
     assert is_rand_augment("") and is_rand_augment("rand-m9-n2-mstd0.5-inc1")
-    for other in ("random", "rand-n20-tweights", "rand-mx", "rand-m9-inc", f"rand-n{10**20}"):
+    for other in (
+        "random",
+        "rand-n20-tweights",
+        "rand-mx",
+        "rand-m9-inc",
+        "rand-tweight",
+        f"rand-n{10**20}",
+    ):
         assert not is_rand_augment(other), other
+    assert not is_rand_augment(f"rand-n{10**20}")
 
 
 def test_grey_images_are_augmented_too(training_images):

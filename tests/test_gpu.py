@@ -107,8 +107,8 @@ def test_needs_room_for_its_matrices(monkeypatch, free, fits):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: True)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (free, 24e9))
     model = timm.create_model("convmixer_256_8_ks9_p1")
-    assert _has_room(model, 32, torch.device("cuda"), "auto") is fits
-    assert not _has_room(model, 32, torch.device("cuda"), "fp32")
+    assert _has_room(model, (16, 64), torch.device("cuda"), "auto") is fits
+    assert not _has_room(model, (32, 32), torch.device("cuda"), "fp32")
 
 
 @on_gpu

@@ -368,6 +368,8 @@ def test_one_of_several_data_sets_is_chosen(tmp_path):
     write_tree(tmp_path, "pets/cat/1.png", "pets/dog/1.png", "more/rose/1.png", "more/lily/1.png")
     pets = open_dataset(tmp_path, config="pets")
     assert (pets.name, pets.classes) == ("pets", ["cat", "dog"])
+    with pytest.raises(DataError, match="pets: is no table, so it has no column 'x'; leave "):
+        open_dataset(tmp_path, config="pets", label_column="x")
     with pytest.raises(DataError, match=f"^{tmp_path}/cars: no such folder; --config names a fold"):
         open_dataset(tmp_path, config="cars")
 

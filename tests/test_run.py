@@ -316,6 +316,19 @@ def test_two_processes_do_not_train_in_one_folder(cifar_sample, tmp_path):
         run(SETTINGS, cifar_sample, tmp_path / "run")
 
 
+def test_a_run_does_not_go_on_without_some_of_its_images(
+    cifar_sample, write_parquet, run_until, tmp_path
+):
+    run_until(1, SETTINGS, cifar_sample, tmp_path / "run")
+    images = [(IMAGES / f"{name}.png").read_bytes() for name in CIFAR10.classes] * 4
+    kept, _ = hold_out(open_dataset(cifar_sample), 10, seed=0)
+    images[kept[0]] = b"damaged"
+    data = write_parquet("train", images, list(range(10)) * 4)
+    message = "run: holds a run on 30 training images, now 29 can be read; restore them, or name"
+    with pytest.raises(TrainingError, match=message):
+        run(SETTINGS, data, tmp_path / "run", skip_damaged=True)
+
+
 @pytest.mark.parametrize("skip_damaged", [False, True])
 def test_a_damaged_held_out_image_is_noticed_at_once(
     cifar_sample, write_parquet, tmp_path, skip_damaged

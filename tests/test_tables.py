@@ -171,6 +171,14 @@ REFUSED = {
         {f"train-0000{i}-of-00003.parquet": TABLE for i in (0, 2)},
         "/train-00001-of-00003: is missing; download it again",
     ),
+    "parts of two versions": (
+        {f"train-00000-of-00001{end}.parquet": TABLE for end in ("-0123456789abcdef", "")},
+        "/train-00000-of-00001.*: train-00000-of-00001.* is of the same split, written at another",
+    ),
+    "parts in two numbers": (
+        {f"train-00000-of-0000{count}.parquet": TABLE for count in (1, 3)},
+        "/train-00000-of-00003.parquet: train-00000-of-00001.parquet is of the same split, writ",
+    ),
     "several datasets": (
         {"cifar10/plain_text/train.parquet": TABLE, "mnist/train.parquet": TABLE},
         ": holds several datasets, cifar10/plain_text, mnist; choose one of them with --config",
@@ -289,8 +297,11 @@ def test_a_relative_path_is_no_hindrance(tmp_path, monkeypatch):
 def test_a_split_that_was_saved_alone_keeps_its_name(name, split, tmp_path):
     features = datasets.Features({"image": datasets.Image(), "label": NAMED})
     table = datasets.Dataset.from_dict({"image": STRUCT, "label": [0, 1]}, features, split=name)
-    table.save_to_disk(tmp_path)
-    assert count_images(open_dataset(tmp_path)) == {split: PAIR}
+    table.save_to_disk(tmp_path / "alone")
+    assert count_images(open_dataset(tmp_path / "alone")) == {split: PAIR}
+    datasets.DatasetDict({"full": table}).save_to_disk(tmp_path / "dict")
+    dataset = open_dataset(tmp_path / "dict")
+    assert count_images(dataset) == {"train": PAIR} and dataset.left_out == []
 
 
 def test_a_split_that_is_not_there_is_named(tmp_path):

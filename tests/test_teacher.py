@@ -72,6 +72,14 @@ def test_resizes_crops_as_much_as_whole_images(resnet, whole, crop, expected):
     assert seen[0].shape == (2, 3, *expected)
 
 
+def test_a_model_for_one_size_gets_that(tmp_path):
+    model = timm.create_model("test_vit", num_classes=10)
+    save_for_hf(model, tmp_path / "vit", safe_serialization=True)
+    teacher = Teacher([str(tmp_path / "vit")], CLASSES, OURS, CPU)
+    for side in (24, 32):
+        assert teacher(torch.zeros(2, 3, side, side)).shape == (2, 10)
+
+
 @pytest.mark.parametrize(
     ("classes", "config", "message"),
     [

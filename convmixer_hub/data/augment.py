@@ -25,7 +25,9 @@ def is_rand_augment(description: str) -> bool:
     """Return whether timm accepts this description of RandAugment; an empty one means none."""
     if not description:
         return True
-    if not re.fullmatch(r"rand(-((m|n|p|mstd|mmax|inc)\d{1,3}(\.\d+)?|t\w+))*", description):
+    if not re.fullmatch(
+        r"rand(-((m|n|p|mstd|mmax|inc)\d{1,3}(\.\d+)?|t(weights|3aw?)))*", description
+    ):
         return False  # timm would pass over a part that it does not know
     try:
         _make_rand_augment(description)(Image.new("RGB", (32, 32)))

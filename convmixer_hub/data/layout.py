@@ -194,12 +194,19 @@ def find_tables(
 
 
 def _check_complete(root: Path, parts: Iterable[PurePath]) -> None:
-    """Refuse files such as train-00000-of-00003.parquet if one of the three is missing."""
+    """Refuse files such as train-00000-of-00003.parquet unless each of the three is there once."""
     found: dict[tuple[str, str], set[int]] = defaultdict(set)
+    first: dict[str, PurePath] = {}
     for part in parts:
         # Older ones have a hash after that.
         if numbered := re.fullmatch(r"(.*-)(\d+)-of-(\d+)\b.*", part.as_posix()):
             start, number, count = numbered.groups()
+            other = first.setdefault(start, part)
+            if int(number) in found[start, count] or f"-of-{count}" not in other.name:
+                raise DataError(
+                    f"{root / part}: {other.name} is of the same split, written at another time; "
+                    "remove the older files"
+                )
             found[start, count].add(int(number))
     for (start, count), numbers in found.items():
         for number in range(int(count)):

@@ -162,7 +162,7 @@ def open_dataset(
 def _read_folder(folder: Path, label_column: str | None, left_out: LeftOut) -> dict[str, RawSplit]:
     """Find out the layout of a folder, and read its splits."""
     if (place := Path(os.path.abspath(folder))).name in TORCHVISION:
-        return _read_torchvision(place)
+        return _read_torchvision(place, label_column)
     found = [folder / name for name in TORCHVISION if os.path.isdir(folder / name)]
     if len(found) > 1:
         raise DataError(f"{folder}: holds {' and '.join(TORCHVISION)}; choose one with --config")
@@ -171,7 +171,7 @@ def _read_folder(folder: Path, label_column: str | None, left_out: LeftOut) -> d
     metadata = [file for file in files if is_metadata(file)]
     is_saved = any(PurePath(name) in files for name in ("dataset_dict.json", "state.json"))
     if found:
-        splits = _read_torchvision(found[0])
+        splits = _read_torchvision(found[0], label_column)
     elif is_saved or tables:
         loaded = load_saved(folder) if is_saved else load_parquet(folder, tables, left_out)
         splits = read_tables(loaded, str(folder), label_column, left_out)
@@ -179,6 +179,7 @@ def _read_folder(folder: Path, label_column: str | None, left_out: LeftOut) -> d
         loaded = load_metadata(folder, metadata, files, left_out)
         return read_tables(loaded, str(folder), label_column, left_out)
     else:
+        _check_no_column(folder, label_column)
         return find_class_folders(folder, files, empty, left_out)
     if not any(split.is_in_files for split in splits.values()):
         unused = [file for file in files if is_named_like_image(file)]
@@ -186,8 +187,16 @@ def _read_folder(folder: Path, label_column: str | None, left_out: LeftOut) -> d
     return splits
 
 
-def _read_torchvision(folder: Path) -> dict[str, RawSplit]:
+def _check_no_column(folder: Path, label_column: str | None) -> None:
+    if label_column:
+        raise DataError(
+            f"{folder}: is no table, so it has no column '{label_column}'; leave out --label-column"
+        )
+
+
+def _read_torchvision(folder: Path, label_column: str | None) -> dict[str, RawSplit]:
     """Read CIFAR-10 or CIFAR-100 as torchvision keeps them."""
+    _check_no_column(folder, label_column)
     kind = TORCHVISION[folder.name]
     splits = {}
     try:

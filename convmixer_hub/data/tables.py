@@ -186,9 +186,14 @@ def read_tables(
     Raises:
         DataError: If it is not clear what they hold.
     """
+    first = next(iter(tables))
+    if len(tables) == 1 and not find_split(first):  # nothing says that it is for anything else
+        names = {"train": first}
+    else:
+        names = choose_splits(tables, source, left_out)
     return {
         split: _read_table(tables[name], source, split, label_column)
-        for split, name in choose_splits(tables, source, left_out).items()
+        for split, name in names.items()
     }
 
 

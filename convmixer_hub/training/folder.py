@@ -47,6 +47,8 @@ class RunState:
         image_digest: What tells them from others, see `images.RunImages`; empty in older runs.
         held_out_images: What tells the images for validation from others; empty if there are none,
             and in older runs whose images for validation are a split.
+        readable_images: Number of those that it is trained on, damaged ones left out; 0 in older
+            runs.
         epoch: Number of completed epochs.
         step: Number of steps taken in the current epoch.
         sums: Of the current epoch so far: `loss`, `correct`, `seconds`.
@@ -67,6 +69,7 @@ class RunState:
     images: int
     image_digest: str = ""
     held_out_images: str = ""
+    readable_images: int = 0
     epoch: int = 0
     step: int = 0
     sums: dict[str, float] = field(default_factory=dict)

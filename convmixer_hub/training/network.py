@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -93,8 +94,8 @@ def build_network(settings: TrainingSettings, classes: list[str], device: torch.
         keep_freed_memory()
         speed_up_on_cpu(model)
     elif can_speed_up(model) and not settings.freeze_batch_norm:
-        side = max(resolve_input_data_config(model)["input_size"][1:])
-        if _has_room(model, side, device, settings.precision):
+        image_size = resolve_input_data_config(model)["input_size"][1:]
+        if _has_room(model, image_size, device, settings.precision):
             module = FastOnGPU(model)
     average = ModelEmaV3(model, settings.ema_decay, use_warmup=True) if settings.ema_decay else None
     optimizer = create_optimizer_v2(
@@ -110,12 +111,14 @@ def build_network(settings: TrainingSettings, classes: list[str], device: torch.
     return Network(model, module, average, optimizer)
 
 
-def _has_room(model: ConvMixer, image_size: int, device: torch.device, precision: str) -> bool:
+def _has_room(
+    model: ConvMixer, image_size: tuple[int, int], device: torch.device, precision: str
+) -> bool:
     """Return whether the matrices of `FastOnGPU` take at most half of a GPU's free memory.
 
-    `image_size` is the side of the images, in pixels.
+    `image_size` is the height and width of the images, in pixels.
     """
-    positions = (image_size // model.patch_emb.patch_size) ** 2
+    positions = math.prod(side // model.patch_emb.patch_size for side in image_size)
     in_bf16 = precision != "fp32" and torch.cuda.is_bf16_supported(including_emulation=False)
     layers = len(model.conv_mixer_layers)
     needed = layers * model.num_features * positions**2 * (2 if in_bf16 else 4)

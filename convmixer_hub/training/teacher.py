@@ -89,7 +89,8 @@ class ForOtherImages(nn.Module):
     Args:
         model: The model.
         own: Its `timm.data.resolve_input_data_config(model)`.
-        other: The same of the other model. Crops of its images are resized as whole ones are.
+        other: The same of the other model. Crops of its images are resized as whole ones are; for a
+            model that takes one size alone, or patches of its own such as a ViT, to the whole size.
     """
 
     factor: Tensor
@@ -105,12 +106,19 @@ class ForOtherImages(nn.Module):
         )
         self.register_buffer("factor", std / own_std)
         self.register_buffer("summand", (mean - own_mean) / own_std)
-        self.scale = [to / of for to, of in zip(own["input_size"][1:], other["input_size"][1:])]
+        self.size = own["input_size"][1:]
+        config = getattr(model, "pretrained_cfg", {})  # which `FastOnGPU` has not
+        self.has_one_size = bool(config.get("fixed_input_size")) or hasattr(model, "patch_embed")
+        self.scale = [to / of for to, of in zip(self.size, other["input_size"][1:])]
 
     def forward(self, images: Tensor) -> Tensor:
         """Map images `[batch, channels, height, width]` to logits `[batch, num_classes]`."""
         images = images * self.factor + self.summand
-        if self.scale != [1, 1]:
-            size = [round(side * scale) for side, scale in zip(images.shape[2:], self.scale)]
-            images = F.interpolate(images, size, mode="bilinear", antialias=min(self.scale) < 1)
+        sides = images.shape[2:]
+        size = [round(side * scale) for side, scale in zip(sides, self.scale)]
+        if self.has_one_size:
+            size = list(self.size)
+        if size != list(sides):
+            is_smaller = any(to < of for to, of in zip(size, sides))
+            images = F.interpolate(images, size, mode="bilinear", antialias=is_smaller)
         return self.model(images.contiguous(memory_format=torch.channels_last))
