@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from .data.images import eval_transform
 from .data.reader import ImageDataset, LabeledImages
-from .errors import DataError, first_line
+from .errors import DataError
 from .machine import find_device
 from .model.config import check_classifies, get_label_names
 from .model.inference import WORTH_COMPILING, prepare_if_possible
@@ -155,11 +155,12 @@ def _serve(loader: DataLoader) -> Iterator[tuple[Tensor, Tensor]]:
         _, _, line = str(error).strip().rpartition("DataError: ")
         raise DataError(line) from None
     except (RuntimeError, OSError) as error:
-        if not loader.num_workers or str(error).startswith("Caught "):  # of an image, in there
+        if not loader.num_workers:
             raise
+        *_, reason = str(error).strip().splitlines()  # after a traceback of that process
         raise DataError(
-            f"the process that reads images failed ({first_line(error)}); give --workers 0, or "
-            "more shared memory (docker run --shm-size 1g)"
+            f"the process that reads images failed ({reason}); give --workers 0, or more shared "
+            "memory (docker run --shm-size 1g)"
         ) from None
 
 

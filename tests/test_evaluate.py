@@ -81,12 +81,20 @@ def kill_this_process(image):
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def test_a_worker_that_dies_is_one_line(cifar_sample):
-    images = open_dataset(cifar_sample).get("test")
-    killed = replace(images, transform=kill_this_process)
-    message = r"^the process that reads images failed \(.*\); give --workers 0, or more shared mem"
-    with pytest.raises(DataError, match=message):
-        collect_logits(nn.Linear(1, 1), DataLoader(killed, num_workers=1))
+def find_no_memory(image):
+    raise RuntimeError("unable to allocate shared memory(shm)")
+
+
+@pytest.mark.parametrize(
+    ("transform", "reason"),
+    [(kill_this_process, "DataLoader worker .*"), (find_no_memory, "RuntimeError: unable to .*")],
+)
+def test_a_worker_that_fails_is_one_line(cifar_sample, transform, reason):
+    images = replace(open_dataset(cifar_sample).get("test"), transform=transform)
+    message = rf"^the process that reads images failed \({reason}\); give --workers 0, or more shar"
+    with pytest.raises(DataError, match=message) as refused:
+        collect_logits(nn.Linear(1, 1), DataLoader(images, num_workers=1))
+    assert "\n" not in str(refused.value)
 
 
 @pytest.mark.parametrize(

@@ -185,8 +185,14 @@ def test_what_timms_train_py_was_told_is_not_guessed(tmp_path, batch):
     args = argparse.Namespace(gp="max", model_kwargs={"act_layer": "relu"})
     content = {"arch": ARCH, "state_dict": original.state_dict(), "args": args}
     torch.save(content, tmp_path / "last.pth.tar")
-    loaded = load_trained(str(tmp_path / "last.pth.tar")).eval()
-    torch.testing.assert_close(loaded(batch), original(batch), atol=1e-5, rtol=0)
+    convert(str(tmp_path / "last.pth.tar"), tmp_path / "out.safetensors", "timm")
+    for file in ("last.pth.tar", "out.safetensors"):
+        loaded = load_trained(str(tmp_path / file)).eval()
+        torch.testing.assert_close(loaded(batch), original(batch), atol=1e-5, rtol=0)
+    args.gp = "most"
+    torch.save(content, tmp_path / "last.pth.tar")
+    with pytest.raises(CheckpointError, match="is said to have the pooling 'most', which timm doe"):
+        load_trained(str(tmp_path / "last.pth.tar"))
 
 
 def hold_itself():

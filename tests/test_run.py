@@ -316,17 +316,19 @@ def test_two_processes_do_not_train_in_one_folder(cifar_sample, tmp_path):
         run(SETTINGS, cifar_sample, tmp_path / "run")
 
 
-def test_a_run_does_not_go_on_without_some_of_its_images(
-    cifar_sample, write_parquet, run_until, tmp_path
+@pytest.mark.parametrize(("before", "now"), [(30, 29), (29, 30)])
+def test_a_run_does_not_go_on_with_fewer_or_more_images(
+    cifar_sample, write_parquet, change_state, finished_run, before, now
 ):
-    run_until(1, SETTINGS, cifar_sample, tmp_path / "run")
+    change_state(lambda state: state.update(epoch=1, step=0, readable_images=before))
     images = [(IMAGES / f"{name}.png").read_bytes() for name in CIFAR10.classes] * 4
     kept, _ = hold_out(open_dataset(cifar_sample), 10, seed=0)
-    images[kept[0]] = b"damaged"
+    if now < 30:
+        images[kept[0]] = b"damaged"
     data = write_parquet("train", images, list(range(10)) * 4)
-    message = "run: holds a run on 30 training images, now 29 can be read; restore them, or name"
+    message = f"run: holds a run on {before} training images, now {now} can be read; give the same"
     with pytest.raises(TrainingError, match=message):
-        run(SETTINGS, data, tmp_path / "run", skip_damaged=True)
+        run(SETTINGS, data, finished_run, skip_damaged=True)
 
 
 @pytest.mark.parametrize("skip_damaged", [False, True])

@@ -56,6 +56,7 @@ READ = {
         for train, test in [
             ("train-00000-of-00001.parquet", "test-00000-of-00001.parquet"),
             ("data/train-00000-of-00001-abcdef.parquet", "data/test-00000-of-00001-1234.parquet"),
+            ("train-00000-of-00001/data.parquet", "test-00000-of-00001/data.parquet"),
             ("default/train/0000.parquet", "default/test/0000.parquet"),  # as the Hub converts
             ("cats_train.parquet", "cats_test.parquet"),
             ("training.parquet", "testing.parquet"),

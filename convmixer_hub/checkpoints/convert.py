@@ -124,8 +124,15 @@ def read_checkpoint(name: str | Path) -> Checkpoint:
             f"give a state dict in one of the layouts {', '.join(LAYOUTS)}"
         )
     converted = convert_layout(tensors)
-    global_pool = getattr(trained_with, "gp", None) or options.get("global_pool")
-    model = _build_like(converted, str(file), global_pool)
+    told = (metadata.get("global_pool"), getattr(trained_with, "gp", None))
+    global_pool = next(filter(None, told), options.get("global_pool"))
+    try:
+        model = _build_like(converted, str(file), global_pool)
+    except (AssertionError, AttributeError):  # timm's
+        raise CheckpointError(
+            f"{file}: is said to have the pooling {global_pool!r}, which timm does not know; fix "
+            f"its metadata, or {CONFIG_FILE} beside it"
+        ) from None
     shapes = {key: tensor.shape for key, tensor in model.state_dict().items()}
     check_fit(converted, shapes, str(file), tensors)
     check_finite(tensors, str(file))
@@ -266,6 +273,8 @@ def convert(name: str, output: Path, layout: str, activation: str | None = None)
     }
     if checkpoint.arch:
         metadata["arch"] = checkpoint.arch
+    if checkpoint.model.global_pool != "avg":
+        metadata["global_pool"] = checkpoint.model.global_pool
     tensors = {
         key: tensor.clone(memory_format=torch.contiguous_format)
         for key, tensor in convert_layout(checkpoint.tensors, layout).items()

@@ -33,8 +33,8 @@ def card_command(name: str, open_data: OpenData, output: Path | None, license: s
     """Write a model card with its figures and reference logits.
 
     NAME is a model or a run folder. All comes from the checkpoint, its metrics.csv, and one test on
-    the dataset; NOTES.md in the folder is appended. The record to add for a model of the package
-    is printed.
+    the dataset; NOTES.md in the folder is appended. For the folder of a new model of the package,
+    its record is printed.
     """
     source = resolve_folder(name)
     folder = source.folder

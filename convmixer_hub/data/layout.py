@@ -196,13 +196,13 @@ def find_tables(
 def _check_complete(root: Path, parts: Iterable[PurePath]) -> None:
     """Refuse files such as train-00000-of-00003.parquet unless each of the three is there once."""
     found: dict[tuple[str, str], set[int]] = defaultdict(set)
-    first: dict[str, PurePath] = {}
+    first: dict[str, tuple[PurePath, str]] = {}
     for part in parts:
         # Older ones have a hash after that.
-        if numbered := re.fullmatch(r"(.*-)(\d+)-of-(\d+)\b.*", part.as_posix()):
+        if numbered := re.fullmatch(r"(.*-)(\d+)-of-(\d+)\b[^/]*", part.as_posix()):
             start, number, count = numbered.groups()
-            other = first.setdefault(start, part)
-            if int(number) in found[start, count] or f"-of-{count}" not in other.name:
+            other, others = first.setdefault(start, (part, count))
+            if int(number) in found[start, count] or count != others:
                 raise DataError(
                     f"{root / part}: {other.name} is of the same split, written at another time; "
                     "remove the older files"

@@ -186,14 +186,14 @@ def read_tables(
     Raises:
         DataError: If it is not clear what they hold.
     """
-    first = next(iter(tables))
-    if len(tables) == 1 and not find_split(first):  # nothing says that it is for anything else
-        names = {"train": first}
+    names = list(tables)
+    if len(names) == 1 and not find_split(names[0]):  # nothing says that it is for anything else
+        chosen = {"train": names[0]}
     else:
-        names = choose_splits(tables, source, left_out)
+        chosen = choose_splits(names, source, left_out)
     return {
         split: _read_table(tables[name], source, split, label_column)
-        for split, name in names.items()
+        for split, name in chosen.items()
     }
 
 

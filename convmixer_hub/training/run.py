@@ -144,7 +144,7 @@ class _Run:
             if state.readable_images not in (0, readable):
                 raise TrainingError(
                     f"{folder}: holds a run on {state.readable_images} training images, now "
-                    f"{readable} can be read; restore them, or name another run folder"
+                    f"{readable} can be read; give the same ones, or name another run folder"
                 )
             state.readable_images = readable
             lost = set(images.training.labels) - set(self.images.labels.tolist())
