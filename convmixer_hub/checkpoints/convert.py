@@ -124,8 +124,8 @@ def read_checkpoint(name: str | Path) -> Checkpoint:
             f"give a state dict in one of the layouts {', '.join(LAYOUTS)}"
         )
     converted = convert_layout(tensors)
-    told = (metadata.get("global_pool"), getattr(trained_with, "gp", None))
-    global_pool = next(filter(None, told), options.get("global_pool"))
+    global_pool = metadata.get("global_pool") or getattr(trained_with, "gp", None)
+    global_pool = global_pool or options.get("global_pool")
     try:
         model = _build_like(converted, str(file), global_pool)
     except (AssertionError, AttributeError):  # timm's

@@ -83,8 +83,8 @@ def prepare_for_inference(model: nn.Module, cpp: bool = False) -> InferenceConvM
         if type(module) not in kinds or not is_plain:
             text = str(module).partition("(\n")[0]  # without its parts
             raise ModelSizeError(
-                f"{name} is {text}, which is not as in this "
-                "package's models, so the model cannot be prepared for inference: use it as it is"
+                f"{name} is {text}, which is not as in this package's models, so the model "
+                "cannot be prepared for inference: use it as it is"
             )
     return InferenceConvMixer(model, cpp)
 

@@ -106,7 +106,7 @@ class ForOtherImages(nn.Module):
         )
         self.register_buffer("factor", std / own_std)
         self.register_buffer("summand", (mean - own_mean) / own_std)
-        self.size = own["input_size"][1:]
+        self.size: tuple[int, ...] = own["input_size"][1:]
         config = getattr(model, "pretrained_cfg", {})  # which `FastOnGPU` has not
         self.has_one_size = bool(config.get("fixed_input_size")) or hasattr(model, "patch_embed")
         self.scale = [to / of for to, of in zip(self.size, other["input_size"][1:])]
@@ -115,10 +115,10 @@ class ForOtherImages(nn.Module):
         """Map images `[batch, channels, height, width]` to logits `[batch, num_classes]`."""
         images = images * self.factor + self.summand
         sides = images.shape[2:]
-        size = [round(side * scale) for side, scale in zip(sides, self.scale)]
-        if self.has_one_size:
-            size = list(self.size)
-        if size != list(sides):
+        size = self.size
+        if not self.has_one_size:
+            size = tuple(round(side * scale) for side, scale in zip(sides, self.scale))
+        if size != sides:
             is_smaller = any(to < of for to, of in zip(size, sides))
             images = F.interpolate(images, size, mode="bilinear", antialias=is_smaller)
         return self.model(images.contiguous(memory_format=torch.channels_last))
