@@ -12,7 +12,7 @@ import pytest
 from convmixer_hub import ConvMixerHubError, UnknownModelError
 from convmixer_hub.release import demo
 
-from .conftest import IMAGES
+from .conftest import IMAGES, convmixer
 
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
 
@@ -23,8 +23,8 @@ def port():
         return server.getsockname()[1]
 
 
-@pytest.fixture
-def page(port, tmp_path, monkeypatch):
+@pytest.fixture(params=["served", "Space"])
+def page(request, port, tmp_path, monkeypatch):
     """Open the page of `convmixer demo` in a browser; fail if it asks another machine."""
     pytest.importorskip("gradio")
     sync_api = pytest.importorskip("playwright.sync_api")
@@ -33,9 +33,15 @@ def page(port, tmp_path, monkeypatch):
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")  # where nobody answers
     monkeypatch.delenv("NO_PROXY")
-    command = [sys.executable, "-m", "convmixer_hub", "demo", "--port", str(port)]
+    command, folder = [sys.executable, "-m", "convmixer_hub", "demo", "--port", str(port)], None
+    if request.param == "Space":
+        folder = tmp_path / "space"
+        result = convmixer("demo", "convmixer_cifar", "--write", folder)
+        assert f"hf upload OWNER/NAME {folder} --repo-type space" in result.output
+        monkeypatch.setenv("GRADIO_SERVER_PORT", str(port))
+        command = [sys.executable, "app.py"]
     with (tmp_path / "log").open("w") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log)
+        process = subprocess.Popen(command, stdout=log, stderr=log, cwd=folder)
     try:
         deadline = time.monotonic() + 60
         with socket.socket() as client:
@@ -58,9 +64,10 @@ def page(port, tmp_path, monkeypatch):
         process.send_signal(2)  # Ctrl-C
         process.wait()
     assert not list(tmp_path.rglob("broken.png"))  # nor any other picture
-    first, *others = (tmp_path / "log").read_text().splitlines()
-    assert first == f"http://127.0.0.1:{port}"
-    assert all("closing server" in line for line in others)  # on Ctrl-C
+    lines = (tmp_path / "log").read_text().splitlines()
+    if not folder:
+        assert lines.pop(0) == f"http://127.0.0.1:{port}"
+    assert all("closing server" in line for line in lines)  # on Ctrl-C
 
 
 @pytest.mark.slow

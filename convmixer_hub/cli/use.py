@@ -27,6 +27,7 @@ from ..machine import describe_machine
 from ..predict import Prediction, predict_each
 from ..release.demo import run_demo
 from ..release.golden import TOLERANCE, verify
+from ..release.space import write_space
 from ..zoo import VARIANTS
 from .options import (
     DEFAULT_MODEL,
@@ -42,13 +43,24 @@ from .options import (
 @click.command("demo")
 @click.argument("names", metavar="[NAME]...", nargs=-1)
 @click.option("--port", default=7860, show_default=True, type=click.IntRange(1, 65535))
-def demo_command(names: tuple[str, ...], port: int) -> None:
+@click.option(
+    "--write",
+    metavar="DIR",
+    type=click.Path(path_type=Path),
+    help="Write a Hugging Face Space with this page to a new folder, and serve nothing.",
+)
+def demo_command(names: tuple[str, ...], port: int, write: Path | None) -> None:
     """Serve a web page to try models on, on localhost only.
 
     NAME is as in evaluate; all trained models by default. Needs gradio. Ctrl-C ends it.
     """
-    click.echo(f"http://127.0.0.1:{port}")
-    run_demo(names or tuple(RECORDS), port)
+    names = names or tuple(RECORDS)
+    if write:
+        write_space(names, write)
+        click.echo(f"{write}: upload it with `hf upload OWNER/NAME {write} --repo-type space`")
+    else:
+        click.echo(f"http://127.0.0.1:{port}")
+        run_demo(names, port)
 
 
 @click.command("list")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -32,7 +33,7 @@ HEIGHT = 320  # of a picture on the page, in pixels
 SHOWN_SIDE = 256  # of what the model sees
 
 
-def _find_examples() -> list[Path]:
+def find_examples() -> list[Path]:
     """Find the ten pictures that come with the package, or are in the clone."""
     package = Path(__file__).parents[1]
     folders = package / "examples", package.parent / "tests" / "images"
@@ -100,7 +101,7 @@ def _build(choices: dict[str, _Choice]) -> gradio.Blocks:
                 interactive=False, label="What the model sees", height=HEIGHT, buttons=["download"]
             )
             label = gradio.Label(num_top_classes=TOP_K, label="Prediction")
-        gradio.Examples([str(file) for file in _find_examples()], picture)
+        gradio.Examples([str(file) for file in find_examples()], picture)
         about = gradio.Markdown(choices[first].description)
         name.change(lambda name: choices[name].description, name, about)
         for event in (picture.change, name.change):
@@ -108,27 +109,36 @@ def _build(choices: dict[str, _Choice]) -> gradio.Blocks:
     return page
 
 
-def run_demo(names: Sequence[str], port: int) -> None:
-    """Serve a page to this machine alone, until Ctrl-C; it asks no address outside the machine.
+def check_gradio() -> str:
+    """Return the version of gradio.
+
+    Raises:
+        ConvMixerHubError: If gradio 6 is not installed.
+    """
+    with suppress(PackageNotFoundError):
+        found = version("gradio")
+        if Version(found).major >= 6:
+            return found
+    raise ConvMixerHubError("the demo needs gradio 6: pip install 'gradio>=6'")
+
+
+def run_demo(names: Sequence[str], port: int, host: str = "127.0.0.1") -> None:
+    """Serve a page until Ctrl-C; it asks no address outside the machine.
 
     Args:
         names: Models to choose from, as in `load_trained`.
         port: Where.
+        host: To whom: by default to this machine alone.
 
     Raises:
         ConvMixerHubError: If gradio 6 is not installed, or the port cannot be used.
         UnknownModelError: If a model does not exist.
         CheckpointError: If one cannot be loaded.
     """
-    try:
-        found = Version(version("gradio")).major >= 6
-    except PackageNotFoundError:
-        found = False
-    if not found:
-        raise ConvMixerHubError("the demo needs gradio 6: pip install 'gradio>=6'")
+    check_gradio()
     choices = {name: _load(name) for name in names}
     try:
-        with socket.create_server(("127.0.0.1", port)):
+        with socket.create_server((host, port)):
             pass
     except OSError as error:
         raise ConvMixerHubError(
@@ -145,7 +155,7 @@ def run_demo(names: Sequence[str], port: int) -> None:
         theme = gradio.themes.Default(font="sans-serif", font_mono="monospace")  # fonts from here
         _build(choices).launch(
             theme=theme,
-            server_name="127.0.0.1",
+            server_name=host,
             server_port=port,
             share=False,
             show_error=True,

@@ -1,0 +1,107 @@
+"""A Hugging Face Space that serves the page of `convmixer demo`."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from importlib.metadata import distribution
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from packaging.requirements import Requirement
+
+from ..checkpoints.resolve import resolve
+from ..errors import DataError, first_line
+from ..hub.records import CARD_FILE, CONFIG_FILE, WEIGHTS_FILE
+from ..hub.repository import PREFIX
+from ..load import load_trained
+from ..model.config import check_classifies
+from .demo import check_gradio, find_examples
+
+CARD = """\
+---
+title: ConvMixer
+sdk: gradio
+sdk_version: {gradio}
+app_file: app.py
+---
+
+Trained ConvMixers to try on a picture: {names}.
+
+`convmixer_hub/` is a copy of convmixer-hub {version}, with the weights of its models that are shown
+here. To run the page: `pip install -r requirements.txt gradio=={gradio} && python app.py`
+"""
+
+APP = """\
+from os import environ
+
+from convmixer_hub.release.demo import run_demo
+
+run_demo(
+    {names},
+    int(environ.get("GRADIO_SERVER_PORT", "7860")),
+    environ.get("GRADIO_SERVER_NAME", "127.0.0.1"),
+)
+"""
+
+
+def write_space(names: Sequence[str], output: Path) -> None:
+    """Write a Space: a page with these models, and a copy of this package to serve it.
+
+    Args:
+        names: Models to choose from, as in `load_trained`. The files of folders and of the
+            package's models are copied; a repository of the Hub is asked when the page starts.
+        output: A new folder, to be uploaded as it is.
+
+    Raises:
+        ConvMixerHubError: If gradio 6 is not installed.
+        UnknownModelError: If a model does not exist.
+        CheckpointError: If one cannot be loaded.
+        DataError: If the folder is there already or cannot be written, or two models would get the
+            same name.
+    """
+    gradio = check_gradio()
+    if output.exists():
+        raise DataError(f"{output}: is there already; name a new folder")
+    shown, copies = [], {}
+    for name in names:
+        source = resolve(name)
+        source.check_is_whole()
+        check_classifies(load_trained(source))
+        if source.record:
+            copies[f"convmixer_hub/weights/{source.record.name}/{WEIGHTS_FILE}"] = source.file
+        elif not source.name.startswith(PREFIX):
+            name = f"models/{source.folder.resolve().name}"
+            if name in shown:
+                raise DataError(f"{name}: two models have a folder of this name; rename one")
+            for part in (WEIGHTS_FILE, CONFIG_FILE):
+                copies[f"{name}/{part}"] = source.folder / part
+        shown.append(name)
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(dir=output.parent, prefix=".saving-") as temporary:
+            space = Path(temporary, output.name)
+            _copy_package(space / "convmixer_hub")
+            for place, file in copies.items():
+                (space / place).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(file, space / place)
+            package = distribution("convmixer-hub")
+            needed = [line for line in package.requires or () if not Requirement(line).marker]
+            (space / "requirements.txt").write_text("\n".join([*needed, ""]))
+            (space / "app.py").write_text(APP.format(names=shown))
+            card = CARD.format(gradio=gradio, names=", ".join(shown), version=package.version)
+            (space / CARD_FILE).write_text(card)
+            space.rename(output)
+    except OSError as error:
+        raise DataError(
+            f"{output}: cannot be written ({first_line(error)}); make room, or name another place"
+        ) from None
+
+
+def _copy_package(target: Path) -> None:
+    """Copy this package without its weights, which are chosen by name."""
+    ignored = shutil.ignore_patterns("__pycache__", "weights", "examples")
+    shutil.copytree(Path(__file__).parents[1], target, ignore=ignored)
+    (target / "examples").mkdir()
+    for example in find_examples():
+        shutil.copy(example, target / "examples")
