@@ -38,16 +38,26 @@ def hash_file(file: Path) -> str:
     return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
+@contextmanager
+def writing(place: Path) -> Iterator[None]:
+    """Say in one line that a file or folder that a user asked for cannot be written.
+
+    Raises:
+        DataError: Instead of an OSError.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise DataError(
+            f"{place}: cannot be written ({first_line(error)}); make room, or name another place"
+        ) from None
+
+
 def write_file(file: Path, content: bytes) -> None:
     """Write a file that a user asked for.
 
     Raises:
         DataError: If it cannot be written.
     """
-    try:
-        with replacing(file) as temporary:
-            temporary.write_bytes(content)
-    except OSError as error:
-        raise DataError(
-            f"{file}: cannot be written ({first_line(error)}); make room, or name another place"
-        ) from None
+    with writing(file), replacing(file) as temporary:
+        temporary.write_bytes(content)

@@ -61,7 +61,6 @@ def test_help_has_each_command_with_its_first_sentence(name):
         ("convmixer evaluate convmixer_c", f"plain,{NAME}"),
         ("convmixer predict --model convmixer_c", f"plain,{NAME}"),
         ("convmixer predict tests/im", "file,tests/im"),
-        ("convmixer bench tr", "file,tr"),
     ],
 )
 def test_help_and_completion_load_nothing_heavy(run_python, words, expected):
@@ -82,14 +81,17 @@ finally:
     assert expected in lines and lines[-1] == "[]"
 
 
-def test_options_are_completed():
+@pytest.mark.parametrize(
+    ("words", "expected"), [("evaluate --lab", "--label-column"), ("bench tr", "train")]
+)
+def test_options_and_benchmarks_are_completed(words, expected):
     environment = {
         "_CONVMIXER_COMPLETE": "bash_complete",
-        "COMP_WORDS": "convmixer evaluate --lab",
+        "COMP_WORDS": f"convmixer {words}",
         "COMP_CWORD": "2",
     }
     result = convmixer(prog_name="convmixer", env=environment)
-    assert result.output == "plain,--label-column\n"
+    assert result.output == f"plain,{expected}\n"
 
 
 def test_the_readme_has_the_table_that_list_prints():

@@ -93,7 +93,7 @@ class _Group(click.Group):
     def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
         if name not in COMMANDS:
             return None
-        if ctx.resilient_parsing and not _completes_option():
+        if ctx.resilient_parsing and name != "bench" and not _completes_option():
             return _NAMES
         module = import_module(f"convmixer_hub.cli.{COMMANDS[name][0]}")
         command: click.Command = getattr(module, f"{name.replace('-', '_')}_command")

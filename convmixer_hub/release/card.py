@@ -6,7 +6,6 @@ in `NOTES.md` beside the weights and is appended as it is.
 
 from __future__ import annotations
 
-import itertools
 import os
 import re
 import shlex
@@ -45,7 +44,7 @@ from ..figures import (
     draw_patch_embedding,
     draw_reliability,
 )
-from ..files import hash_file, write_file
+from ..files import hash_file, write_file, writing
 from ..hub.records import (
     CARD_FILE,
     DATASETS,
@@ -107,7 +106,10 @@ def write_card(
             f"{folder}: holds a {type(model).__name__}; name a ConvMixer of this package"
         )
     output = Path(output or folder)
-    _make_writable(output)
+    with writing(output):
+        output.mkdir(parents=True, exist_ok=True)
+        if not os.access(output, os.W_OK):
+            raise PermissionError("it is read-only")
     settings = source.config.get("training") or {}
     chosen_on_validation = settings.get("keep_best") and not settings.get("held_out")
     if chosen_on_validation and "test" not in dataset.splits:
@@ -158,7 +160,6 @@ def write_card(
         validation_images="held-out training" if settings.get("held_out", 1) else "validation",
         validation_top1=max(validation_top1) if settings.get("keep_best") else validation_top1[-1],
         temperature=source.config.get("temperature", 1.0),
-        curve_caption=_describe_curve(plan, preprocessing["input_size"][-1]),
         by_class=zip(classes, confusion.diagonal().tolist(), confusion.sum(dim=1).tolist()),
         result=result,
         calibration=calibration,
@@ -275,26 +276,6 @@ def _read_plan(settings: Mapping[str, Any]) -> TrainingSettings | None:
         return None
 
 
-def _describe_curve(plan: TrainingSettings | None, image_size: int) -> str:
-    """Say what the curve shows, and why it jumps where it does."""
-    caption = "Training loss and top-1 by epoch; training images are augmented."
-    if plan is None:
-        return caption
-    caption += f" From epoch {plan.epochs_before_decay + 1} on, the learning rate falls"
-    augments = plan.mixes or plan.rand_augment or plan.random_erasing
-    if plan.epochs_before_decay and plan.late_augmentation and augments:
-        caption += " and images are augmented more"
-    sizes = [plan.choose_crop_size(epoch, (image_size,))[0] for epoch in range(plan.epochs)]
-    for epoch, (before, size) in enumerate(itertools.pairwise(sizes), start=2):
-        if size > before and size < image_size:
-            caption += (
-                f"; from epoch {epoch} on, crops have {size} pixels a side instead of {before}"
-            )
-        elif size > before:
-            caption += f"; the last {plan.full_size_epochs} epochs see whole images"
-    return f"{caption}."
-
-
 def _write_command(plan: TrainingSettings) -> str:
     """Write the command that trains with these settings."""
     settings = asdict(plan)
@@ -312,17 +293,6 @@ def _write_command(plan: TrainingSettings) -> str:
         elif name != "model":
             command += [option, str(settings[name])]
     return shlex.join(command)
-
-
-def _make_writable(output: Path) -> None:
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise DataError(
-            f"{output}: cannot be made ({first_line(error)}); name another --output"
-        ) from None
-    if not os.access(output, os.W_OK):
-        raise DataError(f"{output}: may not be written to; name another --output")
 
 
 def _read_notes(file: Path) -> str:

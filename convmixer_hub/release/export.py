@@ -24,9 +24,9 @@ from ..checkpoints.runtimes import (
 )
 from ..data.images import eval_transform
 from ..data.reader import ImageDataset, LabeledImages
-from ..errors import CheckpointError, DataError, first_line
+from ..errors import CheckpointError, first_line
 from ..evaluate import prepare_test_images
-from ..files import hash_file, replacing
+from ..files import hash_file, replacing, writing
 from ..load import load_trained
 from ..model.config import check_classifies, get_config, get_label_names
 from .golden import make_golden_input
@@ -124,7 +124,7 @@ def export(
             transform = transforms.Compose([transform, lambda pixels: pixels.permute(1, 2, 0)])
         test = replace(prepare_test_images(model, int8_dataset), transform=transform)
     file = output / f"model{'_int8' if int8_dataset else ''}.{format}"
-    try:
+    with writing(file):
         output.mkdir(parents=True, exist_ok=True)
         with replacing(file) as temporary:
             difference = _write(name, network, images, metadata, format, temporary)
@@ -144,10 +144,6 @@ def export(
                     f"{name}: int8 lowers the top-1 from {in_fp32:.2f} to {in_int8:.2f} %; give a "
                     "larger --max-loss, or leave --int8 out"
                 )
-    except OSError as error:
-        raise DataError(
-            f"{file}: cannot be written ({first_line(error)}); make room, or name another --output"
-        ) from None
     assert int8_dataset is not None
     split = f"{len(test)} {int8_dataset.test_split} images"
     return Export(file, difference, (in_fp32, in_int8), split)

@@ -6,7 +6,6 @@ import hashlib
 import shlex
 import tempfile
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,9 +14,9 @@ from huggingface_hub.errors import HfHubHTTPError
 
 from ..checkpoints.files import read_model_files
 from ..checkpoints.resolve import resolve_folder
-from ..errors import ConvMixerHubError, PublishError, UnknownModelError
+from ..errors import ConvMixerHubError, PublishError
 from ..files import hash_file
-from ..hub.records import CARD_FILE, EXAMPLE_REPO_ID, GOLDEN_FILE, WEIGHTS_FILE, get_record
+from ..hub.records import CARD_FILE, EXAMPLE_REPO_ID, GOLDEN_FILE, WEIGHTS_FILE
 from ..hub.repository import describe_answer, explain_upload, read_token
 from ..load import load_trained
 from .golden import parse_golden
@@ -89,10 +88,10 @@ def publish(name: str, repo_id: str, private: bool = False, tag: str | None = No
     if repo_id.count("/") != 1:
         raise PublishError(f"{repo_id}: is no model repository; give --repo-id as OWNER/REPO")
     uploads = list_uploads(name, repo_id)
-    if tag is None:
-        with suppress(UnknownModelError):
-            tag = get_record(name).revision
-    message = f"Publish {resolve_folder(name).folder.resolve().name}"
+    source = resolve_folder(name)
+    if tag is None and source.record:
+        tag = source.record.revision
+    message = f"Publish {source.folder.resolve().name}"
     try:
         if read_token() is None:
             raise PublishError(

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
-from importlib.metadata import distribution
+from importlib.metadata import Distribution, PackageNotFoundError, distribution
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from packaging.requirements import Requirement
 
 from ..checkpoints.resolve import resolve
-from ..errors import DataError, first_line
+from ..errors import DataError, printable
+from ..files import writing
 from ..hub.records import CARD_FILE, CONFIG_FILE, WEIGHTS_FILE
 from ..hub.repository import PREFIX
 from ..load import load_trained
@@ -38,7 +39,7 @@ from os import environ
 from convmixer_hub.release.demo import run_demo
 
 run_demo(
-    {names},
+    {names!a},
     int(environ.get("GRADIO_SERVER_PORT", "7860")),
     environ.get("GRADIO_SERVER_NAME", "127.0.0.1"),
 )
@@ -54,7 +55,7 @@ def write_space(names: Sequence[str], output: Path) -> None:
         output: A new folder, to be uploaded as it is.
 
     Raises:
-        ConvMixerHubError: If gradio 6 is not installed.
+        ConvMixerHubError: If gradio 6 or this package itself is not installed.
         UnknownModelError: If a model does not exist.
         CheckpointError: If one cannot be loaded.
         DataError: If the folder is there already or cannot be written, or two models would get the
@@ -77,7 +78,16 @@ def write_space(names: Sequence[str], output: Path) -> None:
             for part in (WEIGHTS_FILE, CONFIG_FILE):
                 copies[f"{name}/{part}"] = source.folder / part
         shown.append(name)
-    try:
+    package = _find_package()
+    needed = [line for line in package.requires or () if not Requirement(line).marker]
+    texts = {
+        "app.py": APP.format(names=shown),
+        "requirements.txt": "\n".join([*needed, ""]),
+        CARD_FILE: CARD.format(
+            gradio=gradio, names=printable(", ".join(shown)), version=package.version
+        ),
+    }
+    with writing(output):
         output.parent.mkdir(parents=True, exist_ok=True)
         with TemporaryDirectory(dir=output.parent, prefix=".saving-") as temporary:
             space = Path(temporary, output.name)
@@ -85,16 +95,18 @@ def write_space(names: Sequence[str], output: Path) -> None:
             for place, file in copies.items():
                 (space / place).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(file, space / place)
-            package = distribution("convmixer-hub")
-            needed = [line for line in package.requires or () if not Requirement(line).marker]
-            (space / "requirements.txt").write_text("\n".join([*needed, ""]))
-            (space / "app.py").write_text(APP.format(names=shown))
-            card = CARD.format(gradio=gradio, names=", ".join(shown), version=package.version)
-            (space / CARD_FILE).write_text(card)
+            for name, text in texts.items():
+                (space / name).write_text(text, encoding="utf-8")
             space.rename(output)
-    except OSError as error:
+
+
+def _find_package() -> Distribution:
+    try:
+        return distribution("convmixer-hub")
+    except PackageNotFoundError:
         raise DataError(
-            f"{output}: cannot be written ({first_line(error)}); make room, or name another place"
+            "what this package needs is not known, as it is not installed; in a clone of it, run: "
+            "pip install ."
         ) from None
 
 
