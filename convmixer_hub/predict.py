@@ -28,26 +28,20 @@ class Prediction:
 
 
 def predict(
-    model: nn.Module, images: Iterable[Image.Image], top_k: int = 3
-) -> list[list[Prediction]]:
+    model: nn.Module, images: Iterable[Image.Image], top_k: int = 3, batch_size: int = BATCH_SIZE
+) -> Iterator[list[Prediction]]:
     """Classify images of any size; a model that does not name its classes gives their numbers.
 
     Args:
         model: From `timm.create_model`, or `prepare_for_inference`; left in evaluation mode.
         images: Images of any mode, see `data.images.to_rgb`.
         top_k: Number of classes to give for each image, the most likely first.
+        batch_size: Number of images that are kept in memory at once.
 
     Raises:
         CheckpointError: If the model has fewer than two classes.
         DataError: If an image has negative gray values, or the model takes what no image has.
     """
-    return list(predict_each(model, images, top_k))
-
-
-def predict_each(
-    model: nn.Module, images: Iterable[Image.Image], top_k: int = 3, batch_size: int = BATCH_SIZE
-) -> Iterator[list[Prediction]]:
-    """Classify images as `predict` does, one batch after another; no more are kept in memory."""
     check_classifies(model)
     transform = eval_transform(resolve_input_data_config(model))
     parameter = next(model.parameters())

@@ -22,6 +22,7 @@ import datasets
 import pyarrow
 import pytest
 import safetensors.torch
+import timm
 import torch
 from click.testing import CliRunner, Result
 from huggingface_hub import constants
@@ -30,6 +31,7 @@ from pyarrow import parquet
 from timm.utils import random_seed
 
 import convmixer_hub  # noqa: F401  (registers the models)
+from convmixer_hub.checkpoints.files import save_model
 from convmixer_hub.cli.main import main
 from convmixer_hub.hub.records import CIFAR10, get_record
 
@@ -39,6 +41,7 @@ T = TypeVar("T")
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 IMAGES = CHECKOUT / "tests" / "images"
+CAT = (IMAGES / "cat.png").read_bytes()
 NAME = "convmixer_cifar.cifar10"
 ARCH = "convmixer_96_8_ks5_p1"
 REVISION = get_record(NAME).revision
@@ -111,6 +114,30 @@ def write_split(
         table = table.replace_schema_metadata({"huggingface": json.dumps(info)})
     parquet.write_table(table, place / f"{split}-00000-of-00001.parquet")
     return folder
+
+
+@pytest.fixture
+def untrained(tmp_path) -> Path:
+    """The folder of an untrained model."""
+    folder = tmp_path / "a_run"
+    save_model(timm.create_model(ARCH), folder, {})
+    return folder
+
+
+def write_tree(root: Path, *paths: str | tuple[str, bytes | Path]) -> Path:
+    """Write a cat, or what a pair of path and content says, at each path; / makes a folder."""
+    for path in paths:
+        path, content = path if isinstance(path, tuple) else (path, CAT)
+        place = root / path
+        if path.endswith("/"):
+            place.mkdir(parents=True)
+            continue
+        place.parent.mkdir(parents=True, exist_ok=True)
+        if isinstance(content, bytes):
+            place.write_bytes(content)
+        else:
+            place.symlink_to(content)
+    return root
 
 
 @pytest.fixture

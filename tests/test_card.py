@@ -27,7 +27,7 @@ from convmixer_hub.release.publish import list_uploads
 from convmixer_hub.training.finetune import FINETUNE_OPTIONS, choose_settings
 from convmixer_hub.training.settings import RECIPE, TrainingSettings
 
-from .conftest import ARCH
+from .conftest import ARCH, encode, write_tree
 from .test_evaluate import calibration_error
 
 SETTINGS = TrainingSettings(
@@ -57,14 +57,12 @@ def with_figures(monkeypatch):
 
 
 @pytest.fixture
-def run(tmp_path):
+def run(untrained):
     """A run folder with an untrained model, its settings, metrics and notes."""
-    folder = tmp_path / "a_run"
-    config = {"training": asdict(SETTINGS), "machine": "7 abaci"}
-    save_model(timm.create_model(ARCH), folder, config)
-    (folder / "metrics.csv").write_text(METRICS)
-    (folder / "NOTES.md").write_text("## Limits\n\nNever trained.\n")
-    return folder
+    change_config(untrained, training=asdict(SETTINGS), machine="7 abaci")
+    (untrained / "metrics.csv").write_text(METRICS)
+    (untrained / "NOTES.md").write_text("## Limits\n\nNever trained.\n")
+    return untrained
 
 
 def write_card(folder, data, *arguments, **options):
@@ -241,9 +239,8 @@ def test_the_card_of_a_model_trained_by_the_recipe_gives_the_shortest_command(ru
 
 @pytest.mark.usefixtures("with_figures")
 def test_a_grey_model_of_other_classes_without_a_history(tmp_path):
-    for name in ("heads", "tails"):
-        (tmp_path / "coins" / "test" / name).mkdir(parents=True)
-        Image.new("L", (40, 40), 99).save(tmp_path / "coins" / "test" / name / "1.png")
+    coin = encode(Image.new("L", (40, 40), 99))
+    write_tree(tmp_path / "coins", ("test/heads/1.png", coin), ("test/tails/1.png", coin))
     gray = {"input_size": (1, 32, 32), "mean": (0.5,), "std": (0.25,), "license": None}
     model = timm.create_model(ARCH, in_chans=1, num_classes=2, pretrained_cfg_overlay=gray)
     save_model(model, tmp_path / "model", {"training": {"model": ARCH, "forgotten": 1}})
@@ -274,7 +271,7 @@ def test_what_cannot_be_written_drawn_or_described_is_named(
     run, cifar_sample, tmp_path, monkeypatch
 ):
     (tmp_path / "file").touch()
-    with pytest.raises(DataError, match="file: cannot be written .*; make room, or name another place"):
+    with pytest.raises(DataError, match="file: cannot be written .*; make room, or name another"):
         write_card(run, cifar_sample, tmp_path / "file")
     (run / "NOTES.md").write_bytes(b"\xff")
     with pytest.raises(CheckpointError, match=r"NOTES.md: cannot be read as text .*UTF-8"):

@@ -161,9 +161,6 @@ def test_the_card_of_a_name_is_not_written_into_the_package(cifar_sample, tmp_pa
     assert result.stdout == f"{ARCH}.cifar10/README.md\n"  # no weights beside it
     text = Path(result.stdout.strip()).read_text()
     assert "of the 10 test images" in text and "\nlicense: cc-by-4.0\n" in text
-    assert convmixer("card", "nothing", "--data", cifar_sample).stderr.startswith(
-        "Error: no file or folder, and no trained weights are named 'nothing'; known are"
-    )
 
 
 def test_the_record_of_a_folder_with_the_name_of_a_model_is_printed(
@@ -177,22 +174,29 @@ def test_the_record_of_a_folder_with_the_name_of_a_model_is_printed(
     assert f'CheckpointRecord(\n    name="{NAME}",\n    sha256="{record.sha256}",' in printed
 
 
-@pytest.mark.parametrize("command", ["card", "publish"])
-def test_a_file_alone_is_no_folder_of_a_model(tmp_path, command):
+@pytest.mark.parametrize(
+    ("command", "options", "message"),
+    [
+        ("card", [], "is no folder of a model; name a run folder, or a model"),
+        ("publish", ["--repo-id", "a/b"], "is no folder of a model; name a run folder, or a model"),
+        (
+            "finetune",
+            ["--output", "run"],
+            "is a file alone; name the folder that holds it and its config.json",
+        ),
+    ],
+)
+def test_a_file_alone_is_no_model_for(
+    cifar_sample, tmp_path, monkeypatch, command, options, message
+):
+    monkeypatch.chdir(tmp_path)
     file = tmp_path / "other.safetensors"
     shutil.copy(CHECKOUT / "weights" / NAME / "model.safetensors", file)
-    options = {"card": ["--data", "."], "publish": ["--repo-id", "a/b"]}[command]
-    message = f"Error: {file}: is no folder of a model; name a run folder, or a model of this "
-    assert convmixer(command, file, *options).stderr.startswith(message)
+    if command != "publish":
+        options = [*options, "--data", cifar_sample]
+    assert convmixer(command, file, *options).stderr.startswith(f"Error: {file}: {message}")
+    assert list(tmp_path.iterdir()) == [file]
     assert "cat" in convmixer("predict", IMAGES / "cat.png", "--model", file).stdout
-
-
-def test_a_file_alone_is_not_fine_tuned(tmp_path, cifar_sample):
-    file = tmp_path / "other.safetensors"
-    shutil.copy(CHECKOUT / "weights" / NAME / "model.safetensors", file)
-    result = convmixer("finetune", file, "--data", cifar_sample, "--output", tmp_path / "run")
-    message = f"Error: {file}: is a file alone; name the folder that holds it and its config.json"
-    assert result.stderr.startswith(message) and not (tmp_path / "run").exists()
 
 
 def test_predict_draws_a_figure(tmp_path):
@@ -204,13 +208,8 @@ def test_predict_draws_a_figure(tmp_path):
     assert pixels[255, 0, 0] > 10_000
 
 
-@pytest.mark.parametrize(
-    "arguments",
-    [["predict", IMAGES / "cat.png", "--model"], ["evaluate", "--data", "."]],
-    ids=["predict", "evaluate"],
-)
-def test_an_unknown_model_proposes_the_nearest(arguments):
-    result = convmixer(*arguments, "convmixer_cifr")
+def test_an_unknown_model_proposes_the_nearest():
+    result = convmixer("predict", IMAGES / "cat.png", "--model", "convmixer_cifr")
     assert result.exit_code == 1
     assert result.stderr.startswith(
         "Error: no file or folder, and no trained weights are named 'convmixer_cifr'; "

@@ -9,7 +9,7 @@ import timm
 import torch
 from PIL import Image
 
-from convmixer_hub import CheckpointError, DataError, TrainingError, UnknownModelError
+from convmixer_hub import CheckpointError, DataError, TrainingError
 from convmixer_hub.checkpoints.files import save_model
 from convmixer_hub.data.images import open_image
 from convmixer_hub.data.reader import open_dataset
@@ -170,7 +170,6 @@ def test_frozen_statistics_stay(photos, tmp_path):
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"name": "convmixer_cifr"}, UnknownModelError, "no trained weights are named 'convmixer_"),
         ({"layer_decay": 0.0}, TrainingError, "layer_decay is 0.0: must be above 0 and at most 1"),
         ({"batch_size": 0}, TrainingError, "batch_size is 0: must be at least 2"),
         ({"held_out": 0}, TrainingError, "has no validation images to choose the best epoch by; "),
@@ -253,30 +252,13 @@ def test_a_run_is_never_taken_for_a_model_of_the_same_name(split_photos, tmp_pat
     )
 
 
-def test_a_resumed_run_gives_the_same_weights(split_photos, tmp_path, monkeypatch):
-    start = tmp_path / "start"
-    quick = QUICK | {"epochs": 2}
-    run(choose("convmixer_cifar", split_photos, **quick), split_photos, start)
-    monkeypatch.chdir(tmp_path)
-    settings = choose("start", split_photos, **quick)
-    assert settings.model == str(start)
-    whole = run(settings, split_photos, tmp_path / "whole")
-    save_all = run_module._Run._save_all
-
-    def save_and_stop(self):
-        save_all(self)
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(run_module._Run, "_save_all", save_and_stop)
-    with pytest.raises(KeyboardInterrupt):
-        run(settings, split_photos, tmp_path / "parts")
-    monkeypatch.setattr(run_module._Run, "_save_all", save_all)
-    assert run(settings, split_photos, tmp_path / "parts") == whole
-    torch.testing.assert_close(
-        weights_of(tmp_path / "parts"), weights_of(tmp_path / "whole"), atol=0, rtol=0
-    )
-    config = json.loads((tmp_path / "parts" / "config.json").read_text())
-    assert config["training"]["model"] == "./start"  # the rest of the path is of this machine
+def test_a_run_says_what_it_started_from_without_the_path(split_photos, untrained, monkeypatch):
+    monkeypatch.chdir(untrained.parent)
+    settings = choose("a_run", split_photos, **QUICK)
+    assert settings.model == str(untrained)
+    run(settings, split_photos, untrained.parent / "run")
+    config = json.loads((untrained.parent / "run" / "config.json").read_text())
+    assert config["training"]["model"] == "./a_run"  # the rest of the path is of this machine
 
 
 @pytest.mark.parametrize("size", [(24, 41), (33, 33), (16, 16)])

@@ -17,12 +17,10 @@ from .test_doctor import cached_and_offline
 
 
 @pytest.fixture
-def run(tmp_path):
+def run(untrained):
     """The folder of an untrained model, and its recorded logits."""
-    folder = tmp_path / "a_run"
-    save_model(timm.create_model(ARCH), folder, {})
-    write_golden(folder)
-    return folder
+    write_golden(untrained)
+    return untrained
 
 
 def test_the_golden_input_has_every_dtype_exactly():

@@ -71,11 +71,10 @@ def test_a_repository_on_record_is_verified(name, hub):
         describe(name.format(NAME))
 
 
-def test_types_and_metadata_are_told(hub, tmp_path):
+def test_types_and_metadata_are_told(hub, untrained):
     timms = TimmConvMixer(96, 8, 5, 1, num_classes=10).bfloat16()
     tensors = safetensors.torch.save(timms.state_dict(), {"activation": "gelu", "by": "me"})
-    save_model(timm.create_model(ARCH), tmp_path, {})
-    config = (tmp_path / "config.json").read_bytes()
+    config = (untrained / "config.json").read_bytes()
     hub.repositories["a/b"] = {"main": {"config.json": config, "model.safetensors": tensors}}
     info = describe("hf-hub:a/b")
     assert info["layout"] == "timm"
@@ -203,24 +202,22 @@ POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 2620
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "model.pth"])
-def test_a_pointer_of_git_lfs_is_named(tmp_path, name):
-    save_model(timm.create_model(ARCH), tmp_path, {})
-    (tmp_path / name).write_bytes(POINTER)
-    message = f"^{tmp_path / name}: is a Git LFS pointer, not the file itself; run git lfs pull wh"
+def test_a_pointer_of_git_lfs_is_named(untrained, name):
+    (untrained / name).write_bytes(POINTER)
+    message = f"^{untrained / name}: is a Git LFS pointer, not the file itself; run git lfs pull wh"
     with pytest.raises(CheckpointError, match=message):
-        describe(str(tmp_path / name))
+        describe(str(untrained / name))
     if name == "model.safetensors":
         for load in (load_trained, lambda f: timm.create_model(f"local-dir:{f}", pretrained=True)):
             with pytest.raises(CheckpointError, match=message):
-                load(tmp_path)
+                load(untrained)
 
 
-def test_a_pickle_beside_no_safetensors_is_named(tmp_path):
-    save_model(timm.create_model(ARCH), tmp_path, {})
-    (tmp_path / "model.safetensors").rename(tmp_path / "pytorch_model.bin")
+def test_a_pickle_beside_no_safetensors_is_named(untrained):
+    (untrained / "model.safetensors").rename(untrained / "pytorch_model.bin")
     message = (
         "no such file, but pytorch_model.bin beside it; convert that: convmixer convert "
-        f"{tmp_path}/pytorch_model.bin {tmp_path}/model.safetensors --layout ours$"
+        f"{untrained}/pytorch_model.bin {untrained}/model.safetensors --layout ours$"
     )
     with pytest.raises(CheckpointError, match=message):
-        load_trained(tmp_path)
+        load_trained(untrained)

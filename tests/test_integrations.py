@@ -1,7 +1,5 @@
 """Models by name, and folders that this package writes, in other libraries."""
 
-import shutil
-
 import pytest
 import timm
 import torch
@@ -13,7 +11,7 @@ from convmixer_hub.hub.records import CIFAR10
 from convmixer_hub.load import load_trained
 from convmixer_hub.model.config import get_label_names
 
-from .conftest import CHECKOUT, IMAGES, NAME
+from .conftest import CHECKOUT, IMAGES, NAME, write_tree
 
 FOLDER = CHECKOUT / "weights" / NAME
 LABELS = ["animal", "machine"]
@@ -101,10 +99,8 @@ def test_transformers_trainer_trains_a_folder(samples, images, tmp_path):
 def test_fastai_fine_tunes_a_name(run_python, tmp_path):
     pytest.importorskip("fastai")
     for name in CIFAR10.classes:
-        folder = tmp_path / "data" / LABELS[name in MACHINES]
-        folder.mkdir(parents=True, exist_ok=True)
-        for copy in range(4):
-            shutil.copy(IMAGES / f"{name}.png", folder / f"{name}{copy}.png")
+        folder, image = LABELS[name in MACHINES], (IMAGES / f"{name}.png").read_bytes()
+        write_tree(tmp_path / "data", *((f"{folder}/{name}{i}.png", image) for i in range(4)))
     # In a process of its own: fastai changes Pillow, pandas and torch when it is imported.
     losses = run_python(f"""
 from fastai.vision.all import ImageDataLoaders, Resize, set_seed, vision_learner

@@ -383,29 +383,20 @@ class TestActivation:
             timm.create_model(f"local-dir:{tmp_path}", pretrained=True, act_layer="relu")
 
 
-@pytest.mark.parametrize(
-    ("arch", "sizes", "activation"),
-    [
-        ("convmixer_768_32", (768, 32, 7, 7), "relu"),
-        ("convmixer_1024_20_ks9_p14", (1024, 20, 9, 14), "gelu"),
-        ("convmixer_1536_20", (1536, 20, 9, 7), "gelu"),
-    ],
-)
-def test_timms_imagenet_models_convert(arch, sizes, activation):
-    timms = timm.create_model(arch).eval()
+def test_an_imagenet_model_of_timms_converts_without_a_copy():
+    timms = timm.create_model("convmixer_768_32").eval()
     with torch.device("meta"):
-        ours = ConvMixer(*sizes, act_layer=activation).eval()
+        ours = ConvMixer(768, 32, 7, 7, act_layer="relu").eval()
     ours.load_state_dict(timms.state_dict(), assign=True)
     back = convert_layout(ours.state_dict(), "timm")
     assert list(back) == list(timms.state_dict())
     for key, tensor in timms.state_dict().items():
         assert back[key].data_ptr() == tensor.data_ptr()
-    if arch == "convmixer_768_32":
-        randomise_norms(timms)  # the tensors of both models
-        images = torch.randn(2, 3, 28, 28)
-        with torch.no_grad():
-            torch.testing.assert_close(ours(images), timms(images), atol=1e-4, rtol=1e-4)
-        assert ours(images).std() > 0.01
+    randomise_norms(timms)  # the tensors of both models
+    images = torch.randn(2, 3, 28, 28)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(images), timms(images), atol=1e-4, rtol=1e-4)
+    assert ours(images).std() > 0.01
 
 
 def test_what_is_not_there_is_named(tmp_path, output):

@@ -10,10 +10,11 @@ from PIL import Image
 from timm.models.convmixer import ConvMixer as TimmConvMixer
 
 from convmixer_hub import CheckpointError, find_checkpoint
+from convmixer_hub.checkpoints.info import describe
 from convmixer_hub.data.images import eval_transform, open_image, to_rgb
 from convmixer_hub.hub.records import CIFAR10
 from convmixer_hub.load import load_trained
-from convmixer_hub.predict import WORTH_PREPARING, predict, predict_each
+from convmixer_hub.predict import WORTH_PREPARING, predict
 
 from .conftest import CHECKOUT, IMAGES, as_ordinary_user
 
@@ -41,7 +42,7 @@ def test_eight_of_ten_unseen_images_are_right():
 def test_the_size_of_a_batch_changes_no_answer(batch_size):
     model = load_trained("convmixer_cifar")
     images = [open_image(IMAGES / f"{name}.png") for name in CIFAR10.classes]
-    alone, together = (list(predict_each(model, images, 10, size)) for size in (1, batch_size))
+    alone, together = (list(predict(model, images, 10, size)) for size in (1, batch_size))
     for found, expected in zip(together, alone, strict=True):
         assert {p.label: p.probability for p in found} == pytest.approx(
             {p.label: p.probability for p in expected}, abs=1e-4
@@ -59,10 +60,10 @@ def test_the_example_of_the_readme_knows_a_cat(monkeypatch, capsys):
 def test_a_model_without_a_head_answers_nothing():
     model = timm.create_model("convmixer_96_8_ks5_p1", num_classes=0)
     with pytest.raises(CheckpointError, match=r"the model has no head \(num_classes is 0\)"):
-        predict(model, [Image.new("RGB", (32, 32))])
+        next(predict(model, [Image.new("RGB", (32, 32))]))
     model = timm.create_model("convmixer_96_8_ks5_p1", num_classes=1)
     with pytest.raises(CheckpointError, match="the model has one output, whose probability"):
-        predict(model, [Image.new("RGB", (32, 32))])
+        next(predict(model, [Image.new("RGB", (32, 32))]))
 
 
 # Modes that keep all of an image, or all of its gray.
@@ -98,12 +99,17 @@ def test_a_fresh_head_does_not_inherit_the_names_of_the_old_classes(num_classes)
 def test_a_file_of_weights_alone_answers(tmp_path):
     image = open_image(IMAGES / "frog.png")
     shutil.copy(find_checkpoint("convmixer_cifar"), tmp_path / "copy.safetensors")
-    expected = predict(load_trained("convmixer_cifar"), [image])
-    assert predict(load_trained(tmp_path / "copy.safetensors"), [image]) == expected
+    expected = list(predict(load_trained("convmixer_cifar"), [image]))
+    assert list(predict(load_trained(tmp_path / "copy.safetensors"), [image])) == expected
 
     (tmp_path / "copy.safetensors").chmod(0)
     with pytest.raises(CheckpointError, match="copy.safetensors: may not be read; change its perm"):
         as_ordinary_user(lambda: load_trained(tmp_path / "copy.safetensors"))
+    closed = tmp_path / "closed"
+    closed.mkdir(mode=0)
+    with pytest.raises(CheckpointError, match="closed/model.safetensors: no such file; check the"):
+        as_ordinary_user(lambda: describe(closed))
+    closed.chmod(0o700)
     shutil.copy(find_checkpoint("convmixer_cifar"), tmp_path / "blob")
     with pytest.raises(
         CheckpointError, match=r"blob: cannot be read with weights_only=True \(.*\)"

@@ -35,16 +35,14 @@ OF_THE_RUN = ["README.md", "config.json", "metrics.csv", "model.safetensors"]
 
 
 @pytest.fixture
-def run(tmp_path) -> str:
+def run(untrained) -> str:
     """A run folder with an untrained model, and what must stay in it."""
-    folder = tmp_path / "a_run"
-    save_model(timm.create_model(ARCH), folder, {})
-    (folder / "README.md").write_text("---\nlicense: mit\n---\n\n# A run\n")
-    (folder / "metrics.csv").write_text("epoch\n1\n")
+    (untrained / "README.md").write_text("---\nlicense: mit\n---\n\n# A run\n")
+    (untrained / "metrics.csv").write_text("epoch\n1\n")
     for name in ("training_state.pt", ".env", ".saving.png", "letter.txt", "family.png"):
-        (folder / name).write_text("secret")
-    (folder / "checkpoints.png").mkdir()
-    return str(folder)
+        (untrained / name).write_text("secret")
+    (untrained / "checkpoints.png").mkdir()
+    return str(untrained)
 
 
 @pytest.fixture

@@ -18,9 +18,9 @@ from convmixer_hub.hub.records import CIFAR10
 from convmixer_hub.training.images import hold_out
 from convmixer_hub.zoo import _list_names
 
-from .conftest import IMAGES, as_ordinary_user, encode
+from .conftest import IMAGES, as_ordinary_user, encode, write_tree
 
-CAT, DOG = ((IMAGES / f"{name}.png").read_bytes() for name in ("cat", "dog"))
+DOG = (IMAGES / "dog.png").read_bytes()
 
 
 def count_images(dataset):
@@ -29,22 +29,6 @@ def count_images(dataset):
         split: dict(Counter(dataset.classes[label] for label in images.labels))
         for split, images in dataset.splits.items()
     }
-
-
-def write_tree(root, *paths):
-    """Write a cat, or what a pair of path and content says, at each path; / makes a folder."""
-    for path in paths:
-        path, content = path if isinstance(path, tuple) else (path, CAT)
-        place = root / path
-        if path.endswith("/"):
-            place.mkdir(parents=True)
-            continue
-        place.parent.mkdir(parents=True, exist_ok=True)
-        if isinstance(content, bytes):
-            place.write_bytes(content)
-        else:
-            place.symlink_to(content)
-    return root
 
 
 # Situation: what is there, what it gives by split and class, and what is said to be left out.

@@ -331,23 +331,6 @@ def test_a_run_does_not_go_on_with_fewer_or_more_images(
         run(SETTINGS, data, finished_run, skip_damaged=True)
 
 
-@pytest.mark.parametrize("skip_damaged", [False, True])
-def test_a_damaged_held_out_image_is_noticed_at_once(
-    cifar_sample, write_parquet, tmp_path, skip_damaged
-):
-    images = [(IMAGES / f"{name}.png").read_bytes() for name in CIFAR10.classes] * 4
-    _, [damaged, *_] = hold_out(open_dataset(cifar_sample), 10, seed=0)
-    images[damaged] = images[damaged][:-900]
-    data = write_parquet("train", images, list(range(10)) * 4)
-    if skip_damaged:
-        folder = run(SETTINGS, data, tmp_path / "run", skip_damaged=True)
-        assert len(read_metrics(folder)) == 2
-    else:
-        message = rf"1 of 10 images cannot be read, the first is .*, row {damaged} of its"
-        with pytest.raises(DataError, match=message):
-            run(SETTINGS, data, tmp_path / "run")
-
-
 def test_a_full_disk_loses_nothing(first_run, cifar_sample, tmp_path, run_until):
     run_until(1, SETTINGS, cifar_sample, tmp_path / "parts")
     message = r"parts: cannot be written \(.+\); it keeps what was saved before, so free .+$"

@@ -1,10 +1,8 @@
 """A Space's folder; tests/test_demo.py opens its page in a browser."""
 
 import pytest
-import timm
 
 from convmixer_hub import CheckpointError, DataError
-from convmixer_hub.checkpoints.files import save_model
 from convmixer_hub.release import space
 
 
@@ -14,37 +12,27 @@ def _gradio(monkeypatch):
     monkeypatch.setattr(space, "check_gradio", lambda: "6.0")
 
 
-@pytest.fixture
-def run(tmp_path):
-    """The folder of an untrained model."""
-    folder = tmp_path / "run"
-    save_model(timm.create_model("convmixer_96_8_ks5_p1"), folder, {})
-    return folder
-
-
-def test_a_space_has_the_files_of_its_models_alone(tmp_path, run):
+def test_a_space_has_the_files_of_its_models_alone(tmp_path, untrained):
     output = tmp_path / "new" / "space"
-    space.write_space(["convmixer_96_8_ks5_p1.cifar10", str(run)], output)
+    space.write_space(["convmixer_96_8_ks5_p1.cifar10", str(untrained)], output)
     weights = sorted(str(file.relative_to(output)) for file in output.rglob("*.safetensors"))
     assert weights == [
         "convmixer_hub/weights/convmixer_96_8_ks5_p1.cifar10/model.safetensors",
-        f"models/{run.name}/model.safetensors",
+        "models/a_run/model.safetensors",
     ]
-    assert (
-        f"['convmixer_96_8_ks5_p1.cifar10', 'models/{run.name}']" in (output / "app.py").read_text()
-    )
+    assert "['convmixer_96_8_ks5_p1.cifar10', 'models/a_run']" in (output / "app.py").read_text()
     needed = (output / "requirements.txt").read_text().splitlines()
     assert "timm>=1.0.31" in needed and not [line for line in needed if "extra" in line]
     assert len(list((output / "convmixer_hub/examples").iterdir())) == 10
 
 
-def test_a_space_that_cannot_be_written_is_one_line(tmp_path, run):
+def test_a_space_that_cannot_be_written_is_one_line(tmp_path, untrained):
     with pytest.raises(DataError, match=r"is there already; name a new folder$"):
         space.write_space(["convmixer_cifar"], tmp_path)
-    with pytest.raises(DataError, match=r"^models/run: two models have a folder of this name"):
-        space.write_space([str(run), str(run)], tmp_path / "space")
+    with pytest.raises(DataError, match=r"^models/a_run: two models have a folder of this name"):
+        space.write_space([str(untrained), str(untrained)], tmp_path / "space")
     with pytest.raises(CheckpointError, match="is a file alone; name the folder that holds it"):
-        space.write_space([str(run / "model.safetensors")], tmp_path / "space")
+        space.write_space([str(untrained / "model.safetensors")], tmp_path / "space")
     (tmp_path / "file").touch()
     with pytest.raises(DataError, match=r"cannot be written \(.*\); make room, or name another"):
         space.write_space(["convmixer_cifar"], tmp_path / "file" / "space")

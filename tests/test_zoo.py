@@ -174,6 +174,13 @@ def test_a_folder_that_is_no_model_is_refused(tmp_path):
         load_trained(str(tmp_path))
 
 
+@pytest.mark.parametrize("config", ["[" * 100_000, '{"model_args": [1]}', '{"training": 1}'])
+def test_a_folder_whose_configuration_is_none_is_refused(config, tmp_path):
+    (tmp_path / "config.json").write_text(config)
+    with pytest.raises(CheckpointError, match=r"config.json: is not a model's configuration \("):
+        load_trained(str(tmp_path))
+
+
 @pytest.mark.parametrize("arch", ["convmixer_cifr", 5, None])
 def test_a_folder_of_an_unknown_arch_is_refused(arch, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"architecture": arch}))

@@ -57,7 +57,7 @@ def check_safetensors(path: Path) -> dict[str, str]:
         reason, remedy = "no such file", "check the path"
         if os.path.exists(path):
             reason, remedy = "may not be read", "change its permissions"
-        elif (pickle := path.with_name(PICKLE_FILE)).exists():
+        elif os.path.exists(pickle := path.with_name(PICKLE_FILE)):
             reason = f"no such file, but {PICKLE_FILE} beside it"
             paths = shlex.join(map(str, [pickle, path]))
             remedy = f"convert that: convmixer convert {paths} --layout ours"

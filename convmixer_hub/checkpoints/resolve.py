@@ -132,8 +132,12 @@ def _find_in_repository(repository: Repository) -> Source:
 
 def _read_config(file: Path) -> dict[str, Any]:
     try:
-        return dict(json.loads(file.read_text(encoding="utf-8-sig")))
-    except (OSError, ValueError, TypeError) as error:
+        config = dict(json.loads(file.read_text(encoding="utf-8-sig")))
+        for part in ("model_args", "training"):
+            if not isinstance(config.get(part) or {}, dict):
+                raise TypeError(f"{part} is no object")
+        return config
+    except (OSError, ValueError, TypeError, RecursionError) as error:
         raise CheckpointError(
             f"{file}: is not a model's configuration ({first_line(error)}); "
             "fix it, or move the weights elsewhere"

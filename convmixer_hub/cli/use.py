@@ -24,7 +24,7 @@ from ..hub.find import find_checkpoint, locate
 from ..hub.records import CARD_FILE, RECORDS, get_record
 from ..load import load_trained
 from ..machine import describe_machine
-from ..predict import Prediction, predict_each
+from ..predict import Prediction, predict
 from ..release.demo import run_demo
 from ..release.golden import TOLERANCE, verify
 from ..release.space import write_space
@@ -132,7 +132,7 @@ def predict_command(
                 thumbnails[-1].thumbnail((256, 256))
             yield picture
 
-    for classes in predict_each(model, open_images(), top_k):
+    for classes in predict(model, open_images(), top_k):
         if not as_json:
             words = ", ".join(f"{c.label} {100 * c.probability:.1f} %" for c in classes)
             click.echo(printable(f"{answered[len(predictions)]}: {words}"))

@@ -38,7 +38,7 @@ def find_embedded(record: CheckpointRecord) -> Path | None:
     package = Path(__file__).resolve().parents[1]
     for weights in (package / "weights", package.parent / "weights"):
         file = weights / record.name / WEIGHTS_FILE
-        if file.is_file():
+        if os.path.isfile(file):  # unlike Path.is_file, no error without permission
             return file
     return None
 

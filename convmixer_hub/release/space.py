@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Sequence
 from importlib.metadata import Distribution, PackageNotFoundError, distribution
@@ -62,7 +63,7 @@ def write_space(names: Sequence[str], output: Path) -> None:
             same name.
     """
     gradio = check_gradio()
-    if output.exists():
+    if os.path.exists(output):  # unlike Path.exists, no error without permission
         raise DataError(f"{output}: is there already; name a new folder")
     shown, copies = [], {}
     for name in names:
