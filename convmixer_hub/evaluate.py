@@ -141,14 +141,18 @@ def collect_logits(model: nn.Module, loader: DataLoader) -> tuple[Tensor, Tensor
     model.eval()
     device = next(model.parameters()).device
     logits, labels = [], []
-    for images, numbers in tqdm(_serve(loader), "evaluate", len(loader), False, disable=None):
+    for images, numbers in tqdm(serve(loader), "evaluate", len(loader), False, disable=None):
         logits.append(model(images.to(device)).cpu())
         labels.append(numbers)
     return torch.cat(logits).double(), torch.cat(labels)
 
 
-def _serve(loader: DataLoader) -> Iterator[tuple[Tensor, Tensor]]:
-    """Serve batches, and tell in one line what goes wrong in a process that reads images."""
+def serve(loader: DataLoader) -> Iterator[tuple[Tensor, Tensor]]:
+    """Serve batches, and tell in one line what goes wrong in a process that reads images.
+
+    Raises:
+        DataError: If an image cannot be read, or such a process dies.
+    """
     try:
         yield from loader
     except DataError as error:
@@ -159,8 +163,8 @@ def _serve(loader: DataLoader) -> Iterator[tuple[Tensor, Tensor]]:
             raise
         *_, reason = str(error).strip().splitlines()  # after a traceback of that process
         raise DataError(
-            f"the process that reads images failed ({reason}); give --workers 0, or more shared "
-            "memory (docker run --shm-size 1g)"
+            f"the process that reads images failed ({reason}); give more shared memory (docker run "
+            "--shm-size 1g), or, in evaluate, --workers 0"
         ) from None
 
 

@@ -91,7 +91,7 @@ def find_no_memory(image):
 )
 def test_a_worker_that_fails_is_one_line(cifar_sample, transform, reason):
     images = replace(open_dataset(cifar_sample).get("test"), transform=transform)
-    message = rf"^the process that reads images failed \({reason}\); give --workers 0, or more shar"
+    message = rf"^the process that reads images failed \({reason}\); give more shared memory"
     with pytest.raises(DataError, match=message) as refused:
         collect_logits(nn.Linear(1, 1), DataLoader(images, num_workers=1))
     assert "\n" not in str(refused.value)

@@ -299,6 +299,14 @@ REFUSED = {
         [("metadata.csv", b"image,label\n1.png,cat\n"), "1.png"],
         ": cannot be read as a dataset .*file_name.*; check its name and its files",
     ),
+    "metadata with text in the column of images": (
+        [("metadata.csv", b"file_name,image,label\n1.png,some text,cat\n"), "1.png"],
+        ": its metadata has a column image of its own, in the place of the images; rename it",
+    ),
+    "annotations that are none": (
+        ["train/cat/1.png", "val/images/1.png", "val/val_annotations.txt/"],
+        "/val/val_annotations.txt: cannot be read \\(.*\\); make it readable to you, or move it",
+    ),
     "metadata of two kinds": (
         [("metadata.csv", b"file_name,label\n1.png,a\n"), ("metadata.jsonl", b"{}"), "1.png"],
         ": cannot be read as a dataset .*different extensions.*; check its name and its files",

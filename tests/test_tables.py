@@ -14,9 +14,9 @@ from pyarrow import parquet
 from convmixer_hub import DataError
 from convmixer_hub.data.reader import open_dataset
 
-from .conftest import CHECKOUT, IMAGES, NAME, convmixer
+from .conftest import CAT, CHECKOUT, IMAGES, NAME, convmixer, write_tree
 from .hub_server import HubServer
-from .test_reader import CAT, DOG, count_images, write_tree
+from .test_reader import DOG, count_images
 
 PAIR = {"cat": 1, "dog": 1}
 INT = datasets.Value("int64")

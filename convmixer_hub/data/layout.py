@@ -355,9 +355,14 @@ def _read_file(files: Sequence[Path], index: int) -> Image.Image:
 
 def _read_annotations(folder: Path) -> dict[str, str]:
     """Read the classes of the images of a split, as Tiny ImageNet keeps them."""
-    lines = [
-        line.split("\t")
-        for file in folder.glob("*_annotations.txt")
-        for line in file.read_text(encoding="utf-8", errors="replace").splitlines()
-    ]
-    return {line[0]: line[1] for line in lines if len(line) > 1}
+    classes: dict[str, str] = {}
+    for file in folder.glob("*_annotations.txt"):
+        try:
+            text = file.read_text(encoding="utf-8", errors="replace")
+        except OSError as error:
+            raise DataError(
+                f"{file}: cannot be read ({first_line(error)}); make it readable to you, or move it"
+            ) from None
+        lines = [line.split("\t") for line in text.splitlines()]
+        classes |= {line[0]: line[1] for line in lines if len(line) > 1}
+    return classes

@@ -53,7 +53,8 @@ def load_metadata(
         left_out: Gets what is not used.
 
     Raises:
-        DataError: If they cannot be read, or a file lists images of several splits.
+        DataError: If they cannot be read, have an `image` column of their own, or a file lists
+            images of several splits.
     """
     datasets = _import_datasets(f"{folder}:")
     places = find_tables(folder, tables, left_out)
@@ -62,6 +63,11 @@ def load_metadata(
     for split, table in loaded.items():
         column = _find_image_column(table.features, folder)
         cells = table.select_columns([column]).with_format("arrow")[:][column].to_pylist()
+        if not all(isinstance(cell, dict | type(None)) for cell in cells):
+            raise DataError(
+                f"{folder}: its metadata has a column {column} of its own, in the place of the "
+                "images; rename it"
+            )
         found = [Path(cell["path"]) for cell in cells if cell and cell["path"]]
         paths = [file.relative_to(os.path.abspath(folder)) for file in found]
         tops = {find_split(path.parts[0]) for path in paths if len(path.parts) > 1} - {""}

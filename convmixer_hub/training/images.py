@@ -18,7 +18,8 @@ from tqdm import tqdm
 from ..data.augment import TrainingImages, derive_seed
 from ..data.images import eval_transform
 from ..data.reader import ImageDataset, LabeledImages, read_images
-from ..errors import DataError, TrainingError, first_line
+from ..errors import DataError, TrainingError
+from ..evaluate import serve
 from .settings import TrainingSettings
 
 
@@ -208,7 +209,7 @@ def serve_batches(
         Images `[batch_size, channels, *crop_size]` and their labels, on the CPU.
 
     Raises:
-        TrainingError: If a process that augments images dies.
+        DataError: If a process that augments images dies.
     """
     steps = len(images) // settings.batch_size
     first, last = epoch * steps + step, settings.epochs * steps
@@ -219,12 +220,4 @@ def serve_batches(
         num_workers=workers,
         pin_memory=torch.cuda.is_available(),
     )
-    try:
-        yield from loader
-    except RuntimeError as error:
-        if not workers:
-            raise
-        raise TrainingError(
-            f"the {workers} processes that augment images failed ({first_line(error)}); give them "
-            "more shared memory (docker run --shm-size 1g)"
-        ) from None
+    yield from serve(loader)

@@ -222,27 +222,16 @@ class TrainingSettings:
         return max(1, round(self.final_share * self.epochs))
 
     @property
-    def epochs_before_decay(self) -> int:
-        """Number of epochs before the learning rate falls."""
-        return self.epochs - self.decay_epochs
-
-    @property
-    def full_size_epochs(self) -> int:
-        """Number of epochs at full resolution."""
-        return round(self.whole_share * self.decay_epochs)
-
-    def is_full_size(self, epoch: int) -> bool:
-        """Return whether an epoch, counted from 0, is at full resolution."""
-        return epoch >= self.epochs - self.full_size_epochs
+    def cropped_epochs(self) -> int:
+        """Number of epochs before those at full resolution."""
+        return self.epochs - round(self.whole_share * self.decay_epochs)
 
     def choose_crop_size(self, epoch: int, image_size: tuple[int, ...]) -> tuple[int, ...]:
         """Return height and width of the crops in an epoch, counted from 0."""
-        if self.is_full_size(epoch):
+        if epoch >= self.cropped_epochs:
             return image_size
-        is_first_half = epoch < (self.epochs - self.full_size_epochs) // 2
-        side = self.small_crop_size
-        if is_first_half and self.first_crop_size:
-            side = self.first_crop_size
+        is_first_half = epoch < self.cropped_epochs // 2
+        side = (is_first_half and self.first_crop_size) or self.small_crop_size
         return (side, side)
 
     def check_crops(self, side: int, patch_size: int) -> None:
@@ -255,7 +244,7 @@ class TrainingSettings:
         Raises:
             TrainingError: If they are larger than the images, or smaller than a patch.
         """
-        if self.is_full_size(0):
+        if not self.cropped_epochs:
             return
         if not patch_size <= self.small_crop_size <= side:
             raise TrainingError(
@@ -271,7 +260,7 @@ class TrainingSettings:
 
     def augments(self, epoch: int) -> bool:
         """Return whether RandAugment, erasing, mixup and cutmix are applied in an epoch, from 0."""
-        return epoch >= self.epochs_before_decay or not self.late_augmentation
+        return epoch >= self.epochs - self.decay_epochs or not self.late_augmentation
 
     def learning_rate_factor(self, epochs_done: float) -> float:
         """Return the learning rate as a share of its peak."""
