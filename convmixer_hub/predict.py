@@ -38,6 +38,9 @@ def predict(
         top_k: Number of classes to give for each image, the most likely first.
         batch_size: Number of images that are kept in memory at once.
 
+    Yields:
+        The predictions for one image after another.
+
     Raises:
         CheckpointError: If the model has fewer than two classes.
         DataError: If an image has negative gray values, or the model takes what no image has.

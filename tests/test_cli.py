@@ -61,6 +61,7 @@ def test_help_has_each_command_with_its_first_sentence(name):
         ("convmixer evaluate convmixer_c", f"plain,{NAME}"),
         ("convmixer predict --model convmixer_c", f"plain,{NAME}"),
         ("convmixer predict tests/im", "file,tests/im"),
+        ("convmixer bench finetune convmixer_c", f"plain,{NAME}"),
     ],
 )
 def test_help_and_completion_load_nothing_heavy(run_python, words, expected):

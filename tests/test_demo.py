@@ -38,6 +38,7 @@ def page(request, port, tmp_path, monkeypatch):
         folder = tmp_path / "space"
         result = convmixer("demo", "convmixer_cifar", "--write", folder)
         assert f"hf upload OWNER/NAME {folder} --repo-type space" in result.output
+        monkeypatch.setenv("GRADIO_SERVER_NAME", "0.0.0.0")
         monkeypatch.setenv("GRADIO_SERVER_PORT", str(port))
         command = [sys.executable, "app.py"]
     with (tmp_path / "log").open("w") as log:
@@ -87,7 +88,7 @@ def test_a_visitor_clicks_an_example_and_drops_a_broken_file(page, tmp_path_fact
 
 def test_what_cannot_be_served_is_one_line(port, monkeypatch):
     monkeypatch.setattr(demo, "version", lambda name: "6.0")
-    in_use = f"^port {port} cannot be used .*; give another --port$"
+    in_use = f"^port {port} of 127.0.0.1 cannot be used .*; give another port$"
     with (
         socket.create_server(("127.0.0.1", port)),
         pytest.raises(ConvMixerHubError, match=in_use),

@@ -256,7 +256,8 @@ def test_a_run_says_what_it_started_from_without_the_path(split_photos, untraine
     monkeypatch.chdir(untrained.parent)
     settings = choose("a_run", split_photos, **QUICK)
     assert settings.model == str(untrained)
-    run(settings, split_photos, untrained.parent / "run")
+    done = run(settings, split_photos, untrained.parent / "run")
+    assert run(settings, split_photos, untrained.parent / "run") == done
     config = json.loads((untrained.parent / "run" / "config.json").read_text())
     assert config["training"]["model"] == "./a_run"  # the rest of the path is of this machine
 

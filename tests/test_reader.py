@@ -301,7 +301,11 @@ REFUSED = {
     ),
     "metadata with text in the column of images": (
         [("metadata.csv", b"file_name,image,label\n1.png,some text,cat\n"), "1.png"],
-        ": its metadata has a column image of its own, in the place of the images; rename it",
+        ": its metadata has a column image beside the names of files, which stands for the files",
+    ),
+    "metadata with objects in the column of images": (
+        [("metadata.jsonl", b'{"file_name": "1.png", "image": {"id": 3}, "label": "a"}'), "1.png"],
+        ": its metadata has a column image beside the names of files, which stands for the files",
     ),
     "annotations that are none": (
         ["train/cat/1.png", "val/images/1.png", "val/val_annotations.txt/"],

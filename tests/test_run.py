@@ -166,7 +166,7 @@ def read_metrics(folder):
         {"precision": "bf16"},
         {"ema_decay": 0.9, "optimizer": "adamw"},
         {"mixup": 0.5, "cutmix": 0.5, "random_erasing": 0.5, "rand_augment": "rand-m9-n2"},
-        {"keep_best": True, "layer_decay": 0.5, "freeze_batch_norm": True},
+        {"pretrained": True, "keep_best": True, "layer_decay": 0.5, "freeze_batch_norm": True},
         {"flip": "random", "train_images": 30, "covariance_init": True},
     ],
     ids=["defaults", "bf16", "ema and adamw", "all augmentations", "as in fine-tuning", "others"],

@@ -1,5 +1,7 @@
 """A Space's folder; tests/test_demo.py opens its page in a browser."""
 
+import shutil
+
 import pytest
 
 from convmixer_hub import CheckpointError, DataError
@@ -14,7 +16,8 @@ def _gradio(monkeypatch):
 
 def test_a_space_has_the_files_of_its_models_alone(tmp_path, untrained):
     output = tmp_path / "new" / "space"
-    space.write_space(["convmixer_96_8_ks5_p1.cifar10", str(untrained)], output)
+    name = "convmixer_96_8_ks5_p1.cifar10"
+    space.write_space([f"convmixer-hub/{name}", str(untrained), f"{untrained}/"], output)
     weights = sorted(str(file.relative_to(output)) for file in output.rglob("*.safetensors"))
     assert weights == [
         "convmixer_hub/weights/convmixer_96_8_ks5_p1.cifar10/model.safetensors",
@@ -30,7 +33,8 @@ def test_a_space_that_cannot_be_written_is_one_line(tmp_path, untrained):
     with pytest.raises(DataError, match=r"is there already; name a new folder$"):
         space.write_space(["convmixer_cifar"], tmp_path)
     with pytest.raises(DataError, match=r"^models/a_run: two models have a folder of this name"):
-        space.write_space([str(untrained), str(untrained)], tmp_path / "space")
+        other = shutil.copytree(untrained, tmp_path / "other" / "a_run")
+        space.write_space([str(untrained), str(other)], tmp_path / "space")
     with pytest.raises(CheckpointError, match="is a file alone; name the folder that holds it"):
         space.write_space([str(untrained / "model.safetensors")], tmp_path / "space")
     (tmp_path / "file").touch()

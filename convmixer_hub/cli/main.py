@@ -58,6 +58,12 @@ def _completes_option() -> bool:
     return os.environ.get("COMP_CWORD", "").startswith("-") or words[-1].startswith("-")
 
 
+def _completes_benchmark() -> bool:
+    return os.environ.get("COMP_WORDS", "").split()[1:2] == ["bench"] and (
+        os.environ.get("COMP_CWORD") == "2"
+    )
+
+
 def _complete_names(
     ctx: click.Context, parameter: click.Parameter, incomplete: str
 ) -> list[CompletionItem]:
@@ -93,7 +99,7 @@ class _Group(click.Group):
     def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
         if name not in COMMANDS:
             return None
-        if ctx.resilient_parsing and name != "bench" and not _completes_option():
+        if ctx.resilient_parsing and not _completes_option() and not _completes_benchmark():
             return _NAMES
         module = import_module(f"convmixer_hub.cli.{COMMANDS[name][0]}")
         command: click.Command = getattr(module, f"{name.replace('-', '_')}_command")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import runpy
+import shlex
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -57,7 +58,8 @@ def demo_command(names: tuple[str, ...], port: int, write: Path | None) -> None:
     names = names or tuple(RECORDS)
     if write:
         write_space(names, write)
-        click.echo(f"{write}: upload it with `hf upload OWNER/NAME {write} --repo-type space`")
+        command = shlex.join(["hf", "upload", "OWNER/NAME", str(write), "--repo-type", "space"])
+        click.echo(f"{write}: upload it with `{command}`")
     else:
         click.echo(f"http://127.0.0.1:{port}")
         run_demo(names, port)

@@ -62,12 +62,12 @@ def load_metadata(
     listed: set[PurePath] = set()
     for split, table in loaded.items():
         column = _find_image_column(table.features, folder)
-        cells = table.select_columns([column]).with_format("arrow")[:][column].to_pylist()
-        if not all(isinstance(cell, dict | type(None)) for cell in cells):
+        if not isinstance(table.features[column], datasets.Image):
             raise DataError(
-                f"{folder}: its metadata has a column {column} of its own, in the place of the "
-                "images; rename it"
+                f"{folder}: its metadata has a column {column} beside the names of files, which "
+                "stands for the files themselves; rename it"
             )
+        cells = table.select_columns([column]).with_format("arrow")[:][column].to_pylist()
         found = [Path(cell["path"]) for cell in cells if cell and cell["path"]]
         paths = [file.relative_to(os.path.abspath(folder)) for file in found]
         tops = {find_split(path.parts[0]) for path in paths if len(path.parts) > 1} - {""}

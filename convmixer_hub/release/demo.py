@@ -142,14 +142,15 @@ def run_demo(names: Sequence[str], port: int, host: str = "127.0.0.1") -> None:
             pass
     except OSError as error:
         raise ConvMixerHubError(
-            f"port {port} cannot be used ({first_line(error)}); give another --port"
+            f"port {port} of {host} cannot be used ({first_line(error)}); give another port"
         ) from None
     with TemporaryDirectory() as folder:
         # Pictures do not stay on the disk, nobody is told of them, and no proxy is asked for what
         # is on this machine.
         os.environ |= {"GRADIO_TEMP_DIR": folder, "GRADIO_ANALYTICS_ENABLED": "False"}
         for variable in ("NO_PROXY", "no_proxy"):
-            os.environ[variable] = ",".join(filter(None, [os.environ.get(variable), "127.0.0.1"]))
+            others = filter(None, [os.environ.get(variable)])
+            os.environ[variable] = ",".join([*others, "127.0.0.1", "localhost"])
         import gradio
 
         theme = gradio.themes.Default(font="sans-serif", font_mono="monospace")  # fonts from here

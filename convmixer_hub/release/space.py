@@ -31,7 +31,10 @@ app_file: app.py
 Trained ConvMixers to try on a picture: {names}.
 
 `convmixer_hub/` is a copy of convmixer-hub {version}, with the weights of its models that are shown
-here. To run the page: `pip install -r requirements.txt gradio=={gradio} && python app.py`
+here. A private repository of the Hub needs the secret HF_TOKEN in the settings of the Space.
+
+To run the page elsewhere: `pip install -r requirements.txt gradio=={gradio} && python app.py`, then
+open http://127.0.0.1:7860
 """
 
 APP = """\
@@ -65,20 +68,23 @@ def write_space(names: Sequence[str], output: Path) -> None:
     gradio = check_gradio()
     if os.path.exists(output):  # unlike Path.exists, no error without permission
         raise DataError(f"{output}: is there already; name a new folder")
-    shown, copies = [], {}
+    shown: list[str] = []
+    copies: dict[str, Path] = {}
     for name in names:
         source = resolve(name)
         source.check_is_whole()
         check_classifies(load_trained(source))
         if source.record:
+            name = source.record.name
             copies[f"convmixer_hub/weights/{source.record.name}/{WEIGHTS_FILE}"] = source.file
         elif not source.name.startswith(PREFIX):
-            name = f"models/{source.folder.resolve().name}"
-            if name in shown:
-                raise DataError(f"{name}: two models have a folder of this name; rename one")
+            folder = source.folder.resolve()
+            name = f"models/{folder.name}"
             for part in (WEIGHTS_FILE, CONFIG_FILE):
-                copies[f"{name}/{part}"] = source.folder / part
-        shown.append(name)
+                if copies.setdefault(f"{name}/{part}", folder / part) != folder / part:
+                    raise DataError(f"{name}: two models have a folder of this name; rename one")
+        if name not in shown:
+            shown.append(name)
     package = _find_package()
     needed = [line for line in package.requires or () if not Requirement(line).marker]
     texts = {
@@ -113,7 +119,7 @@ def _find_package() -> Distribution:
 
 def _copy_package(target: Path) -> None:
     """Copy this package without its weights, which are chosen by name."""
-    ignored = shutil.ignore_patterns("__pycache__", "weights", "examples")
+    ignored = shutil.ignore_patterns("__pycache__", "weights", "examples", ".saving-*")
     shutil.copytree(Path(__file__).parents[1], target, ignore=ignored)
     (target / "examples").mkdir()
     for example in find_examples():
