@@ -76,7 +76,7 @@ def write_space(names: Sequence[str], output: Path) -> None:
         check_classifies(load_trained(source))
         if source.record:
             name = source.record.name
-            copies[f"convmixer_hub/weights/{source.record.name}/{WEIGHTS_FILE}"] = source.file
+            copies[f"convmixer_hub/weights/{name}/{WEIGHTS_FILE}"] = source.file
         elif not source.name.startswith(PREFIX):
             folder = source.folder.resolve()
             name = f"models/{folder.name}"
