@@ -2,6 +2,7 @@
 
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -41,6 +42,7 @@ def page(request, port, tmp_path, monkeypatch):
         monkeypatch.setenv("GRADIO_SERVER_NAME", "0.0.0.0")
         monkeypatch.setenv("GRADIO_SERVER_PORT", str(port))
         command = [sys.executable, "app.py"]
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
     with (tmp_path / "log").open("w") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log, cwd=folder)
     try:
@@ -62,7 +64,7 @@ def page(request, port, tmp_path, monkeypatch):
         others = [url for url in asked if not re.match(r"http://127\.0\.0\.1:|data:|blob:", url)]
         assert not others
     finally:
-        process.send_signal(2)  # Ctrl-C
+        process.send_signal(signal.SIGINT)  # Ctrl-C
         process.wait()
     assert not list(tmp_path.rglob("broken.png"))  # nor any other picture
     lines = (tmp_path / "log").read_text().splitlines()
