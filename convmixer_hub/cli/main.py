@@ -53,15 +53,12 @@ COMMANDS = {
 }
 
 
-def _completes_option() -> bool:
+def _needs_command() -> bool:
+    """Return whether an option or the name of a benchmark is completed: only its command knows."""
     words = os.environ.get("COMP_WORDS", "").split(" ")
+    if words[1:2] == ["bench"] and len(words) <= 3:
+        return True
     return os.environ.get("COMP_CWORD", "").startswith("-") or words[-1].startswith("-")
-
-
-def _completes_benchmark() -> bool:
-    return os.environ.get("COMP_WORDS", "").split()[1:2] == ["bench"] and (
-        os.environ.get("COMP_CWORD") == "2"
-    )
 
 
 def _complete_names(
@@ -99,7 +96,7 @@ class _Group(click.Group):
     def get_command(self, ctx: click.Context, name: str) -> click.Command | None:
         if name not in COMMANDS:
             return None
-        if ctx.resilient_parsing and not _completes_option() and not _completes_benchmark():
+        if ctx.resilient_parsing and not _needs_command():
             return _NAMES
         module = import_module(f"convmixer_hub.cli.{COMMANDS[name][0]}")
         command: click.Command = getattr(module, f"{name.replace('-', '_')}_command")
