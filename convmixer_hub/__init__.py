@@ -17,6 +17,7 @@ from .errors import (
 from .hub.find import find_checkpoint
 from .hub.records import CheckpointRecord, get_record
 from .model.convmixer import ClassificationHead, ConvMixer, ConvMixerLayer, PatchEmbeddings
+from .model.cpu import speed_up_on_cpu
 from .model.inference import prepare_for_inference
 from .zoo import convmixer_96_8_ks5_p1, convmixer_256_8_ks9_p1, convmixer_cifar
 
@@ -40,4 +41,5 @@ __all__ = [
     "find_checkpoint",
     "get_record",
     "prepare_for_inference",
+    "speed_up_on_cpu",
 ]

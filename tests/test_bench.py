@@ -4,12 +4,11 @@ import pytest
 import timm
 import torch
 
-from convmixer_hub import TrainingError
+from convmixer_hub import TrainingError, speed_up_on_cpu
 from convmixer_hub.bench import inference
 from convmixer_hub.bench.inference import VARIANTS, bench_inference
 from convmixer_hub.bench.training import _make_sequential, bench_train, make_timms
 from convmixer_hub.bench.turns import Timing
-from convmixer_hub.model.cpu import speed_up_on_cpu
 
 from .conftest import ARCH, convmixer
 

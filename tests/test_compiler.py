@@ -6,10 +6,10 @@ import pytest
 import timm
 import torch
 
-from convmixer_hub import prepare_for_inference
+from convmixer_hub import prepare_for_inference, speed_up_on_cpu
 from convmixer_hub.model import cpu, inference
 from convmixer_hub.model.compiler import load_operators
-from convmixer_hub.model.cpu import GELUBatchNorm2d, speed_up_on_cpu
+from convmixer_hub.model.cpu import GELUBatchNorm2d
 
 COMPILERS = {
     "broken": "echo Working >&2\necho error: no space >&2\nexit 1\n",

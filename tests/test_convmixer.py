@@ -12,7 +12,7 @@ from convmixer_hub import (
     ModelSizeError,
     PatchEmbeddings,
 )
-from convmixer_hub.model.convmixer import name_activation
+from convmixer_hub.model.parts import name_activation
 
 
 def randomise_norms(model: nn.Module) -> None:

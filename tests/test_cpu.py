@@ -7,9 +7,15 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from convmixer_hub import ModelSizeError, speed_up_on_cpu
 from convmixer_hub.model import cpu
 from convmixer_hub.model.convmixer import ConvMixer
-from convmixer_hub.model.cpu import GELUBatchNorm2d, choose_dtype, load_passes, speed_up_on_cpu
+from convmixer_hub.model.cpu import (
+    FastDepthwiseConv2d,
+    GELUBatchNorm2d,
+    choose_dtype,
+    load_passes,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -96,6 +102,62 @@ def test_bfloat16_is_rounded_to_the_nearest():
     torch.testing.assert_close(found, expected, atol=0, rtol=2**-7)
 
 
+def make_convolutions(channels, kernel_size):
+    """Our depthwise convolution, and the plain one with the same weights."""
+    size = {"kernel_size": kernel_size, "padding": kernel_size // 2, "groups": channels}
+    fast = FastDepthwiseConv2d(channels, channels, **size)
+    plain = nn.Conv2d(channels, channels, **size)
+    plain.load_state_dict(fast.state_dict())
+    return fast, plain
+
+
+def result_and_gradients(conv, x):
+    """The output, and what input, weight and bias get for one fixed gradient of it."""
+    x = x.detach().requires_grad_()
+    y = conv(x)
+    direction = torch.arange(y.numel(), dtype=torch.float32).sin().to(y.dtype).view_as(y)
+    return y, *torch.autograd.grad(y, [x, conv.weight, conv.bias], direction)
+
+
+def is_fast(y):
+    return y.grad_fn.name() == "_DepthwiseConvFunctionBackward"
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("shape", [(1, 16, 5, 5), (3, 48, 16, 16), (2, 16, 12, 7), (2, 32, 1, 2)])
+@pytest.mark.parametrize("kernel_size", [3, 5, 7, 9])
+def test_depthwise_gradients_are_those_of_the_plain_convolution(kernel_size, shape, memory_format):
+    fast, plain = make_convolutions(shape[1], kernel_size)
+    x = torch.randn(shape).contiguous(memory_format=memory_format)
+    found = result_and_gradients(fast, x)
+    assert is_fast(found[0])
+    torch.testing.assert_close(found, result_and_gradients(plain, x), atol=2e-5, rtol=2e-5)
+
+
+@pytest.mark.parametrize("kernel_size", [3, 5, 7, 9])
+def test_under_autocast_depthwise_gradients_are_as_exact(kernel_size):
+    fast, plain = make_convolutions(16, kernel_size)
+    x = torch.randn(16, 16, 12, 12)
+    exact = result_and_gradients(plain, x)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert is_fast(fast(x))
+        found, expected = (result_and_gradients(each, x) for each in (fast, plain))
+    for ours, plain_one, reference in zip(found, expected, exact):
+        assert ours.dtype == plain_one.dtype
+        errors = [(each.float() - reference).norm() for each in (ours, plain_one)]
+        assert errors[0] <= 1.2 * errors[1] + 1e-3 * reference.norm()
+
+
+@pytest.mark.parametrize("frozen", ["weight", "bias", "input"])
+def test_frozen_parts_get_no_gradient(frozen):
+    conv, _ = make_convolutions(16, 3)
+    x = torch.randn(2, 16, 6, 6, requires_grad=frozen != "input")
+    parts = {"weight": conv.weight, "bias": conv.bias, "input": x}
+    parts[frozen].requires_grad_(False)
+    conv(x).sum().backward()
+    assert {name for name, part in parts.items() if part.grad is None} == {frozen}
+
+
 def test_a_fused_model_trains_as_the_plain_one():
     plain = timm.create_model("convmixer_96_8_ks5_p1")
     fast = copy.deepcopy(plain)
@@ -144,11 +206,58 @@ def test_other_activations_and_widths_stay_as_they_are(change):
 
 
 @pytest.mark.parametrize("kernel_size", [1, 11])
-def test_other_kernel_sizes_keep_their_gradient(kernel_size):
+def test_other_kernel_sizes_keep_their_convolution(kernel_size):
     model = ConvMixer(16, 1, kernel_size=kernel_size, patch_size=2)
     speed_up_on_cpu(model)
-    assert not model.conv_mixer_layers[0].depth_wise_conv.fast_weight_gradient
+    assert type(model.conv_mixer_layers[0].depth_wise_conv) is nn.Conv2d
     model(torch.randn(2, 3, 16, 16)).sum().backward()
+
+
+def use_double(model, x):
+    return model.double()(x.double())
+
+
+def use_float16(model, x):
+    with torch.autocast("cpu", torch.float16):
+        return model(x)
+
+
+def use_compiled(model, x):
+    return torch.compile(model, backend="eager", fullgraph=True)(x)
+
+
+@pytest.mark.parametrize("use", [use_double, use_float16, use_compiled])
+def test_what_the_fast_passes_do_not_take_is_computed_as_before(use):
+    plain = ConvMixer(16, 1, kernel_size=3, patch_size=2)
+    fast = copy.deepcopy(plain)
+    speed_up_on_cpu(fast)
+    x = torch.randn(2, 3, 16, 16)
+    torch.testing.assert_close(use(fast, x), use(plain, x))
+    one_value = torch.randn(1, 3, 2, 2)
+    for model in (plain.float(), fast.float()):
+        with pytest.raises(ValueError, match="more than 1 value per channel"):
+            model(one_value)
+
+
+def test_speeding_up_keeps_parameters_and_what_is_frozen():
+    model = ConvMixer(16, 1, kernel_size=3, patch_size=2)
+    model.conv_mixer_layers[0].norm1.requires_grad_(False)
+    before = dict(model.named_parameters())
+    speed_up_on_cpu(model)
+    speed_up = dict(model.named_parameters())
+    assert list(speed_up) == list(before)
+    assert all(speed_up[name] is parameter for name, parameter in before.items())
+    model(torch.randn(2, 3, 16, 16)).sum().backward()
+    assert model.conv_mixer_layers[0].norm1.weight.grad is None
+
+
+def test_other_models_are_not_sped_up():
+    with pytest.raises(ModelSizeError, match="a ResNet cannot be sped up: give a ConvMixer of"):
+        speed_up_on_cpu(timm.create_model("test_resnet"))
+    model = ConvMixer(16, 1, kernel_size=3, patch_size=2)
+    speed_up_on_cpu(model)
+    with pytest.raises(ModelSizeError, match="norm is GELUBatchNorm2d.*cannot be sped up"):
+        speed_up_on_cpu(model)
 
 
 def test_the_faster_type_is_found_by_trying(monkeypatch):

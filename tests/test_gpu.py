@@ -102,6 +102,12 @@ def test_leaves_other_models_alone(options, fits):
     assert can_speed_up(timm.create_model("convmixer_cifar", **options)) is fits
 
 
+def test_leaves_changed_models_alone():
+    model = timm.create_model("convmixer_cifar")
+    model.conv_mixer_layers[0].depth_wise_conv.padding_mode = "reflect"
+    assert not can_speed_up(model)
+
+
 @pytest.mark.parametrize(("free", "fits"), [(8.7e9, True), (8.5e9, False)])
 def test_needs_room_for_its_matrices(monkeypatch, free, fits):
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: True)

@@ -15,8 +15,9 @@ from torch import Tensor
 from ..errors import CheckpointError
 from ..hub.records import WEIGHTS_FILE
 from ..model.config import CLASSIFIER, FIRST_CONV, order_names
-from ..model.convmixer import ConvMixer, name_activation
+from ..model.convmixer import ConvMixer
 from ..model.layouts import OURS, check_fit, convert_layout, detect_layout
+from ..model.parts import name_activation
 from .files import check_finite, check_safetensors
 
 _logger = logging.getLogger("convmixer_hub")

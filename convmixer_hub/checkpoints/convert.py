@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from ..errors import CheckpointError, first_line
 from ..files import write_file
 from ..hub.records import CONFIG_FILE
-from ..model.convmixer import ACTIVATIONS, ConvMixer, name_activation
+from ..model.convmixer import ACTIVATIONS, ConvMixer
 from ..model.layouts import LAYOUTS, check_fit, convert_layout, detect_layout, find_networks
+from ..model.parts import name_activation
 from .files import check_finite, check_is_no_pointer, check_safetensors
 from .resolve import Source, resolve
 

@@ -19,7 +19,8 @@ from ..errors import CheckpointError, first_line
 from ..files import replacing
 from ..hub.records import CONFIG_FILE, MODEL_FILES, WEIGHTS_FILE
 from ..model.config import get_label_names
-from ..model.convmixer import ConvMixer, name_activation
+from ..model.convmixer import ConvMixer
+from ..model.parts import name_activation
 
 POINTER = b"version https://git-lfs."
 PICKLE_FILE = "pytorch_model.bin"  # of older versions of transformers

@@ -17,6 +17,8 @@ from ..errors import first_line
 from ..files import replacing
 from ..machine import describe_processor
 
+KERNEL_SIZES = (3, 5, 7, 9)  # of the depthwise convolutions that the C++ files have
+
 FLAGS = ("-O3", "-fno-fast-math", "-march=native", "-std=c++20", "-fopenmp", "-fPIC", "-shared")
 
 _logger = logging.getLogger(__package__)

@@ -22,7 +22,6 @@ from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 from ..errors import ModelSizeError
-from .depthwise import DepthWiseConv2d
 from .layouts import check_fit, convert_layout
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {"gelu": nn.GELU, "relu": nn.ReLU}
@@ -42,23 +41,6 @@ def _get_activation(act_layer: type[nn.Module] | str) -> type[nn.Module]:
             f"act_layer is {act_layer!r}: give {' or '.join(ACTIVATIONS)}, or a class of modules"
         )
     return ACTIVATIONS[act_layer]
-
-
-def name_activation(model: nn.Module) -> str | None:
-    """Return which of `ACTIVATIONS` a ConvMixer, ours or timm's, has; None if it has another."""
-
-    def name(module: nn.Module) -> str | None:
-        if getattr(module, "approximate", "none") != "none":
-            return None
-        return next((name for name, kind in ACTIVATIONS.items() if type(module) is kind), None)
-
-    known = tuple(ACTIVATIONS.values())
-    found = {
-        name(module)
-        for path, module in model.named_modules()
-        if path.rpartition(".")[2] in ("act", "act1", "act2") or isinstance(module, known)
-    }
-    return found.pop() if len(found) == 1 else None
 
 
 class ConvMixerLayer(nn.Module):
@@ -91,7 +73,14 @@ class ConvMixerLayer(nn.Module):
                 f"({kernel_size - 1} or {kernel_size + 1})"
             )
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.depth_wise_conv = DepthWiseConv2d(d_model, kernel_size, **factory)
+        self.depth_wise_conv = nn.Conv2d(
+            d_model,
+            d_model,
+            kernel_size,
+            padding=kernel_size // 2,  # "same"; quantization and TorchScript need the number
+            groups=d_model,
+            **factory,
+        )
         self.act1 = act_layer()
         self.norm1 = nn.BatchNorm2d(d_model, **factory)
         self.drop_path = DropPath(drop_path_rate) if drop_path_rate else nn.Identity()

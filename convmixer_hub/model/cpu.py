@@ -2,8 +2,8 @@
 
 The results are the same. Next to the convolutions, GELU and BatchNorm are most of a training step,
 and what they cost is reading and writing memory. `cpu.cpp` has them in as few passes as there can
-be, and a fast weight gradient of the depthwise convolutions; it is compiled the first time that it
-is needed.
+be, and a fast weight gradient of the depthwise convolutions, which PyTorch computes on a slow
+generic path; it is compiled the first time that it is needed.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .compiler import load_operators
-from .convmixer import ConvMixer, ConvMixerLayer, PatchEmbeddings
-from .depthwise import FAST_KERNEL_SIZES, DepthWiseConv2d
+from .compiler import KERNEL_SIZES, load_operators
+from .convmixer import ConvMixer
+from .parts import check_parts
 
 CHANNELS_AT_A_TIME = 16
 
@@ -44,6 +44,15 @@ def keep_freed_memory() -> None:
     mallopt(m_mmap_max, 0)
     mallopt(m_trim_threshold, -1)  # never
     mallopt(m_top_pad, 2**28)  # grow in steps of 256 MiB
+
+
+def _takes(x: Tensor) -> bool:
+    """Return whether `cpu.cpp` takes x; what it does not take, the plain modules compute."""
+    return (
+        x.device.type == "cpu"
+        and x.dtype in (torch.float32, torch.bfloat16)
+        and not torch.compiler.is_compiling()
+    )
 
 
 def _count(x: Tensor) -> int:
@@ -85,8 +94,7 @@ class _GELUBatchNormFunction(torch.autograd.Function):
 class GELUBatchNorm2d(nn.BatchNorm2d):
     """`nn.BatchNorm2d(gelu(x))`, with the parameters, buffers and state dict of the former.
 
-    In training it takes fp32 and bfloat16, and a multiple of 16 channels; `load_passes` comes
-    first.
+    It takes a multiple of 16 channels; `load_passes` comes first.
     """
 
     running_mean: Tensor
@@ -96,7 +104,7 @@ class GELUBatchNorm2d(nn.BatchNorm2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map `[batch, channels, height, width]` to the same shape."""
-        if not self.training:
+        if not self.training or not _takes(x) or _count(x) == 1:  # for which torch has an error
             return super().forward(F.gelu(x))
         x, mean, variance = _GELUBatchNormFunction.apply(
             x, self.weight, self.bias, self.running_mean, self.eps
@@ -109,50 +117,86 @@ class GELUBatchNorm2d(nn.BatchNorm2d):
         return x
 
 
+class _DepthwiseConvFunction(torch.autograd.Function):
+    """Depthwise convolution with stride 1, an odd kernel and "same" padding."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return F.conv2d(x, weight, bias, padding=weight.shape[-1] // 2, groups=weight.shape[0])
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        kernel_size, channels = weight.shape[-1], weight.shape[0]
+        grad_x = grad_weight = grad_bias = None
+        if ctx.needs_input_grad[0]:
+            grad_x = F.conv2d(grad, weight.flip(2, 3), padding=kernel_size // 2, groups=channels)
+        if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
+            x, grad = (each.contiguous(memory_format=torch.channels_last) for each in (x, grad))
+            gradients = torch.ops.convmixer_hub.depth_wise_gradients(x, grad, kernel_size)
+            grad_weight, grad_bias = gradients
+        return grad_x, grad_weight, grad_bias
+
+
+class FastDepthwiseConv2d(nn.Conv2d):
+    """The depthwise convolution of a `ConvMixerLayer`, with the gradients of `cpu.cpp`.
+
+    It takes a multiple of 16 channels and the kernels in `KERNEL_SIZES`; `load_passes` comes first.
+    """
+
+    bias: Tensor
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map `[batch, channels, height, width]` to the same shape."""
+        if torch.is_autocast_enabled("cpu"):
+            x = x.to(torch.get_autocast_dtype("cpu"))
+        if not _takes(x):
+            return super().forward(x)
+        return _DepthwiseConvFunction.apply(x, self.weight.to(x.dtype), self.bias.to(x.dtype))
+
+
 def _store_channels_last(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     return tuple(x.contiguous(memory_format=torch.channels_last) for x in inputs)
 
 
 def speed_up_on_cpu(model: nn.Module) -> None:
-    """Replace the modules of a ConvMixer with the faster ones above, in place.
+    """Make a ConvMixer train several times faster on a CPU, in place.
 
-    Results, gradients and the state dict stay the same, up to rounding. Under `torch.autocast`, all
-    but statistics and parameters is in bfloat16, as with the separate modules. Make the optimizer
-    after this: some parameters are new objects. Without a C++ compiler, the model only stores
-    images channels last.
+    Parameters, state dict, results and gradients stay what they are, the latter two up to rounding.
+    Under `torch.autocast`, all but statistics and parameters is in bfloat16, as with the plain
+    modules. `cpu.cpp` is compiled the first time (10 seconds, once per machine); without a C++
+    compiler (a WARNING says so), the model only stores images channels last.
 
     Args:
-        model: On the CPU, in fp32. Layers with another activation, or whose number of channels is
-            no multiple of 16, stay as they are.
+        model: A ConvMixer of this package, on the CPU. It gains less if it has another activation
+            than exact GELU, a number of channels that is no multiple of 16, or a kernel other than
+            3, 5, 7 and 9.
+
+    Raises:
+        ModelSizeError: If it is another model, a subclass too, or its parts were replaced.
     """
-    for module in list(model.modules()):
-        if isinstance(module, ConvMixerLayer | PatchEmbeddings):
-            # As oneDNN's convolutions take and give images, without reordering them.
-            module.register_forward_pre_hook(_store_channels_last)
-        if not load_passes():
-            continue
-        if isinstance(module, ConvMixerLayer):
-            _fuse(module, "act1", "norm1")
-            _fuse(module, "act2", "norm2")
-        elif isinstance(module, PatchEmbeddings):
-            _fuse(module, "act", "norm")
-        elif isinstance(module, DepthWiseConv2d):
-            module.fast_weight_gradient = (
-                module.kernel_size[0] in FAST_KERNEL_SIZES
-                and module.in_channels % CHANNELS_AT_A_TIME == 0
-            )
+    model = check_parts(model, "sped up")
+    for layer in (model.patch_emb, *model.conv_mixer_layers):
+        # As oneDNN's convolutions take and give images, without reordering them.
+        layer.register_forward_pre_hook(_store_channels_last)
+    if model.num_features % CHANNELS_AT_A_TIME or not load_passes():
+        return
+    _fuse(model.patch_emb, "act", "norm")
+    for layer in model.conv_mixer_layers:
+        _fuse(layer, "act1", "norm1")
+        _fuse(layer, "act2", "norm2")
+        if model.kernel_size in KERNEL_SIZES:
+            # The same object, with its parameters and hooks.
+            layer.depth_wise_conv.__class__ = FastDepthwiseConv2d
 
 
-def _fuse(module: nn.Module, act_name: str, norm_name: str) -> None:
-    act, norm = getattr(module, act_name), getattr(module, norm_name)
-    if type(act) is not nn.GELU or act.approximate != "none" or type(norm) is not nn.BatchNorm2d:
-        return
-    if norm.num_features % CHANNELS_AT_A_TIME:
-        return
-    fused = GELUBatchNorm2d(norm.num_features, norm.eps, norm.momentum)
-    fused.load_state_dict(norm.state_dict(), assign=True)
-    setattr(module, act_name, nn.Identity())
-    setattr(module, norm_name, fused.train(norm.training))
+def _fuse(layer: nn.Module, act_name: str, norm_name: str) -> None:
+    act = getattr(layer, act_name)
+    if type(act) is nn.GELU and act.approximate == "none":
+        setattr(layer, act_name, nn.Identity())
+        getattr(layer, norm_name).__class__ = GELUBatchNorm2d
 
 
 def choose_dtype(

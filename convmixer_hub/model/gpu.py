@@ -23,10 +23,10 @@ import torch
 from timm.layers import DropPath
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..errors import first_line
-from .convmixer import ConvMixer, ConvMixerLayer, name_activation
+from .convmixer import ConvMixer, ConvMixerLayer
+from .parts import find_changed_part, name_activation
 
 # The matrices grow with its square: with 256 channels, these take 0.5 GB per layer in bfloat16.
 MAX_POSITIONS = 1024
@@ -345,10 +345,9 @@ def _bias(conv: nn.Conv2d) -> Tensor:
 def can_speed_up(model: ConvMixer) -> bool:
     """Return whether `FastOnGPU` can stand in for a model: all must be as in the paper."""
     head = model.classification
-    norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
     return (
         name_activation(model) == "gelu"
-        and all(type(norm) is nn.BatchNorm2d for norm in norms)
+        and find_changed_part(model) is None
         and not any(isinstance(module, DropPath) for module in model.modules())
         and model.global_pool == "avg"
         and head.drop.p == 0

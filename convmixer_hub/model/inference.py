@@ -14,36 +14,18 @@ from itertools import chain
 from typing import Any, cast
 
 import torch
-from timm.layers import DropPath
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 from ..errors import ModelSizeError
-from .compiler import load_operators
-from .convmixer import ConvMixer, ConvMixerLayer, PatchEmbeddings, name_activation
-from .depthwise import FAST_KERNEL_SIZES, DepthWiseConv2d
+from .compiler import KERNEL_SIZES, load_operators
+from .convmixer import ConvMixer, ConvMixerLayer
+from .parts import check_parts, name_activation
 
 BYTES_IN_CACHE = 2**21  # of one feature map of a part of a batch
 WORTH_COMPILING = 5000  # images: for fewer, nobody should wait for a compiler
 PANEL = 32  # channels whose weights lie together in `inference.cpp`
-
-# What has to be there as it is in a `ConvMixer`.
-PLAIN = {
-    "patch_emb": (PatchEmbeddings,),
-    "layer": (ConvMixerLayer,),
-    "conv": (nn.Conv2d,),
-    "depth_wise_conv": (nn.Conv2d, DepthWiseConv2d),
-    "point_wise_conv": (nn.Conv2d,),
-    "drop_path": (nn.Identity, DropPath),
-    **dict.fromkeys(("norm", "norm1", "norm2"), (nn.BatchNorm2d,)),
-}
-PLAIN_SETTINGS = {
-    "padding_mode": "zeros",
-    "dilation": (1, 1),
-    "affine": True,
-    "track_running_stats": True,
-}
 
 
 def prepare_for_inference(model: nn.Module, cpp: bool = False) -> InferenceConvMixer:
@@ -66,27 +48,9 @@ def prepare_for_inference(model: nn.Module, cpp: bool = False) -> InferenceConvM
 
     Raises:
         ModelSizeError: If it is another model, a subclass too, or its parts were replaced, as
-            `cpu.speed_up_on_cpu` does.
+            `speed_up_on_cpu` does.
     """
-    if type(model) is not ConvMixer:
-        raise ModelSizeError(
-            f"a {type(model).__name__} cannot be prepared for inference: give a ConvMixer of this "
-            "package, whole rather than with features_only"
-        )
-    for name, module in model.named_modules():
-        parent, _, part = name.rpartition(".")
-        kinds = PLAIN.get("layer" if parent == "conv_mixer_layers" else part)
-        if kinds is None:
-            continue
-        is_plain = all(getattr(module, k, plain) == plain for k, plain in PLAIN_SETTINGS.items())
-        is_plain &= not isinstance(getattr(module, "padding", 0), str)
-        if type(module) not in kinds or not is_plain:
-            text = str(module).partition("(\n")[0]  # without its parts
-            raise ModelSizeError(
-                f"{name} is {text}, which is not as in this package's models, so the model "
-                "cannot be prepared for inference: use it as it is"
-            )
-    return InferenceConvMixer(model, cpp)
+    return InferenceConvMixer(check_parts(model, "prepared for inference"), cpp)
 
 
 def prepare_if_possible(model: nn.Module, cpp: bool = False) -> nn.Module:
@@ -288,7 +252,7 @@ class InferenceConvMixer(nn.Module):
         channel = ((d_model, d_model, 1, 1), (0, 0), (1, 1), 1)
         spatial = {
             ((d_model, 1, size, size), (size // 2, size // 2), (1, 1), d_model)
-            for size in FAST_KERNEL_SIZES
+            for size in KERNEL_SIZES
         }
         return (
             d_model % PANEL == 0

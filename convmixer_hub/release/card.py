@@ -59,7 +59,6 @@ from ..load import load_trained
 from ..machine import describe_machine
 from ..model.config import get_config, get_label_names
 from ..model.convmixer import ConvMixer
-from ..model.depthwise import DepthWiseConv2d
 from ..training.finetune import FINETUNE_OPTIONS
 from ..training.folder import METRICS_FILE, read_metrics
 from ..training.settings import RECIPE, TrainingSettings
@@ -211,9 +210,10 @@ def propose_record(card: Path) -> str:
 
 
 def _draw_weights(model: ConvMixer) -> dict[str, bytes]:
-    kernels = [m.weight.detach() for m in model.modules() if isinstance(m, DepthWiseConv2d)]
+    weights = model.state_dict()
+    kernels = [weights[key] for key in weights if key.endswith("depth_wise_conv.weight")]
     return {
-        "patch_embedding.png": draw_patch_embedding(model.patch_emb.conv.weight.detach()),
+        "patch_embedding.png": draw_patch_embedding(weights["patch_emb.conv.weight"]),
         "kernels.png": draw_kernels(kernels),
     }
 
