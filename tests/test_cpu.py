@@ -10,17 +10,19 @@ from torch.nn import functional as F
 from convmixer_hub import ModelSizeError, speed_up_on_cpu
 from convmixer_hub.model import cpu
 from convmixer_hub.model.convmixer import ConvMixer
-from convmixer_hub.model.cpu import (
-    FastDepthwiseConv2d,
-    GELUBatchNorm2d,
-    choose_dtype,
-    load_passes,
-)
+from convmixer_hub.model.cpu import FastConvMixerLayer, choose_dtype, load_passes
 
 
 @pytest.fixture(autouse=True)
 def _passes():
     assert load_passes()
+
+
+def fuse(x, act, norm):
+    """GELU and BatchNorm at once; fail if they are not."""
+    y = cpu._activate_and_normalize(x, act, norm)
+    assert "_GELUBatchNormFunction" in y.grad_fn.name()
+    return y
 
 
 @pytest.mark.parametrize("kind", ["contiguous", "channels_last", "expanded gradient"])
@@ -30,8 +32,7 @@ def test_result_gradients_and_statistics_are_those_of_the_two_modules(shape, kin
     nn.init.normal_(separate.weight)
     nn.init.normal_(separate.bias)
     separate.running_mean += 3  # far from the mean of the batch
-    together = GELUBatchNorm2d(shape[1])
-    together.load_state_dict(separate.state_dict())
+    together = copy.deepcopy(separate)
     x = 3 * torch.randn(shape)
     if kind == "channels_last":
         x = x.contiguous(memory_format=torch.channels_last)
@@ -39,23 +40,21 @@ def test_result_gradients_and_statistics_are_those_of_the_two_modules(shape, kin
     if kind == "expanded gradient":  # as the mean over all places gives it
         direction = torch.randn(*shape[:2], 1, 1).expand(shape)
     found = []
-    for norm, y in [(separate, lambda x: separate(F.gelu(x))), (together, together)]:
+    for norm, run in [(separate, lambda x, act, norm: norm(act(x))), (together, fuse)]:
         x = x.detach().requires_grad_()
-        result = y(x)
+        result = run(x, nn.GELU(), norm)
         gradients = torch.autograd.grad(result, [x, norm.weight, norm.bias], direction)
         found.append([result, *gradients, *norm.buffers()])
-        norm.eval()
-        found[-1].append(y(x))
     torch.testing.assert_close(found[1], found[0], atol=3e-5, rtol=3e-5)
 
 
 @pytest.mark.parametrize("spread", [0.0, 1e-3, 1.0])
 def test_an_almost_constant_channel_far_from_zero_gives_numbers_at_once(spread):
     x = 100.0 + spread * torch.randn(8, 16, 16, 16)
-    norm = GELUBatchNorm2d(16)
-    assert norm(x).isfinite().all() and (norm.running_var >= 0).all()
+    norm = nn.BatchNorm2d(16)
+    assert fuse(x, nn.GELU(), norm).isfinite().all() and (norm.running_var >= 0).all()
     for _ in range(200):  # until the running mean is there
-        y = norm(x)
+        y = fuse(x, nn.GELU(), norm)
     torch.testing.assert_close(y, nn.BatchNorm2d(16)(x), atol=5e-3, rtol=1e-3)
 
 
@@ -85,10 +84,9 @@ def test_no_denormal_number_slows_a_cpu_down(dtype):
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_what_is_no_number_any_more_is_passed_on(value):
-    norm = GELUBatchNorm2d(16)
     x = torch.zeros(2, 16, 3, 3)
     x[1, 5, 0, 0] = value
-    finite = norm(x).isfinite().all(dim=0).all(dim=-1).all(dim=-1)
+    finite = fuse(x, nn.GELU(), nn.BatchNorm2d(16)).isfinite().all(dim=0).all(dim=-1).all(dim=-1)
     assert finite.tolist() == [i != 5 for i in range(16)]
 
 
@@ -102,59 +100,62 @@ def test_bfloat16_is_rounded_to_the_nearest():
     torch.testing.assert_close(found, expected, atol=0, rtol=2**-7)
 
 
-def make_convolutions(channels, kernel_size):
-    """Our depthwise convolution, and the plain one with the same weights."""
-    size = {"kernel_size": kernel_size, "padding": kernel_size // 2, "groups": channels}
-    fast = FastDepthwiseConv2d(channels, channels, **size)
-    plain = nn.Conv2d(channels, channels, **size)
-    plain.load_state_dict(fast.state_dict())
-    return fast, plain
+def make_conv(channels, kernel_size):
+    return nn.Conv2d(channels, channels, kernel_size, padding=kernel_size // 2, groups=channels)
 
 
-def result_and_gradients(conv, x):
+def convolve_fast(x, conv):
+    """A depthwise convolution with our gradients; fail if they are not."""
+    y = cpu._convolve(x, conv)
+    assert "_DepthwiseConvFunction" in y.grad_fn.name()
+    return y
+
+
+def convolve(x, conv):
+    return conv(x)
+
+
+def result_and_gradients(run, x, conv):
     """The output, and what input, weight and bias get for one fixed gradient of it."""
     x = x.detach().requires_grad_()
-    y = conv(x)
+    y = run(x, conv)
     direction = torch.arange(y.numel(), dtype=torch.float32).sin().to(y.dtype).view_as(y)
     return y, *torch.autograd.grad(y, [x, conv.weight, conv.bias], direction)
 
 
-def is_fast(y):
-    return y.grad_fn.name() == "_DepthwiseConvFunctionBackward"
-
-
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
-@pytest.mark.parametrize("shape", [(1, 16, 5, 5), (3, 48, 16, 16), (2, 16, 12, 7), (2, 32, 1, 2)])
-@pytest.mark.parametrize("kernel_size", [3, 5, 7, 9])
+@pytest.mark.parametrize(
+    "shape", [(1, 16, 5, 5), (3, 48, 16, 16), (2, 16, 12, 7), (2, 32, 1, 2), (3, 5, 9, 8)]
+)
+@pytest.mark.parametrize("kernel_size", [1, 3, 5, 7, 9, 11])
 def test_depthwise_gradients_are_those_of_the_plain_convolution(kernel_size, shape, memory_format):
-    fast, plain = make_convolutions(shape[1], kernel_size)
+    conv = make_conv(shape[1], kernel_size)
     x = torch.randn(shape).contiguous(memory_format=memory_format)
-    found = result_and_gradients(fast, x)
-    assert is_fast(found[0])
-    torch.testing.assert_close(found, result_and_gradients(plain, x), atol=2e-5, rtol=2e-5)
+    found, expected = (result_and_gradients(run, x, conv) for run in (convolve_fast, convolve))
+    torch.testing.assert_close(found, expected, atol=2e-5, rtol=2e-5)
 
 
-@pytest.mark.parametrize("kernel_size", [3, 5, 7, 9])
+@pytest.mark.parametrize("kernel_size", [3, 5, 7, 9, 11])
 def test_under_autocast_depthwise_gradients_are_as_exact(kernel_size):
-    fast, plain = make_convolutions(16, kernel_size)
+    conv = make_conv(16, kernel_size)
     x = torch.randn(16, 16, 12, 12)
-    exact = result_and_gradients(plain, x)
+    exact = result_and_gradients(convolve, x, conv)
     with torch.autocast("cpu", torch.bfloat16):
-        assert is_fast(fast(x))
-        found, expected = (result_and_gradients(each, x) for each in (fast, plain))
+        found, expected = (result_and_gradients(run, x, conv) for run in (convolve_fast, convolve))
     for ours, plain_one, reference in zip(found, expected, exact):
         assert ours.dtype == plain_one.dtype
         errors = [(each.float() - reference).norm() for each in (ours, plain_one)]
         assert errors[0] <= 1.2 * errors[1] + 1e-3 * reference.norm()
 
 
+@pytest.mark.parametrize("kernel_size", [3, 11])
 @pytest.mark.parametrize("frozen", ["weight", "bias", "input"])
-def test_frozen_parts_get_no_gradient(frozen):
-    conv, _ = make_convolutions(16, 3)
+def test_frozen_parts_get_no_gradient(frozen, kernel_size):
+    conv = make_conv(16, kernel_size)
     x = torch.randn(2, 16, 6, 6, requires_grad=frozen != "input")
     parts = {"weight": conv.weight, "bias": conv.bias, "input": x}
     parts[frozen].requires_grad_(False)
-    conv(x).sum().backward()
+    convolve_fast(x, conv).sum().backward()
     assert {name for name, part in parts.items() if part.grad is None} == {frozen}
 
 
@@ -162,7 +163,6 @@ def test_a_fused_model_trains_as_the_plain_one():
     plain = timm.create_model("convmixer_96_8_ks5_p1")
     fast = copy.deepcopy(plain)
     speed_up_on_cpu(fast)
-    assert sum(isinstance(module, GELUBatchNorm2d) for module in fast.modules()) == 17
     assert list(fast.state_dict()) == list(plain.state_dict())
     x, labels = torch.randn(4, 3, 32, 32), torch.tensor([0, 1, 2, 3])
     for model in (plain, fast):
@@ -195,26 +195,91 @@ def test_under_autocast_a_fused_model_is_as_exact_as_the_plain_one():
         assert errors[1] <= 1.2 * errors[0] + 1e-3
 
 
-@pytest.mark.parametrize("change", [{"act_layer": nn.ReLU}, {"d_model": 24}])
-def test_other_activations_and_widths_stay_as_they_are(change):
-    model = ConvMixer(**{"d_model": 16, "n_layers": 1, "kernel_size": 3, "patch_size": 2, **change})
-    x = torch.randn(2, 3, 16, 16)
-    before = model(x)
-    speed_up_on_cpu(model)
-    assert not any(isinstance(module, GELUBatchNorm2d) for module in model.modules())
-    torch.testing.assert_close(model(x), before)
+def make_pair(**options):
+    """A plain model, and the same sped up."""
+    plain = ConvMixer(**{"d_model": 16, "n_layers": 2, "kernel_size": 3, "patch_size": 2} | options)
+    fast = copy.deepcopy(plain)
+    speed_up_on_cpu(fast)
+    return plain, fast
 
 
-@pytest.mark.parametrize("kernel_size", [1, 11])
-def test_other_kernel_sizes_keep_their_convolution(kernel_size):
-    model = ConvMixer(16, 1, kernel_size=kernel_size, patch_size=2)
-    speed_up_on_cpu(model)
-    assert type(model.conv_mixer_layers[0].depth_wise_conv) is nn.Conv2d
-    model(torch.randn(2, 3, 16, 16)).sum().backward()
+def use_relu(model):
+    model.conv_mixer_layers[0].act1 = nn.ReLU()
 
 
-def use_double(model, x):
-    return model.double()(x.double())
+def use_group_norm(model):
+    model.conv_mixer_layers[0].norm2 = nn.GroupNorm(4, 16)
+
+
+def average_all_batches(model):
+    model.patch_emb.norm.momentum = None  # as torch.optim.swa_utils.update_bn does
+
+
+def mix_channels(model):
+    torch.manual_seed(1)
+    model.conv_mixer_layers[1].depth_wise_conv = nn.Conv2d(16, 16, 3, padding=1)
+
+
+def reflect(model):
+    model.conv_mixer_layers[1].depth_wise_conv.padding_mode = "reflect"
+
+
+def leave_bias_out(model):
+    model.conv_mixer_layers[1].depth_wise_conv.bias = None
+
+
+def freeze_stem(model):
+    timm.utils.freeze(model, ["patch_emb"])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        use_relu,
+        use_group_norm,
+        average_all_batches,
+        mix_channels,
+        reflect,
+        leave_bias_out,
+        freeze_stem,
+        nn.Module.double,
+        nn.Module.bfloat16,
+        nn.Module.eval,
+    ],
+)
+def test_other_parts_and_types_are_computed_as_before(change):
+    pair = make_pair()
+    logits = []
+    for model in pair:
+        change(model)
+        x = torch.linspace(-1, 1, 4 * 3 * 16 * 16).sin().view(4, 3, 16, 16)
+        logits.append(model(x.to(model.classification.linear.weight.dtype)))
+        logits[-1].sum().backward()
+    torch.testing.assert_close(*logits, atol=1e-4, rtol=1e-4)
+    for plain, fast in zip(*(model.parameters() for model in pair), strict=True):
+        assert (plain.grad is None) == (fast.grad is None)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"act_layer": nn.ReLU},
+        {"d_model": 24},
+        {"kernel_size": 1},
+        {"kernel_size": 11},
+        {"drop_path_rate": 0.5},
+    ],
+)
+def test_models_of_other_sizes_train_as_the_plain_ones(options):
+    pair = make_pair(**options)
+    x = torch.randn(4, 3, 16, 16)
+    found = []
+    for model in pair:
+        torch.manual_seed(0)
+        logits = model(x)
+        logits.sum().backward()
+        found.append([logits, *(parameter.grad for parameter in model.parameters())])
+    torch.testing.assert_close(*found, atol=1e-3, rtol=1e-3)
 
 
 def use_float16(model, x):
@@ -226,27 +291,52 @@ def use_compiled(model, x):
     return torch.compile(model, backend="eager", fullgraph=True)(x)
 
 
-@pytest.mark.parametrize("use", [use_double, use_float16, use_compiled])
-def test_what_the_fast_passes_do_not_take_is_computed_as_before(use):
-    plain = ConvMixer(16, 1, kernel_size=3, patch_size=2)
-    fast = copy.deepcopy(plain)
-    speed_up_on_cpu(fast)
-    x = torch.randn(2, 3, 16, 16)
-    torch.testing.assert_close(use(fast, x), use(plain, x))
-    one_value = torch.randn(1, 3, 2, 2)
-    for model in (plain.float(), fast.float()):
+def use_traced(model, x):
+    return torch.jit.trace(model, x, check_trace=False)(x)
+
+
+def use_checkpoints(model, x):
+    model.set_grad_checkpointing()
+    return model(x)
+
+
+@pytest.mark.filterwarnings("ignore")  # torch's own, of tracing
+@pytest.mark.parametrize("use", [use_float16, use_compiled, use_traced, use_checkpoints])
+def test_it_is_used_as_the_plain_model(use):
+    plain, fast = make_pair()
+    x = torch.randn(4, 3, 16, 16)
+    torch.testing.assert_close(use(fast, x), use(plain, x), atol=2e-3, rtol=2e-3)
+
+
+def test_one_value_per_channel_is_an_error_as_before():
+    for model in make_pair():
         with pytest.raises(ValueError, match="more than 1 value per channel"):
-            model(one_value)
+            model(torch.randn(1, 3, 2, 2))
 
 
-def test_speeding_up_keeps_parameters_and_what_is_frozen():
+def test_a_fast_model_stays_one_when_it_is_pickled(run_python, tmp_path):
+    plain, fast = make_pair()
+    torch.save(fast, tmp_path / "model.pth")
+    x = torch.ones(2, 3, 16, 16)
+    found = run_python(f"""
+import torch
+model = torch.load({str(tmp_path / "model.pth")!r}, weights_only=False)
+print(model(torch.ones(2, 3, 16, 16)).norm().item(), type(model.patch_emb).__name__)
+""")
+    norm, name = found.split()
+    assert name == "FastPatchEmbeddings"
+    assert float(norm) == pytest.approx(plain(x).norm().item(), rel=1e-3)
+
+
+def test_speeding_up_keeps_what_there_is():
     model = ConvMixer(16, 1, kernel_size=3, patch_size=2)
     model.conv_mixer_layers[0].norm1.requires_grad_(False)
-    before = dict(model.named_parameters())
+    before = list(model.named_parameters())
     speed_up_on_cpu(model)
-    speed_up = dict(model.named_parameters())
-    assert list(speed_up) == list(before)
-    assert all(speed_up[name] is parameter for name, parameter in before.items())
+    speed_up_on_cpu(model)
+    for (name, parameter), (name_after, after) in zip(before, model.named_parameters()):
+        assert name_after == name and after is parameter
+    assert type(model.conv_mixer_layers[0]) is FastConvMixerLayer
     model(torch.randn(2, 3, 16, 16)).sum().backward()
     assert model.conv_mixer_layers[0].norm1.weight.grad is None
 
@@ -254,10 +344,6 @@ def test_speeding_up_keeps_parameters_and_what_is_frozen():
 def test_other_models_are_not_sped_up():
     with pytest.raises(ModelSizeError, match="a ResNet cannot be sped up: give a ConvMixer of"):
         speed_up_on_cpu(timm.create_model("test_resnet"))
-    model = ConvMixer(16, 1, kernel_size=3, patch_size=2)
-    speed_up_on_cpu(model)
-    with pytest.raises(ModelSizeError, match="norm is GELUBatchNorm2d.*cannot be sped up"):
-        speed_up_on_cpu(model)
 
 
 def test_the_faster_type_is_found_by_trying(monkeypatch):

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..errors import ModelSizeError
 from .compiler import KERNEL_SIZES, load_operators
-from .convmixer import ConvMixer
-from .parts import check_parts
+from .convmixer import ConvMixer, ConvMixerLayer, PatchEmbeddings
 
 CHANNELS_AT_A_TIME = 16
 
@@ -46,17 +46,8 @@ def keep_freed_memory() -> None:
     mallopt(m_top_pad, 2**28)  # grow in steps of 256 MiB
 
 
-def _takes(x: Tensor) -> bool:
-    """Return whether `cpu.cpp` takes x; what it does not take, the plain modules compute."""
-    return (
-        x.device.type == "cpu"
-        and x.dtype in (torch.float32, torch.bfloat16)
-        and not torch.compiler.is_compiling()
-    )
-
-
 def _count(x: Tensor) -> int:
-    """Number of values in a channel of `[batch, channels, height, width]`."""
+    """Return the number of values in a channel of `[batch, channels, height, width]`."""
     return x.numel() // x.shape[1]
 
 
@@ -91,32 +82,6 @@ class _GELUBatchNormFunction(torch.autograd.Function):
         return grad_z, grad_weight, grad_bias, None, None
 
 
-class GELUBatchNorm2d(nn.BatchNorm2d):
-    """`nn.BatchNorm2d(gelu(x))`, with the parameters, buffers and state dict of the former.
-
-    It takes a multiple of 16 channels; `load_passes` comes first.
-    """
-
-    running_mean: Tensor
-    running_var: Tensor
-    num_batches_tracked: Tensor
-    momentum: float
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map `[batch, channels, height, width]` to the same shape."""
-        if not self.training or not _takes(x) or _count(x) == 1:  # for which torch has an error
-            return super().forward(F.gelu(x))
-        x, mean, variance = _GELUBatchNormFunction.apply(
-            x, self.weight, self.bias, self.running_mean, self.eps
-        )
-        count = _count(x)
-        with torch.no_grad():
-            self.num_batches_tracked += 1
-            self.running_mean.lerp_(mean, self.momentum)
-            self.running_var.lerp_(variance * (count / (count - 1)), self.momentum)
-        return x
-
-
 class _DepthwiseConvFunction(torch.autograd.Function):
     """Depthwise convolution with stride 1, an odd kernel and "same" padding."""
 
@@ -129,74 +94,145 @@ class _DepthwiseConvFunction(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        kernel_size, channels = weight.shape[-1], weight.shape[0]
+        (n, c, h, w), kernel_size = x.shape, weight.shape[-1]
+        padding = kernel_size // 2
         grad_x = grad_weight = grad_bias = None
         if ctx.needs_input_grad[0]:
-            grad_x = F.conv2d(grad, weight.flip(2, 3), padding=kernel_size // 2, groups=channels)
-        if ctx.needs_input_grad[1] or ctx.needs_input_grad[2]:
+            grad_x = F.conv2d(grad, weight.flip(2, 3), padding=padding, groups=c)
+        if not (ctx.needs_input_grad[1] or ctx.needs_input_grad[2]):
+            return grad_x, None, None
+        if kernel_size in KERNEL_SIZES and c % CHANNELS_AT_A_TIME == 0 and load_passes():
             x, grad = (each.contiguous(memory_format=torch.channels_last) for each in (x, grad))
             gradients = torch.ops.convmixer_hub.depth_wise_gradients(x, grad, kernel_size)
             grad_weight, grad_bias = gradients
+        else:
+            # The same sums are a convolution of the image by the gradient, with the batch folded
+            # into the channels: [1, n*c, k, k].
+            images, kernels = x.reshape(1, n * c, h, w), grad.reshape(n * c, 1, h, w)
+            products = F.conv2d(images, kernels, padding=padding, groups=n * c)
+            grad_weight = products.view(n, c, 1, kernel_size, kernel_size).sum(0)
+            grad_bias = grad.sum((0, 2, 3))
         return grad_x, grad_weight, grad_bias
 
 
-class FastDepthwiseConv2d(nn.Conv2d):
-    """The depthwise convolution of a `ConvMixerLayer`, with the gradients of `cpu.cpp`.
+def _takes(x: Tensor, parameter: Tensor) -> bool:
+    return (
+        x.device.type == "cpu"
+        and x.dtype in (torch.float32, torch.bfloat16)
+        and parameter.dtype == torch.float32
+        and not torch.compiler.is_compiling()
+        and not torch.jit.is_tracing()
+    )
 
-    It takes a multiple of 16 channels and the kernels in `KERNEL_SIZES`; `load_passes` comes first.
-    """
 
-    bias: Tensor
+def _activate_and_normalize(x: Tensor, act: nn.Module, norm: nn.Module) -> Tensor:
+    """Return `norm(act(x))`, at once if these are GELU and BatchNorm and in training."""
+    if not (
+        type(act) is nn.GELU
+        and act.approximate == "none"
+        and type(norm) is nn.BatchNorm2d
+        and norm.training
+        and norm.running_mean is not None
+        and norm.running_var is not None
+        and norm.num_batches_tracked is not None
+        and norm.momentum is not None
+        and norm.affine
+        and norm.num_features % CHANNELS_AT_A_TIME == 0
+        and _count(x) > 1  # else torch has an error
+        and _takes(x, norm.weight)
+        and load_passes()
+    ):
+        y: Tensor = norm(act(x))
+        return y
+    y, mean, variance = _GELUBatchNormFunction.apply(
+        x, norm.weight, norm.bias, norm.running_mean, norm.eps
+    )
+    count = _count(x)
+    with torch.no_grad():
+        norm.num_batches_tracked += 1
+        norm.running_mean.lerp_(mean, norm.momentum)
+        norm.running_var.lerp_(variance * (count / (count - 1)), norm.momentum)
+    return y
+
+
+def _convolve(x: Tensor, conv: nn.Module) -> Tensor:
+    """Return `conv(x)`; if it is depthwise, with faster gradients."""
+    if torch.is_autocast_enabled("cpu") and x.dtype == torch.float32:
+        x = x.to(torch.get_autocast_dtype("cpu"))
+    channels = x.shape[1]
+    if (
+        type(conv) is nn.Conv2d
+        and conv.weight.shape[:2] == (channels, 1)
+        and conv.kernel_size[0] % 2 == 1
+        and conv.kernel_size[0] == conv.kernel_size[1]
+        and conv.padding == (conv.kernel_size[0] // 2, conv.kernel_size[0] // 2)
+        and conv.padding_mode == "zeros"
+        and conv.stride == conv.dilation == (1, 1)
+        and conv.bias is not None
+        and _takes(x, conv.weight)
+    ):
+        return _DepthwiseConvFunction.apply(x, conv.weight.to(x.dtype), conv.bias.to(x.dtype))
+    y: Tensor = conv(x)
+    return y
+
+
+class FastPatchEmbeddings(PatchEmbeddings):
+    """`PatchEmbeddings` with GELU and BatchNorm at once where it is trained on a CPU."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map `[batch, channels, height, width]` to the same shape."""
-        if torch.is_autocast_enabled("cpu"):
-            x = x.to(torch.get_autocast_dtype("cpu"))
-        if not _takes(x):
+        """Map images as `PatchEmbeddings` does."""
+        x = x.contiguous(memory_format=torch.channels_last)
+        if not self.training:
             return super().forward(x)
-        return _DepthwiseConvFunction.apply(x, self.weight.to(x.dtype), self.bias.to(x.dtype))
+        return _activate_and_normalize(self.conv(x), self.act, self.norm)
 
 
-def _store_channels_last(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    return tuple(x.contiguous(memory_format=torch.channels_last) for x in inputs)
+class FastConvMixerLayer(ConvMixerLayer):
+    """`ConvMixerLayer` with the functions above where it is trained on a CPU."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map `[batch, d_model, height, width]` to the same shape."""
+        # As oneDNN's convolutions take and give images, without reordering them.
+        x = x.contiguous(memory_format=torch.channels_last)
+        if not self.training:
+            return super().forward(x)
+        mixed = _activate_and_normalize(_convolve(x, self.depth_wise_conv), self.act1, self.norm1)
+        x = x + self.drop_path(mixed)
+        return _activate_and_normalize(self.point_wise_conv(x), self.act2, self.norm2)
+
+
+_FAST: dict[type[nn.Module], type[nn.Module]] = {
+    PatchEmbeddings: FastPatchEmbeddings,
+    ConvMixerLayer: FastConvMixerLayer,
+}
 
 
 def speed_up_on_cpu(model: nn.Module) -> None:
     """Make a ConvMixer train several times faster on a CPU, in place.
 
-    Parameters, state dict, results and gradients stay what they are, the latter two up to rounding.
-    Under `torch.autocast`, all but statistics and parameters is in bfloat16, as with the plain
-    modules. `cpu.cpp` is compiled the first time (10 seconds, once per machine); without a C++
-    compiler (a WARNING says so), the model only stores images channels last.
+    Modules, parameters and the state dict stay what they are, and so do results and gradients, up
+    to rounding. Under `torch.autocast`, all but statistics and parameters is in bfloat16, as
+    without this. `cpu.cpp` is compiled the first time (10 seconds, once per machine); without a
+    C++ compiler (a WARNING says so), the gain is smaller. In evaluation mode, nothing changes;
+    `prepare_for_inference` takes the model, too.
 
     Args:
-        model: A ConvMixer of this package, on the CPU. It gains less if it has another activation
-            than exact GELU, a number of channels that is no multiple of 16, or a kernel other than
-            3, 5, 7 and 9.
+        model: A ConvMixer of this package. It gains less if it has another activation than exact
+            GELU, a number of channels that is no multiple of 16, or a kernel other than 3, 5, 7
+            and 9. Where it has other parts than those it was built with, or is not trained in
+            float32 or bfloat16 on a CPU, these compute as before.
 
     Raises:
-        ModelSizeError: If it is another model, a subclass too, or its parts were replaced.
+        ModelSizeError: If it is another model.
     """
-    model = check_parts(model, "sped up")
-    for layer in (model.patch_emb, *model.conv_mixer_layers):
-        # As oneDNN's convolutions take and give images, without reordering them.
-        layer.register_forward_pre_hook(_store_channels_last)
-    if model.num_features % CHANNELS_AT_A_TIME or not load_passes():
-        return
-    _fuse(model.patch_emb, "act", "norm")
-    for layer in model.conv_mixer_layers:
-        _fuse(layer, "act1", "norm1")
-        _fuse(layer, "act2", "norm2")
-        if model.kernel_size in KERNEL_SIZES:
-            # The same object, with its parameters and hooks.
-            layer.depth_wise_conv.__class__ = FastDepthwiseConv2d
-
-
-def _fuse(layer: nn.Module, act_name: str, norm_name: str) -> None:
-    act = getattr(layer, act_name)
-    if type(act) is nn.GELU and act.approximate == "none":
-        setattr(layer, act_name, nn.Identity())
-        getattr(layer, norm_name).__class__ = GELUBatchNorm2d
+    parts = [module for module in model.modules() if isinstance(module, tuple(_FAST))]
+    if not parts:
+        raise ModelSizeError(
+            f"a {type(model).__name__} cannot be sped up: give a ConvMixer of this package"
+        )
+    for part in parts:
+        part.__class__ = _FAST.get(type(part), type(part))
+    load_passes()
 
 
 def choose_dtype(

@@ -47,8 +47,7 @@ def prepare_for_inference(model: nn.Module, cpp: bool = False) -> InferenceConvM
         The model, on the same device and in the same type.
 
     Raises:
-        ModelSizeError: If it is another model, a subclass too, or its parts were replaced, as
-            `speed_up_on_cpu` does.
+        ModelSizeError: If it is another model, a subclass too, or its parts were replaced.
     """
     return InferenceConvMixer(check_parts(model, "prepared for inference"), cpp)
 

@@ -10,10 +10,11 @@ from torch import nn
 
 from ..errors import ModelSizeError
 from .convmixer import ACTIVATIONS, ConvMixer, ConvMixerLayer, PatchEmbeddings
+from .cpu import FastConvMixerLayer, FastPatchEmbeddings
 
 PARTS: dict[str, tuple[type[nn.Module], ...]] = {
-    "patch_emb": (PatchEmbeddings,),
-    "layer": (ConvMixerLayer,),
+    "patch_emb": (PatchEmbeddings, FastPatchEmbeddings),
+    "layer": (ConvMixerLayer, FastConvMixerLayer),
     **dict.fromkeys(("conv", "depth_wise_conv", "point_wise_conv"), (nn.Conv2d,)),
     **dict.fromkeys(("norm", "norm1", "norm2"), (nn.BatchNorm2d,)),
     "drop_path": (nn.Identity, DropPath),
