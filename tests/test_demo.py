@@ -68,8 +68,7 @@ def page(request, port, tmp_path, monkeypatch):
         process.wait()
     assert not list(tmp_path.rglob("broken.png"))  # nor any other picture
     lines = (tmp_path / "log").read_text().splitlines()
-    if not folder:
-        assert lines.pop(0) == f"http://127.0.0.1:{port}"
+    assert lines.pop(0) == f"http://{'0.0.0.0' if folder else '127.0.0.1'}:{port}"
     assert all("closing server" in line for line in lines)  # on Ctrl-C
 
 
@@ -80,6 +79,8 @@ def test_a_visitor_clicks_an_example_and_drops_a_broken_file(page, tmp_path_fact
     page.locator(".gallery-item").nth(3).click()  # the cat
     page.get_by_test_id("label-output-value").get_by_text("cat").wait_for()
     assert page.get_by_test_id(re.compile(".*-confidence-set$")).count() == 5
+    page.get_by_text("Model card").click()
+    page.get_by_role("heading", name="How it was trained").wait_for()
 
     broken = tmp_path_factory.mktemp("pictures") / "broken.png"
     broken.write_bytes((IMAGES / "dog.png").read_bytes()[:900])

@@ -61,7 +61,6 @@ def demo_command(names: tuple[str, ...], port: int, write: Path | None) -> None:
         command = shlex.join(["hf", "upload", "OWNER/NAME", str(write), "--repo-type", "space"])
         click.echo(f"{write}: upload it with `{command}`")
     else:
-        click.echo(f"http://127.0.0.1:{port}")
         run_demo(names, port)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import socket
 from collections.abc import Sequence
 from contextlib import suppress
@@ -12,6 +13,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
+from huggingface_hub import ModelCard
 from packaging.version import Version
 from PIL import Image
 from timm.data import resolve_input_data_config
@@ -21,6 +23,7 @@ from torchvision.transforms.functional import to_pil_image
 from ..checkpoints.resolve import resolve
 from ..data.images import eval_transform, open_image
 from ..errors import ConvMixerHubError, DataError, first_line
+from ..hub.records import CARD_FILE
 from ..load import load_trained
 from ..model.config import check_classifies, get_label_names
 from ..predict import predict
@@ -45,7 +48,8 @@ class _Choice:
     """A model on the page."""
 
     model: nn.Module
-    description: str  # Markdown
+    description: str  # Markdown, as the card
+    card: str  # empty if there is none
 
     def classify(self, file: str) -> tuple[dict[str, float], Image.Image]:
         """Return the most likely classes of an image file, and what the model sees of it."""
@@ -71,7 +75,14 @@ def _load(name: str) -> _Choice:
             f" Top-1 {record.top1:.2f} %, expected calibration error {record.ece:.2f} %, on the "
             f"test images of {record.dataset.name}."
         )
-    return _Choice(model, text)
+    file = source.file.with_name(CARD_FILE)
+    return _Choice(model, text, _read_card(file) if file.exists() else "")
+
+
+def _read_card(file: Path) -> str:
+    """Return the text of a model card, without pictures and links to files beside it."""
+    text = re.sub(r"!\[[^]]*\]\([^)]*\)\n*", "", ModelCard.load(file).text)
+    return re.sub(r"\[([^]]+)\]\((?!https?:)[^)]*\)", r"\1", text)
 
 
 def _build(choices: dict[str, _Choice]) -> gradio.Blocks:
@@ -103,7 +114,10 @@ def _build(choices: dict[str, _Choice]) -> gradio.Blocks:
             label = gradio.Label(num_top_classes=TOP_K, label="Prediction")
         gradio.Examples([str(file) for file in find_examples()], picture)
         about = gradio.Markdown(choices[first].description)
+        with gradio.Accordion("Model card", open=False):
+            card = gradio.Markdown(choices[first].card)
         name.change(lambda name: choices[name].description, name, about)
+        name.change(lambda name: choices[name].card, name, card)
         for event in (picture.change, name.change):
             event(answer, [name, picture], [label, seen])
     return page
@@ -123,7 +137,7 @@ def check_gradio() -> str:
 
 
 def run_demo(names: Sequence[str], port: int, host: str = "127.0.0.1") -> None:
-    """Serve a page until Ctrl-C; it asks no address outside the machine.
+    """Serve a page until Ctrl-C, and print its address; it asks no other outside the machine.
 
     Args:
         names: Models to choose from, as in `load_trained`.
@@ -154,6 +168,7 @@ def run_demo(names: Sequence[str], port: int, host: str = "127.0.0.1") -> None:
         import gradio
 
         theme = gradio.themes.Default(font="sans-serif", font_mono="monospace")  # fonts from here
+        print(f"http://{host}:{port}", flush=True)
         _build(choices).launch(
             theme=theme,
             server_name=host,

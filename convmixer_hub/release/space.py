@@ -76,7 +76,8 @@ def write_space(names: Sequence[str], output: Path) -> None:
         check_classifies(load_trained(source))
         if source.record:
             name = source.record.name
-            copies[f"convmixer_hub/weights/{name}/{WEIGHTS_FILE}"] = source.file
+            for part in (WEIGHTS_FILE, CARD_FILE):
+                copies[f"convmixer_hub/weights/{name}/{part}"] = source.file.with_name(part)
         elif not source.name.startswith(PREFIX):
             folder = source.folder.resolve()
             name = f"models/{folder.name}"
