@@ -24,7 +24,9 @@ from convmixer_hub.load import load_trained
 from convmixer_hub.release.export import RUNTIMES, export
 from convmixer_hub.release.golden import make_golden_input
 
-from .conftest import ARCH, CHECKOUT, IMAGES, convmixer
+from .conftest import ARCH, CHECKOUT, IMAGES, NAME, convmixer
+
+IN_FP32 = {"INFERENCE_PRECISION_HINT": "f32"}  # of OpenVINO
 
 
 @pytest.fixture(scope="module")
@@ -48,8 +50,7 @@ def test_onnx_answers_as_recorded(name, tmp_path):
     images = make_golden_input((3, 32, 32)).float().numpy()
     golden = json.loads((CHECKOUT / "weights" / name / "golden.json").read_text())["logits"]
     session = onnxruntime.InferenceSession(file)
-    precision = {"INFERENCE_PRECISION_HINT": "f32"}
-    in_openvino = openvino.Core().compile_model(file, "CPU", precision)
+    in_openvino = openvino.Core().compile_model(file, "CPU", IN_FP32)
     for logits in (session.run(None, {"images": images})[0], in_openvino(images)[0]):
         difference = abs(logits - numpy.array(golden)).max() / abs(numpy.array(golden)).max()
         assert difference < 1e-4
@@ -142,6 +143,11 @@ def test_int8_weights_are_stored_and_measured(options, cifar_sample, tmp_path):
     # Each is a product of scales and of what was cast to floats.
     stored = [types[first_inputs[first_inputs[name]]] for name in weights]
     assert stored == [onnx.TensorProto.INT8] * 18
+    if not options:
+        images = make_golden_input((3, 32, 32)).float().numpy()
+        [logits] = onnxruntime.InferenceSession(file).run(None, {"images": images})
+        in_openvino = openvino.Core().compile_model(file, "CPU", IN_FP32)(images)[0]
+        assert abs(in_openvino - logits).max() < 0.02 * abs(logits).max()
 
 
 def test_int8_that_costs_too_much_is_refused(cifar_sample, tmp_path):
@@ -199,6 +205,27 @@ def test_what_fails_in_an_exporter_is_one_line(tmp_path, monkeypatch):
     with pytest.raises(CheckpointError, match=message):
         export("convmixer_cifar", tmp_path / "out")
     assert not list((tmp_path / "out").iterdir())
+
+
+def test_logits_are_compared_with_those_recorded(tmp_path):
+    run = shutil.copytree(CHECKOUT / "weights" / NAME, tmp_path / "run")
+    file = run / "golden.json"
+    golden = json.loads(file.read_text())
+    golden["logits"][0][0] += 1
+    file.write_text(json.dumps(golden))
+    message = (
+        "its logits do not match golden.json, so it was not exported; try another version of t"
+    )
+    with pytest.raises(CheckpointError, match=message):
+        export(run, tmp_path / "out", "pt2")
+    assert not (tmp_path / "out").exists()
+    file.unlink()
+    result = convmixer("export", run, "-o", tmp_path / "out", "--format", "pt2")
+    assert (
+        "run: has no golden.json to compare torch's logits with; `convmixer card` writes one"
+        in (result.stderr)
+    )
+    assert (tmp_path / "out" / "model.pt2").exists()
 
 
 def test_an_export_with_other_logits_is_not_kept(tmp_path, monkeypatch):

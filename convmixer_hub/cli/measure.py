@@ -137,7 +137,11 @@ def bench_inference_command(
 @click.argument("model", default=DEFAULT_MODEL)
 @data_options
 @click.option(
-    "--output", required=True, type=click.Path(path_type=Path), help="Folder for the run folders."
+    "-o",
+    "--output",
+    required=True,
+    type=click.Path(path_type=Path),
+    help="Folder for the run folders.",
 )
 @click.option("--epochs", default=3, show_default=True, type=POSITIVE)
 @click.option(

@@ -10,7 +10,7 @@ import click
 
 from ..checkpoints.convert import convert
 from ..checkpoints.resolve import resolve_folder
-from ..hub.records import CARD_FILE, WEIGHTS_FILE
+from ..hub.records import CARD_FILE, GOLDEN_FILE, WEIGHTS_FILE
 from ..model.convmixer import ACTIVATIONS
 from ..model.layouts import LAYOUTS
 from ..release.card import propose_record, write_card
@@ -24,6 +24,7 @@ from .options import DEFAULT_MODEL, OpenData, data_options, print_table
 @click.argument("name", default=DEFAULT_MODEL)
 @data_options
 @click.option(
+    "-o",
     "--output",
     type=click.Path(path_type=Path),
     help="Folder to write to; by default that of the run, or a new one named like the model.",
@@ -83,7 +84,7 @@ def publish_command(name: str, repo_id: str, private: bool, tag: str | None, dry
 @click.command("export")
 @click.argument("name", default=DEFAULT_MODEL)
 @click.option(
-    "--output", required=True, type=click.Path(path_type=Path), help="Folder for the file."
+    "-o", "--output", required=True, type=click.Path(path_type=Path), help="Folder for the file."
 )
 @click.option("--format", default="onnx", show_default=True, type=click.Choice(list(RUNTIMES)))
 @click.option(
@@ -115,8 +116,9 @@ def export_command(
 ) -> None:
     """Write a model for other runtimes, and compare its logits with torch's.
 
-    NAME is as in evaluate. The file, model.onnx, model_int8.onnx or model.pt2, takes batches of any
-    size. One that is there is replaced.
+    Torch's own logits are compared with golden.json before. NAME is as in evaluate. The file,
+    model.onnx, model_int8.onnx or model.pt2, takes batches of any size. One that is there is
+    replaced.
     """
     if int8 != (open_data is not None):
         raise click.UsageError("--int8 and --data go together: give both, or none")
@@ -131,6 +133,12 @@ def export_command(
     else:
         click.echo(
             f"{text}, largest difference from torch {done.difference:.0e} of the largest logit"
+        )
+    if not done.verified:
+        click.echo(
+            f"{name}: has no {GOLDEN_FILE} to compare torch's logits with; `convmixer card` writes "
+            "one",
+            err=True,
         )
 
 

@@ -51,7 +51,7 @@ def _settings_options(
 
 
 _output_option = click.option(
-    "--output", required=True, type=click.Path(path_type=Path), help="The run folder."
+    "-o", "--output", required=True, type=click.Path(path_type=Path), help="The run folder."
 )
 _skip_damaged_option = click.option(
     "--skip-damaged", is_flag=True, help="Leave out images that cannot be read."

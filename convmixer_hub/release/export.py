@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -27,9 +28,11 @@ from ..data.reader import ImageDataset, LabeledImages
 from ..errors import CheckpointError, first_line
 from ..evaluate import prepare_test_images
 from ..files import hash_file, replacing, writing
+from ..hub.records import GOLDEN_FILE
 from ..load import load_trained
 from ..model.config import check_classifies, get_config, get_label_names
-from .golden import make_golden_input
+from .golden import TOLERANCE as GOLDEN_TOLERANCE
+from .golden import find_golden, make_golden_input, verify
 
 # By format: how a network is written, and opened.
 RUNTIMES = {"onnx": (write_onnx, open_onnx), "pt2": (write_pt2, open_pt2)}
@@ -44,12 +47,15 @@ class Export:
         file: The file.
         difference: The largest difference of a logit from torch's, as a share of the largest logit,
             before weights are stored in int8.
+        verified: Whether torch's logits were compared with the reference logits, `golden.json`,
+            which not every folder has.
         top1: Top-1 in fp32 and with weights in int8, in percent; None without.
         images: What that was measured on, in words.
     """
 
     file: Path
     difference: float
+    verified: bool
     top1: tuple[float, float] | None = None
     images: str = ""
 
@@ -79,7 +85,9 @@ def export(
     int8_dataset: ImageDataset | None = None,
     max_loss: float = 0.3,
 ) -> Export:
-    """Export a trained model as one file, and compare what it answers with torch.
+    """Export a trained model as one file, and compare its logits with torch's.
+
+    Before that, torch's logits are compared with the reference logits of the model, if it has any.
 
     The file takes batches of any size. With it come, as ONNX metadata or as `metadata.json` in the
     `.pt2`, the names of the classes and how to prepare images.
@@ -99,8 +107,8 @@ def export(
 
     Raises:
         UnknownModelError: If there is no such model.
-        CheckpointError: If the model cannot be loaded or exported, if the export answers something
-            else, or a library is missing.
+        CheckpointError: If the model cannot be loaded or exported, if torch or the export computes
+            other logits, or a library is missing.
         DataError: If the file cannot be written, or the dataset does not serve.
     """
     if int8_dataset and format != "onnx":
@@ -110,6 +118,12 @@ def export(
     source = resolve(name)
     model = load_trained(source).eval()
     check_classifies(model)
+    verified = os.path.exists(find_golden(source))
+    if verified and not verify(str(name)) <= GOLDEN_TOLERANCE:
+        raise CheckpointError(
+            f"{name}: its logits do not match {GOLDEN_FILE}, so it was not exported; try another "
+            "version of torch, and report it"
+        )
     config = resolve_input_data_config(model)
     metadata = _describe(model, with_preprocessing) | {"sha256": hash_file(source.file)}
     network: nn.Module = model
@@ -135,7 +149,7 @@ def export(
                     "torch and onnx"
                 )
             if test is None:
-                return Export(file, difference)
+                return Export(file, difference, verified)
             in_fp32 = _measure(temporary, test)
             store_weights_in_int8(temporary)
             in_int8 = _measure(temporary, test)
@@ -146,7 +160,7 @@ def export(
                 )
     assert int8_dataset is not None
     split = f"{len(test)} {int8_dataset.test_split} images"
-    return Export(file, difference, (in_fp32, in_int8), split)
+    return Export(file, difference, verified, (in_fp32, in_int8), split)
 
 
 def _describe(model: nn.Module, with_preprocessing: bool) -> dict[str, Any]:

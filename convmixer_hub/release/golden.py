@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..checkpoints.resolve import resolve
+from ..checkpoints.resolve import Source, resolve
 from ..errors import CheckpointError, first_line
 from ..files import hash_file, write_file
 from ..hub.find import find_embedded
@@ -71,6 +71,14 @@ def write_golden(folder: str | Path, output: str | Path | None = None) -> None:
     write_file(Path(output or folder) / GOLDEN_FILE, f"{json.dumps(golden, indent=1)}\n".encode())
 
 
+def find_golden(source: Source) -> Path:
+    """Name the file with the reference logits of a model; it may not be there."""
+    # Beside weights in the Hub's cache there may be no logits, or what nobody checked: for a model
+    # on record, the package's own count.
+    own = find_embedded(source.record) if source.record else None
+    return (own or source.file).with_name(GOLDEN_FILE)
+
+
 def verify(name: str) -> float:
     """Compare what a model computes on this machine, in float32, with what is recorded.
 
@@ -87,10 +95,7 @@ def verify(name: str) -> float:
     """
     source = resolve(name)
     model = load_trained(source)
-    # Beside weights in the Hub's cache there may be no logits, or what nobody checked: for a model
-    # on record, the package's own count.
-    own = find_embedded(source.record) if source.record else None
-    file = (own or source.file).with_name(GOLDEN_FILE)
+    file = find_golden(source)
     remedy = f"`convmixer card {shlex.quote(name)} --data DIR` writes it"
     if not source.name or source.name.startswith(PREFIX):
         remedy = "name a model of this package, or a folder for which `convmixer card` wrote it"
