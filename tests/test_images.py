@@ -1,5 +1,4 @@
 import struct
-import tracemalloc
 
 import numpy as np
 import pytest
@@ -28,7 +27,9 @@ def gray_ramp(mode: str, highest: int | float) -> Image.Image:
         ("I;16", 4095, "PNG"),  # as cameras and scanners in medicine give it
         ("I;16", 65535, "PNG"),
         ("I", 65535, "TIFF"),
+        ("I", 70_000, "TIFF"),
         ("I", 2**24 - 1, "TIFF"),
+        ("I", 2**25, "TIFF"),
         ("F", 1.0, "TIFF"),
         ("F", 255.0, "TIFF"),
         ("F", 65535.0, "TIFF"),
@@ -57,6 +58,20 @@ def test_negative_grey_is_refused(tmp_path, mode):
     message = f"^{tmp_path}/ct.tiff: has negative gray values; save it as 8-bit gray$"
     with pytest.raises(DataError, match=message):
         open_image(tmp_path / "ct.tiff")
+
+
+def test_what_would_be_black_is_refused(tmp_path):
+    Image.fromarray(np.full((2, 2), 0.001, dtype=np.float32)).save(tmp_path / "faint.tiff")
+    message = "faint.tiff: has gray values up to 0.001, where white is 1; save it as 8-bit gray$"
+    with pytest.raises(DataError, match=message):
+        open_image(tmp_path / "faint.tiff")
+    zeros = Image.fromarray(np.zeros((2, 2), dtype=np.float32))
+    assert not np.asarray(open_image(encode(zeros, "TIFF"))).any()
+
+
+def test_a_name_that_is_too_long_is_no_damaged_image(tmp_path):
+    with pytest.raises(DataError, match=r"cannot be opened \(.*too long.*\); check the path$"):
+        open_image(tmp_path / ("cat" * 100))
 
 
 def test_transparency_is_laid_over_white():
@@ -135,15 +150,21 @@ def test_evaluation_sees_the_whole_image_normalized():
 
 
 @pytest.mark.parametrize("size", [(1, 2_000_000), (2_000_000, 1)])
-def test_an_extremely_long_image_costs_no_more_than_itself(size):
-    content = encode(Image.new("RGB", size, (10, 20, 30)))
-    tracemalloc.start()
-    image = eval_transform(CONFIG)(open_image(content))
-    _, peak = tracemalloc.get_traced_memory()
-    tracemalloc.stop()
-    assert image.shape == (3, 32, 32) and peak < 100e6
-    shades = image.amax((1, 2)) * 0.25 + 0.5
-    torch.testing.assert_close(shades * 255, torch.tensor([10.0, 20.0, 30.0]))
+def test_an_extremely_long_image_costs_no_more_than_itself(size, tmp_path, run_python):
+    Image.new("RGB", size, (10, 20, 30)).save(tmp_path / "long.png")
+    found = run_python(f"""
+import resource
+from convmixer_hub.data.images import eval_transform, open_image
+
+transform = eval_transform({CONFIG})
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+image = transform(open_image("long.png"))
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+print(*image.shape, *((image.amax((1, 2)) * 0.25 + 0.5) * 255).round().tolist())
+""")
+    kilobytes, seen = found.splitlines()
+    assert int(kilobytes) < 100_000
+    assert seen == "3 32 32 10.0 20.0 30.0"
 
 
 def test_the_middle_of_a_long_image_is_what_timm_takes():

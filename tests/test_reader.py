@@ -58,6 +58,11 @@ FOLDERS = {
         {"train": {"cat": 1, "dog": 1}},
         ["left out: 1 × files that are not images (.txt), the first is archive/LICENSE.txt"],
     ),
+    "an archive beside the splits": (
+        ["train/cat/1.png", "train/dog/1.png", ("test.zip", b"x")],
+        {"train": {"cat": 1, "dog": 1}},
+        ["left out: 1 × files that are not images (.zip), the first is test.zip"],
+    ),
     "a split in a folder of the same name": (
         [
             "seg_train/seg_train/sea/1.png",
@@ -363,7 +368,7 @@ def test_a_folder_of_torchvision_may_be_the_current_one(tmp_path, monkeypatch):
 def test_one_of_several_data_sets_is_chosen(tmp_path):
     write_tree(tmp_path, "pets/cat/1.png", "pets/dog/1.png", "more/rose/1.png", "more/lily/1.png")
     pets = open_dataset(tmp_path, config="pets")
-    assert (pets.name, pets.classes) == ("pets", ["cat", "dog"])
+    assert pets.classes == ["cat", "dog"]
     with pytest.raises(DataError, match="pets: is no table, so it has no column 'x'; leave "):
         open_dataset(tmp_path, config="pets", label_column="x")
     with pytest.raises(DataError, match=f"^{tmp_path}/cars: no such folder; --config names a fold"):

@@ -305,6 +305,27 @@ def test_a_split_that_was_saved_alone_keeps_its_name(name, split, tmp_path):
     assert count_images(dataset) == {"train": PAIR} and dataset.left_out == []
 
 
+def test_several_that_were_saved_are_listed(tmp_path):
+    features = datasets.Features({"image": datasets.Image(), "label": NAMED})
+    table = datasets.Dataset.from_dict({"image": STRUCT, "label": [0, 1]}, features, split="train")
+    datasets.DatasetDict({"train": table}).save_to_disk(tmp_path / "a")
+    table.save_to_disk(tmp_path / "more" / "b")
+    message = "holds what save_to_disk wrote in a, more/b; choose one of them with --config$"
+    with pytest.raises(DataError, match=message):
+        open_dataset(tmp_path)
+    for config in ("a", "more/b"):
+        assert count_images(open_dataset(tmp_path, config)) == {"train": PAIR}
+
+
+def test_what_is_beside_tables_is_said(tmp_path):
+    for name, content in [("train.parquet", make_table([0, 1])), ("test.csv", b"image,label\n")]:
+        (tmp_path / name).write_bytes(content)
+    dataset = open_dataset(tmp_path)
+    assert dataset.left_out == [
+        "left out: 1 × files beside the tables (.csv), the first is test.csv"
+    ]
+
+
 def test_a_split_that_is_not_there_is_named(tmp_path):
     (tmp_path / "test.parquet").write_bytes(make_table([0, 1]))
     dataset = open_dataset(tmp_path)

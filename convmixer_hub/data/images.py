@@ -28,12 +28,12 @@ def to_rgb(image: Image.Image) -> Image.Image:
     """Bring an image of any mode to upright 8-bit RGB.
 
     An EXIF rotation is applied and transparency is laid over white. White in an image with deeper
-    gray is the highest value of as many bits as its values need: 8, 10, 12, 14, 16, 24 or 32. In
-    one of floats it is 1, or their maximum if that is higher and not all are whole numbers; what
-    is not finite is black.
+    gray is the highest value of as many bits as its values need: 8, 10, 12, 14 or 16; beyond that,
+    their maximum. In one of floats it is 1, or their maximum if that is higher and not all are
+    whole numbers; what is not finite is black.
 
     Raises:
-        DataError: If a gray value is negative.
+        DataError: If a gray value is negative, or all would be black without being 0.
     """
     image.load()  # pixels that cannot be read are an error
     with suppress(Exception):  # EXIF data that cannot be read say nothing of them
@@ -43,11 +43,17 @@ def to_rgb(image: Image.Image) -> Image.Image:
         values = np.nan_to_num(np.asarray(image, np.float64), nan=0.0, posinf=0.0, neginf=0.0)
         if values.min() < 0:
             raise DataError("has negative gray values; save it as 8-bit gray")
-        depths = [2.0**bits - 1 for bits in (8, 10, 12, 14, 16, 24, 32)]
+        depths = [2.0**bits - 1 for bits in (8, 10, 12, 14, 16)]
         white = next((depth for depth in depths if values.max() <= depth), values.max())
         if image.mode == "F" and (values.max() <= 1 or (values % 1).any()):
             white = max(1.0, values.max())
-        image = Image.fromarray((255.0 * values / white).round().astype(np.uint8))
+        pixels = (255.0 * values / white).round().astype(np.uint8)
+        if values.any() and not pixels.any():
+            raise DataError(
+                f"has gray values up to {values.max():.1g}, where white is {white:g}; save it as "
+                "8-bit gray"
+            )
+        image = Image.fromarray(pixels)
     if image.mode == "La":
         image = image.convert("LA")  # the one way from there
     if image.has_transparency_data:
@@ -87,6 +93,8 @@ def open_image(source: str | Path | bytes, name: str | None = None) -> Image.Ima
         raise DataError(f"{name}: {error}") from None
     except Exception as error:  # each of Pillow's decoders fails in its own way
         reason = first_line(error)
+        if getattr(error, "errno", None):  # of the system, such as a name that is too long
+            raise DataError(f"{name}: cannot be opened ({reason}); check the path") from None
         raise DataError(f"{name}: damaged image ({reason}); replace the file") from None
 
 

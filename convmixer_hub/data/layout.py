@@ -269,7 +269,7 @@ def find_class_folders(
         folders.update(list(file.parents)[:-1])
         if is_image(root / file):
             images.append(file)
-        elif len(file.parts) > 1:
+        else:
             left_out[f"files that are not images ({file.suffix or 'no suffix'})"].append(file)
 
     # What an archive was unpacked into may be a folder of its own, whatever that is called.

@@ -91,11 +91,6 @@ class ImageDataset:
     left_out: list[str]
 
     @property
-    def name(self) -> str:
-        """Its name in a card."""
-        return self.hub_id or printable(Path(self.source).resolve().name)
-
-    @property
     def test_split(self) -> str:
         """The split to test on: `validation` if there are no test images."""
         return "test" if "test" in self.splits or "validation" not in self.splits else "validation"
@@ -169,12 +164,23 @@ def _read_folder(folder: Path, label_column: str | None, left_out: LeftOut) -> d
     files, empty = list_files(folder, left_out)
     tables = [file for file in files if file.suffix.lower() == ".parquet" and not is_metadata(file)]
     metadata = [file for file in files if is_metadata(file)]
-    is_saved = any(PurePath(name) in files for name in ("dataset_dict.json", "state.json"))
+    saved = {file.parent for file in files if file.name in ("dataset_dict.json", "state.json")}
+    is_saved = PurePath() in saved
     if found:
         splits = _read_torchvision(found[0], label_column)
     elif is_saved or tables:
         loaded = load_saved(folder) if is_saved else load_parquet(folder, tables, left_out)
         splits = read_tables(loaded, str(folder), label_column, left_out)
+        if not is_saved:
+            for file in files:
+                if file not in tables and not is_named_like_image(file):
+                    left_out[f"files beside the tables ({file.suffix or 'no suffix'})"].append(file)
+    elif saved:
+        names = sorted(str(place) for place in saved if not saved.intersection(place.parents))
+        raise DataError(
+            f"{folder}: holds what save_to_disk wrote in {', '.join(names)}; choose one of them "
+            "with --config"
+        )
     elif metadata:
         loaded = load_metadata(folder, metadata, files, left_out)
         return read_tables(loaded, str(folder), label_column, left_out)
