@@ -117,7 +117,8 @@ def test_a_card_says_what_the_files_and_the_test_images_say(run, cifar_sample):
     for fact in ("Epochs: 3, in 2.00 hours", "Seed: 5", "Machine: 7 abaci", "images: 33.75 %"):
         assert fact in text
     assert "8 layers × 96 channels, kernel 5, patch 1, 99,082 parameters" in text
-    assert "`convmixer card a_run --data DIR` on 2026-01-02, on the 10 test images" in text
+    assert "`convmixer card RUN --data DIR` on 2026-01-02, on the 10 test images" in text
+    assert "a_run" not in text
     assert text.endswith("\n## Limits\n\nNever trained.\n")
 
     pictures = {"confusion", "curve", "kernels", "patch_embedding", "reliability"}
@@ -163,8 +164,10 @@ def test_the_card_of_a_fine_tuned_model_serves_others(run, cifar_sample):
         ("./convmixer_cifar", None),
     ]:
         change_config(run, training=asdict(replace(settings, model=model)))
-        data = ModelCard.load(write_card(run, cifar_sample, license="cc-by-4.0")).data
-        assert (data.base_model, data.license) == (base, "cc-by-4.0")
+        card = ModelCard.load(write_card(run, cifar_sample, license="cc-by-4.0"))
+        assert (card.data.base_model, card.data.license) == (base, "cc-by-4.0")
+        assert (model in card.text) == (base is not None)
+        assert ("convmixer finetune MODEL --data" in card.text) == (base is None)
     [card] = [u for u in list_uploads(str(run), "me/birds") if u.path_in_repo == "README.md"]
     assert b'timm.create_model("hf-hub:me/birds", pretrained=True)' in card.path_or_fileobj
 
@@ -172,7 +175,7 @@ def test_the_card_of_a_fine_tuned_model_serves_others(run, cifar_sample):
 def test_other_images_of_these_classes_are_not_called_cifar10(run, cifar_sample, monkeypatch):
     monkeypatch.setattr(card_module, "DATASETS", DATASETS)
     card = write_card(run, cifar_sample)
-    assert ModelCard.load(card).data.eval_results[0].dataset_name == "data"
+    assert ModelCard.load(card).data.eval_results[0].dataset_name == "imagefolder"
     assert "CIFAR" not in card.read_text() and propose_record(card) == ""
 
 
@@ -225,10 +228,11 @@ def test_the_card_says_how_probabilities_were_fitted(run, cifar_sample):
 
 def test_the_card_of_a_model_trained_further_gives_its_command(run, cifar_sample):
     settings = replace(SETTINGS, model="first_run", pretrained=True, small_crop_size=32)
+    settings = replace(settings, teacher=f"{ARCH}, first_run,./another")
     change_config(run, training=asdict(settings))
     text = write_card(run, cifar_sample).read_text()
-    assert read_command(text) == settings
-    assert "- Start: the trained weights of `first_run`\n" in text
+    assert read_command(text) == replace(settings, model="MODEL", teacher=f"{ARCH},MODEL,TEACHER3")
+    assert "- Start: the trained weights of `MODEL`\n" in text
 
 
 def test_the_card_of_a_model_trained_by_the_recipe_gives_the_shortest_command(run, cifar_sample):
@@ -249,7 +253,7 @@ def test_a_grey_model_of_other_classes_without_a_history(tmp_path):
     card = write_card(tmp_path / "model", tmp_path / "coins", tmp_path / "card")
     text = card.read_text()
     result, _ = ModelCard.load(card).data.eval_results
-    assert (result.dataset_name, result.metric_value) == ("coins", 50.0)
+    assert (result.dataset_name, result.metric_value) == ("imagefolder", 50.0)
     assert "**Top-1: 50.00 %** (1 of the 2 test images" in text
     assert "cifar" not in text and "(predictions.png)" in text and "curve.png" not in text
     assert "| `forgotten` | 1 |" in text and "convmixer train convmixer" not in text

@@ -54,7 +54,7 @@ from ..hub.records import (
     DatasetRecord,
     get_record,
 )
-from ..hub.repository import PREFIX
+from ..hub.repository import PREFIX, Repository
 from ..load import load_trained
 from ..machine import describe_machine
 from ..model.config import get_config, get_label_names
@@ -62,6 +62,7 @@ from ..model.convmixer import ConvMixer
 from ..training.finetune import FINETUNE_OPTIONS
 from ..training.folder import METRICS_FILE, read_metrics
 from ..training.settings import RECIPE, TrainingSettings
+from ..zoo import VARIANTS
 from .golden import write_golden
 
 NOTES_FILE = "NOTES.md"
@@ -133,19 +134,22 @@ def write_card(
     kind = (tuple(dataset.classes), len(labels))
     shown = next((d for d in DATASETS if (d.classes, d.test_images) == kind), dataset)
     split = dataset.test_split
-    result = Evaluation(int(confusion.trace()), int(confusion.sum()))
+    base_model = _find_base_model(settings)
+    settings = _hide_folders(settings)
     plan = _read_plan(settings)
+    result = Evaluation(int(confusion.trace()), int(confusion.sum()))
     preprocessing = resolve_input_data_config(model)
     validation_top1 = metrics.get("held_out_top1", [0.0])
-    base_model = _find_base_model(settings)
     known = RECORDS.get(name)
     is_known = known is not None and known.sha256 == hash_file(source.file)
+    title = name if is_known else EXAMPLE_REPO_ID
     if license is None and is_known:
         license = get_config(model).get("license")
     card = ModelCard.from_template(
-        _make_metadata(name, license, base_model, shown, split, result, calibration),
+        _make_metadata(title, license, base_model, shown, split, result, calibration),
         template_str=Path(__file__).with_suffix(".md").read_text(encoding="utf-8"),
-        name=name,
+        name=title,
+        argument=name if is_known else "RUN",
         model=model,
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         preprocessing=preprocessing,
@@ -162,7 +166,7 @@ def write_card(
         by_class=zip(classes, confusion.diagonal().tolist(), confusion.sum(dim=1).tolist()),
         result=result,
         calibration=calibration,
-        dataset=shown.name,
+        dataset=_name_dataset(shown),
         split=split,
         today=today or date.today(),
         measured_on=f"{describe_machine(torch.device('cpu'))}, torch {torch.__version__}",
@@ -193,7 +197,7 @@ def propose_record(card: Path) -> str:
     dataset = results["top-1"].dataset_name
     if dataset not in [known.name for known in DATASETS] or not weights.is_file():
         return ""
-    name, digest = str(data.model_name), hash_file(weights)
+    name, digest = card.resolve().parent.name, hash_file(weights)
     known = RECORDS.get(name)
     revision = known.revision if known else "v1"
     if known and known.sha256 != digest and (version := re.fullmatch(r"v(\d+)", revision)):
@@ -235,8 +239,8 @@ def _make_metadata(
     results = [
         EvalResult(
             task_type="image-classification",
-            dataset_type=dataset.hub_id or dataset.name,
-            dataset_name=dataset.name,
+            dataset_type=dataset.hub_id or _name_dataset(dataset),
+            dataset_name=_name_dataset(dataset),
             dataset_split=split,
             metric_type=metric,
             metric_name=metric_name,
@@ -265,6 +269,30 @@ def _find_base_model(settings: Mapping[str, Any]) -> str | None:
     with suppress(UnknownModelError):
         return get_record(start).repo_id
     return start.removeprefix(PREFIX).partition("@")[0] if start.startswith(PREFIX) else None
+
+
+def _name_dataset(dataset: ImageDataset | DatasetRecord) -> str:
+    """Return the name of a dataset; that of a folder says nothing to others."""
+    if isinstance(dataset, DatasetRecord):
+        return dataset.name
+    return dataset.hub_id or "imagefolder"  # as the Hub's cards have it
+
+
+def _hide_folders(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Call models in folders MODEL, TEACHER1, …: the names of folders say nothing to others."""
+    model, teacher = (str(settings.get(name) or "") for name in ("model", "teacher"))
+    teachers = [name.strip() for name in teacher.split(",") if name]
+    shown: dict[str, str] = {}
+    for i, name in enumerate([model, *teachers]):
+        is_public = (
+            name in VARIANTS
+            or name in RECORDS
+            or name.startswith(PREFIX)
+            or (Repository.parse(name) and not os.path.exists(name))
+        )
+        shown.setdefault(name, name if is_public else f"TEACHER{i}" if i else "MODEL")
+    changes = {"model": shown[model], "teacher": ",".join(shown[name] for name in teachers)}
+    return {name: changes.get(name, value) for name, value in settings.items()}
 
 
 def _read_plan(settings: Mapping[str, Any]) -> TrainingSettings | None:
