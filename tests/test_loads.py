@@ -267,6 +267,16 @@ class TestLabelNames:
         [(*_, line)] = said()
         assert line.endswith(f"{HEAD} keeps the rows of 0 classes, 2 newly initialized")
 
+    def test_classes_without_names_get_these_if_they_are_as_many(self, tmp_path, batch, said):
+        model = timm.create_model(ARCH, num_classes=2).eval()
+        save_model(model, tmp_path, {})
+        name, names = f"local-dir:{tmp_path}", ["cat", "dog"]
+        named = timm.create_model(name, pretrained=True, label_names=names).eval()
+        assert torch.equal(named(batch), model(batch))
+        assert get_label_names(named) == names
+        [(*_, line)] = said()
+        assert line.endswith(f"{HEAD} kept, its 2 classes had no names")
+
     def test_another_number_of_classes_is_refused(self):
         with pytest.raises(ModelSizeError, match="num_classes is 5, but label_names has 3 names"):
             timm.create_model(NAME, num_classes=5, label_names=ANIMALS)
@@ -340,5 +350,6 @@ def test_what_was_saved_is_what_is_loaded(
     loaded = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
     torch.testing.assert_close(loaded.state_dict(), model.state_dict(), atol=0, rtol=0)
     assert get_label_names(loaded) == expected
-    again = timm.create_model(f"local-dir:{folder}", pretrained=True, label_names=expected).eval()
+    names = expected or [f"class {i}" for i in range(model.num_classes)]
+    again = timm.create_model(f"local-dir:{folder}", pretrained=True, label_names=names).eval()
     torch.testing.assert_close(again.state_dict(), model.state_dict(), atol=0, rtol=0)

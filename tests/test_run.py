@@ -501,6 +501,8 @@ def test_a_folder_that_cannot_be_made_is_named_at_once(cifar_sample, tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(TrainingError, match=r"file/run: cannot be made or written to \(.*\); n"):
         run(SETTINGS, cifar_sample, tmp_path / "file" / "run")
+    with pytest.raises(TrainingError, match=r"a\\udcff: is not UTF-8, as files of weights need it"):
+        run(SETTINGS, cifar_sample, tmp_path / "a\udcff")
 
 
 def test_leftovers_of_a_process_killed_in_its_first_save_are_no_hindrance(cifar_sample, tmp_path):

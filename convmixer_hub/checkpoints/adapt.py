@@ -113,6 +113,8 @@ def _adapt_head(
     """Replace the head by one for the model's classes, and say what became of it."""
     if label_names:
         known = order_names(trained.label_names) or ()
+        if not known and trained.num_classes == len(label_names):
+            return f"{CLASSIFIER} kept, its {len(label_names)} classes had no names"
         rows = {name: row for row, name in enumerate(known) if len(known) == trained.num_classes}
         kept = [(row, rows[name]) for row, name in enumerate(label_names) if name in rows]
         for key, fresh in model.get_classifier().state_dict(prefix=f"{CLASSIFIER}.").items():

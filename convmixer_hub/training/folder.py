@@ -26,8 +26,8 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from ..checkpoints.files import save_model
-from ..errors import CheckpointError, TrainingError, first_line
-from ..files import replacing
+from ..errors import CheckpointError, TrainingError, first_line, printable
+from ..files import is_utf8, replacing
 from ..hub.repository import Repository
 from ..model.config import order_names
 from .settings import TrainingSettings
@@ -102,6 +102,10 @@ def lock_run(folder: Path) -> Iterator[None]:
     Raises:
         TrainingError: If the folder cannot be made or written to, or another process trains in it.
     """
+    if not is_utf8(folder):
+        raise TrainingError(
+            f"{printable(folder)}: is not UTF-8, as files of weights need it; name another --output"
+        )
     try:
         folder.mkdir(parents=True, exist_ok=True)
         file = (folder / ".lock").open("w")
