@@ -80,8 +80,8 @@ def _load(name: str) -> _Choice:
 
 
 def _read_card(file: Path) -> str:
-    """Return the text of a model card, without pictures and links to files beside it."""
-    text = re.sub(r"!\[[^]]*\]\([^)]*\)\n*", "", ModelCard.load(file).text)
+    """Return the text of a model card, without pictures and without links to files beside it."""
+    text = re.sub(r"!\[[^]]*\]\([^)]*\)\s*(\*.*\*)?", "", ModelCard.load(file).text)
     return re.sub(r"\[([^]]+)\]\((?!https?:)[^)]*\)", r"\1", text)
 
 
