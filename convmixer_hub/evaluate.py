@@ -61,8 +61,8 @@ def prepare_test_images(model: nn.Module, dataset: ImageDataset) -> LabeledImage
 
     Args:
         model: From `timm.create_model`.
-        dataset: Its classes are found among the model's by their names, which may be numbers; a
-            model that names none has to have as many otherwise.
+        dataset: Its classes are matched with the model's by name, which may be a number. A model
+            whose classes have no names must have as many.
 
     Returns:
         Its test images, or else those for validation, as the model's config says.

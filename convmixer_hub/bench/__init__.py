@@ -1,1 +1,1 @@
-"""Benchmarks: speed, fine-tuning and ablations."""
+"""Benchmarks: speed and fine-tuning."""

@@ -44,7 +44,7 @@ SECTIONS = {
         "export": "Write a model for other runtimes, and compare its logits with torch's",
         "convert": "Write a checkpoint as safetensors, in the layout of another implementation",
     },
-    "Measure": {"bench": "Run the benchmarks: speed, memory, fine-tuning, ablations"},
+    "Measure": {"bench": "Run the benchmarks: speed, memory, fine-tuning"},
 }
 COMMANDS = {
     name: (section.lower(), summary)

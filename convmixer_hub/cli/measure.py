@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Iterable
 
 import click
 import timm
 import torch
 
-from ..bench.ablation import CHANGES, Outcome, compare_changes
 from ..bench.inference import VARIANTS as INFERENCE_VARIANTS
 from ..bench.inference import bench_inference, explain_absence
 from ..bench.training import VARIANTS as TRAINING_VARIANTS
 from ..bench.training import bench_train
 from ..bench.transfer import bench_finetune
 from ..machine import describe_machine, find_device
-from ..training.settings import TrainingSettings
-from .options import DEFAULT_MODEL, NOT_NEGATIVE, POSITIVE, OpenData, data_options, print_table
+from .options import DEFAULT_MODEL, POSITIVE, OpenData, data_options, print_table
 
 
 def _describe_setting() -> str:
@@ -40,12 +36,18 @@ def _variant_option(names: Iterable[str]) -> Callable[[Callable], Callable]:
 
 @click.group("bench")
 def bench_command() -> None:
-    """Run the benchmarks: speed, memory, fine-tuning, ablations."""
+    """Run the benchmarks: speed, memory, fine-tuning."""
 
 
 @bench_command.command("train")
 @click.argument("model", default=DEFAULT_MODEL)
-@click.option("--batch-size", default=128, show_default=True, type=click.IntRange(min=2))
+@click.option(
+    "--batch-size",
+    default=128,
+    show_default=True,
+    type=click.IntRange(min=2),
+    help="Images per step.",
+)
 @click.option(
     "--rounds", default=5, show_default=True, type=POSITIVE, help="Timed steps per variant."
 )
@@ -133,74 +135,23 @@ def bench_inference_command(
                 click.echo(f"left out: {variant}, which {absence}")
 
 
-@bench_command.command("recipe")
-@click.argument("model", default=DEFAULT_MODEL)
-@data_options
-@click.option(
-    "-o",
-    "--output",
-    required=True,
-    type=click.Path(path_type=Path),
-    help="Folder for the run folders.",
-)
-@click.option("--epochs", default=3, show_default=True, type=POSITIVE)
-@click.option(
-    "--train-images",
-    default=20000,
-    show_default=True,
-    type=NOT_NEGATIVE,
-    help="Training images to use, without those held out; 0 for all.",
-)
-@click.option("--held-out", default=5000, show_default=True, type=POSITIVE)
-@click.option(
-    "--change",
-    "changes",
-    multiple=True,
-    type=click.Choice(list(CHANGES)),
-    help="Only this change; may be repeated. The others are compared with the first.",
-)
-def bench_recipe_command(
-    model: str, open_data: OpenData, output: Path, changes: tuple[str, ...], **common: Any
-) -> None:
-    """Train MODEL with plain settings, then with one change at a time (ablation).
-
-    The same command resumes what was interrupted; the table has the runs that are finished.
-    """
-    outcomes: list[Outcome] = []
-    try:
-        for outcome in compare_changes(
-            model, open_data(), output, changes or tuple(CHANGES), **common
-        ):
-            outcomes.append(outcome)
-    finally:
-        if outcomes:
-            _print_outcomes(model, outcomes, common)
-
-
-def _print_outcomes(model: str, outcomes: Sequence[Outcome], common: Mapping[str, Any]) -> None:
-    first = outcomes[0]
-    rows = [["run", "what differs", "held-out top-1", f"against {first.change}", "minutes"]]
-    for outcome in outcomes:
-        differs = ", ".join(f"{name} {value}" for name, value in CHANGES[outcome.change].items())
-        rows.append(
-            [
-                outcome.change,
-                differs or "nothing",
-                f"{outcome.top1:.2f} %",
-                f"{outcome.top1 - first.top1:+.2f}",
-                f"{outcome.seconds / 60:.1f}",
-            ]
-        )
-    shared = ", ".join(f"{name} {value}" for name, value in sorted(common.items()))
-    click.echo(f"{model}, {shared}, seed {TrainingSettings.seed}, {_describe_setting()}")
-    print_table(rows)
-
-
 @bench_command.command("finetune")
 @click.argument("name", default=DEFAULT_MODEL)
 @data_options
-@click.option("--images-per-class", default=50, show_default=True, type=click.IntRange(min=2))
-@click.option("--seeds", default=3, show_default=True, type=POSITIVE)
+@click.option(
+    "--images-per-class",
+    default=50,
+    show_default=True,
+    type=click.IntRange(min=2),
+    help="Images of each class to train and validate on.",
+)
+@click.option(
+    "--seeds",
+    default=3,
+    show_default=True,
+    type=POSITIVE,
+    help="Runs, each with other images of the dataset.",
+)
 def bench_finetune_command(
     name: str, open_data: OpenData, images_per_class: int, seeds: int
 ) -> None:

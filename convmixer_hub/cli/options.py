@@ -32,7 +32,9 @@ def data_options(command: Callable, required: bool = True) -> Callable:
     @click.option(
         "--config", help="Which dataset of several: a folder in DIR, or its name on the Hub."
     )
-    @click.option("--label-column", help="Column with the classes, if it is not called label.")
+    @click.option(
+        "--label-column", help="Column with the classes, if it is not label, labels or fine_label."
+    )
     @wraps(command)
     def run(
         *arguments: Any,

@@ -86,7 +86,13 @@ def publish_command(name: str, repo_id: str, private: bool, tag: str | None, dry
 @click.option(
     "-o", "--output", required=True, type=click.Path(path_type=Path), help="Folder for the file."
 )
-@click.option("--format", default="onnx", show_default=True, type=click.Choice(list(RUNTIMES)))
+@click.option(
+    "--format",
+    default="onnx",
+    show_default=True,
+    type=click.Choice(list(RUNTIMES)),
+    help="ONNX, or a program of torch.export.",
+)
 @click.option(
     "--with-preprocessing",
     is_flag=True,

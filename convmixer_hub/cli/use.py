@@ -43,7 +43,13 @@ from .options import (
 
 @click.command("demo")
 @click.argument("names", metavar="[NAME]...", nargs=-1)
-@click.option("--port", default=7860, show_default=True, type=click.IntRange(1, 65535))
+@click.option(
+    "--port",
+    default=7860,
+    show_default=True,
+    type=click.IntRange(1, 65535),
+    help="Port of the page.",
+)
 @click.option(
     "--write",
     metavar="DIR",
@@ -98,7 +104,9 @@ def list_command(markdown: bool) -> None:
     show_default=True,
     help="A model, a run folder, a file of weights, or a repository of the Hub.",
 )
-@click.option("--top-k", default=3, show_default=True, type=POSITIVE)
+@click.option(
+    "--top-k", default=3, show_default=True, type=POSITIVE, help="Classes printed per image."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON, one object per image.")
 @click.option("--figure", type=click.Path(path_type=Path), help="Also draw them into this PNG.")
 def predict_command(
@@ -154,12 +162,16 @@ def predict_command(
 @click.command("evaluate")
 @click.argument("name", default=DEFAULT_MODEL)
 @data_options
-@click.option("--batch-size", default=64, show_default=True, type=POSITIVE)
-@click.option("--workers", default=1, show_default=True, type=NOT_NEGATIVE)
+@click.option(
+    "--batch-size", default=64, show_default=True, type=POSITIVE, help="Images computed at once."
+)
+@click.option(
+    "--workers", default=1, show_default=True, type=NOT_NEGATIVE, help="Processes that read images."
+)
 def evaluate_command(name: str, open_data: OpenData, batch_size: int, workers: int) -> None:
     """Measure the top-1 accuracy of a model on the test images of a dataset.
 
-    NAME is a trained model, a folder, or a repository of the Hub.
+    NAME is a trained model, a folder, a file of weights, or a repository of the Hub.
     """
     model, dataset = load_trained(name), open_data()
     result = evaluate_on(model, dataset, batch_size, workers)
@@ -225,7 +237,7 @@ def verify_command(name: str) -> None:
 def pull_command(names: tuple[str, ...]) -> None:
     """Download weights into the Hub's cache, for later use without network.
 
-    They are used from there wherever the package carries no copy, or CONVMIXER_HUB_SOURCE=hub.
+    They are used if the package has no copy, or if CONVMIXER_HUB_SOURCE=hub.
     """
     for record in [get_record(name) for name in names]:
         click.echo(f"{record.name}: {find_checkpoint(record.name, 'hub')}")

@@ -1,6 +1,6 @@
 """A dataset of labeled images, opened once: its splits, its classes, and what was left out.
 
-Known are
+Supported layouts:
 
 - class folders: `train/<class>/*.png`, `val/<class>/*.png`, `test/<class>/*.png`, or
   `<class>/*.png` alone, all of them training images;

@@ -188,7 +188,7 @@ class FastPatchEmbeddings(PatchEmbeddings):
 
 
 class FastConvMixerLayer(ConvMixerLayer):
-    """`ConvMixerLayer` with the functions above where it is trained on a CPU."""
+    """`ConvMixerLayer` with all of the above where it is trained on a CPU."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Map `[batch, d_model, height, width]` to the same shape."""

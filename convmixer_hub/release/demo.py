@@ -137,12 +137,12 @@ def check_gradio() -> str:
 
 
 def run_demo(names: Sequence[str], port: int, host: str = "127.0.0.1") -> None:
-    """Serve a page until Ctrl-C, and print its address; it asks no other outside the machine.
+    """Serve a page until Ctrl-C, and print its address; it makes no requests to other machines.
 
     Args:
         names: Models to choose from, as in `load_trained`.
-        port: Where.
-        host: To whom: by default to this machine alone.
+        port: Port to listen on.
+        host: Address to listen on; by default, only this machine is served.
 
     Raises:
         ConvMixerHubError: If gradio 6 is not installed, or the port cannot be used.

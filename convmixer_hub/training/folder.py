@@ -4,8 +4,8 @@ It holds
 
 - `training_state.pt`: all that the next step needs, and what the epochs before it gave;
 - `config.json`, `model.safetensors`: the model after the last whole epoch (the best one, if that is
-  kept; calibrated at the end, if images are held out), as timm takes it; on a GPU, where epochs are
-  short, after one per minute;
+  kept; calibrated at the end, if images are held out), as timm takes it; written at most once a
+  minute on a GPU, where epochs are short;
 - `metrics.csv`: one line an epoch.
 
 The state is written first and the others follow from it, each replaced whole or not at all.

@@ -41,7 +41,7 @@ def _setting(
 
     Args:
         default: What changes nothing, so that runs of a version without the setting can be resumed;
-            what is better than that belongs into `RECIPE`.
+            what is better than that belongs in `RECIPE`.
         help: What it does, as a sentence that stands by itself.
         range: What it may be, for the error message.
         fits: Whether a value is in that range.
