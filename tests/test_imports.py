@@ -122,7 +122,7 @@ def distributions(tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_the_wheel_has_every_module_and_the_weights(distributions):
+def test_the_wheel_has_every_module_and_the_weights(distributions, tmp_path, run_python):
     [wheel] = distributions.glob("*.whl")
     names = set(zipfile.ZipFile(wheel).namelist())
     files = [f for f in PACKAGE.rglob("*") if f.suffix in (".py", ".cpp", ".h", ".md", ".typed")]
@@ -131,6 +131,17 @@ def test_the_wheel_has_every_module_and_the_weights(distributions):
     expected |= {f"convmixer_hub/examples/{file.name}" for file in IMAGES.glob("*.png")}
     assert expected <= names
     assert wheel.stat().st_size < 20e6
+
+    installed = tmp_path / "installed"
+    zipfile.ZipFile(wheel).extractall(installed)
+    modules = [f"convmixer_hub.{m}".removesuffix(".__init__") for m in MODULES if m != "__main__"]
+    found = run_python(
+        "import importlib\n"
+        f"for name in {modules}: module = importlib.import_module(name)\n"
+        "print(module.__file__)",
+        PYTHONPATH=str(installed),
+    )
+    assert found.startswith(str(installed))
 
 
 @pytest.mark.slow

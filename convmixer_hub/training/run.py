@@ -126,6 +126,8 @@ class _Run:
         self.folder = folder
         self.state = state
         self.device = device = find_device()
+
+        # The network, in the type that is faster here.
         random_seed(settings.seed)
         self.network = build_network(settings, dataset.classes, device)
         data_config = resolve_input_data_config(self.network.model)
@@ -136,6 +138,8 @@ class _Run:
             machines = state.machine.split(", then ") if state.machine else []
             if machines[-1:] != [here]:
                 state.machine = ", then ".join([*machines, here])
+
+            # The images, and a teacher.
             teacher = None
             if settings.teachers:
                 teacher = Teacher(settings.teachers, dataset.classes, data_config, device)
@@ -154,6 +158,8 @@ class _Run:
                     f"{dataset.classes[min(lost)]} can be read; replace the images, or remove the "
                     "class"
                 )
+
+            # The loop, from where it was stopped.
             workers = count_workers() if device.type == "cuda" else 0
             self.batches = serve_batches(settings, self.images, state.epoch, state.step, workers)
             self.take_step = TrainingStep(self.network, settings, self.dtype, device, teacher)

@@ -98,6 +98,8 @@ class TrainingStep:
 
     def _compute(self, images: Tensor, labels: Tensor, targets: Tensor) -> Tensor:
         network, settings = self.network, self.settings
+
+        # Forward: cross-entropy, and the teacher's soft targets.
         in_bf16 = self.dtype is torch.bfloat16
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=in_bf16):
             logits = network.module(images).float()
@@ -109,11 +111,14 @@ class TrainingStep:
             with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=in_bf16):
                 theirs = self.teacher(images).float()
             loss = loss.lerp(_distillation_loss(logits, theirs), TEACHER_SHARE)
-        correct = (logits.detach().argmax(dim=1) == labels).sum()
+
+        # Backward, and update.
         network.optimizer.zero_grad()
         loss.backward()
         norm = nn.utils.clip_grad_norm_(network.model.parameters(), settings.clip_grad)
         network.optimizer.step()
+
+        correct = (logits.detach().argmax(dim=1) == labels).sum()
         numbers = (loss.detach().double() * len(labels), correct.double(), norm.double())
         return torch.stack(numbers)
 
