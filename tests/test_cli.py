@@ -12,7 +12,7 @@ import safetensors.torch
 import torch
 from PIL import Image
 
-from convmixer_hub import __version__, find_checkpoint, get_record
+from convmixer_hub import ConvMixer, __version__, find_checkpoint, get_record
 from convmixer_hub.cli.main import COMMANDS, SECTIONS
 from convmixer_hub.data.images import open_image
 from convmixer_hub.hub.records import CIFAR10, RECORDS
@@ -31,7 +31,8 @@ def test_version():
     assert __version__ in convmixer("--version").output
 
 
-def test_list_shows_every_model_in_aligned_columns():
+def test_list_shows_every_model_in_aligned_columns(monkeypatch):
+    monkeypatch.setattr(ConvMixer, "__init__", None)  # no model is built for it
     result = convmixer("list")
     assert result.exit_code == 0
     header, *rows = (re.split(r" {2,}", line) for line in result.output.splitlines())

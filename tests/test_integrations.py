@@ -35,13 +35,14 @@ def images(samples) -> torch.Tensor:
     return torch.stack([image for image, _ in samples])
 
 
-def test_lightning_fits_a_model_and_reloads_it(samples, images, tmp_path):
+@pytest.mark.parametrize("name", [NAME, f"local-dir:{FOLDER}"])
+def test_lightning_fits_a_model_and_reloads_it(name, samples, images, tmp_path):
     lightning = pytest.importorskip("lightning")
 
     class Classifier(lightning.LightningModule):
         def __init__(self, pretrained: bool = True) -> None:
             super().__init__()
-            self.model = timm.create_model(NAME, pretrained=pretrained, num_classes=2)
+            self.model = timm.create_model(name, pretrained=pretrained, num_classes=2)
 
         def training_step(self, batch, batch_number):
             x, labels = batch
@@ -96,7 +97,8 @@ def test_transformers_trainer_trains_a_folder(samples, images, tmp_path):
 
 
 @pytest.mark.slow
-def test_fastai_fine_tunes_a_name(run_python, tmp_path):
+@pytest.mark.parametrize("model", [NAME, f"local-dir:{FOLDER}"])
+def test_fastai_fine_tunes_a_model(model, run_python, tmp_path):
     pytest.importorskip("fastai")
     for name in CIFAR10.classes:
         folder, image = LABELS[name in MACHINES], (IMAGES / f"{name}.png").read_bytes()
@@ -110,7 +112,7 @@ set_seed(0, reproducible=True)
 loaders = ImageDataLoaders.from_folder(
     {str(tmp_path / "data")!r}, valid_pct=0.2, seed=0, item_tfms=Resize(32), bs=8, num_workers=0
 )
-learner = vision_learner(loaders, {NAME!r})
+learner = vision_learner(loaders, {model!r})
 with learner.no_bar(), learner.no_logging():
     before = learner.validate()[0]
     learner.fine_tune(4)
