@@ -29,6 +29,13 @@ def test_a_space_has_the_files_of_its_models_alone(tmp_path, untrained):
     assert len(list((output / "convmixer_hub/examples").iterdir())) == 10
 
 
+@pytest.mark.usefixtures("hub")
+def test_weights_from_the_hub_come_without_a_card(tmp_path):
+    space.write_space(["convmixer_cifar"], tmp_path / "space")
+    weights = (tmp_path / "space" / "convmixer_hub" / "weights").rglob("*")
+    assert [file.name for file in weights if file.is_file()] == ["model.safetensors"]
+
+
 def test_a_space_that_cannot_be_written_is_one_line(tmp_path, untrained):
     with pytest.raises(DataError, match=r"is there already; name a new folder$"):
         space.write_space(["convmixer_cifar"], tmp_path)

@@ -13,7 +13,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
-from huggingface_hub import ModelCard
 from packaging.version import Version
 from PIL import Image
 from timm.data import resolve_input_data_config
@@ -76,12 +75,14 @@ def _load(name: str) -> _Choice:
             f"test images of {record.dataset.name}."
         )
     file = source.file.with_name(CARD_FILE)
-    return _Choice(model, text, _read_card(file) if file.exists() else "")
+    return _Choice(model, text, _read_card(file) if file.is_file() else "")
 
 
 def _read_card(file: Path) -> str:
     """Return the text of a model card, without pictures and without links to files beside it."""
-    text = re.sub(r"!\[[^]]*\]\([^)]*\)\s*(\*.*\*)?", "", ModelCard.load(file).text)
+    text = file.read_text(encoding="utf-8", errors="replace")
+    text = re.sub(r"\A---\n.*?\n---\n", "", text, flags=re.DOTALL)  # metadata
+    text = re.sub(r"!\[[^]]*\]\([^)]*\)\s*(\*.*\*)?", "", text)
     return re.sub(r"\[([^]]+)\]\((?!https?:)[^)]*\)", r"\1", text)
 
 

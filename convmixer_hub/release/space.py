@@ -76,8 +76,9 @@ def write_space(names: Sequence[str], output: Path) -> None:
         check_classifies(load_trained(source))
         if source.record:
             name = source.record.name
-            for part in (WEIGHTS_FILE, CARD_FILE):
-                copies[f"convmixer_hub/weights/{name}/{part}"] = source.file.with_name(part)
+            for part in (WEIGHTS_FILE, CARD_FILE):  # the Hub's cache may have no card
+                if (file := source.file.with_name(part)).is_file():
+                    copies[f"convmixer_hub/weights/{name}/{part}"] = file
         elif not source.name.startswith(PREFIX):
             folder = source.folder.resolve()
             name = f"models/{folder.name}"
