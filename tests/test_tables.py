@@ -318,7 +318,8 @@ def test_several_that_were_saved_are_listed(tmp_path):
 
 
 def test_what_is_beside_tables_is_said(tmp_path):
-    for name, content in [("train.parquet", make_table([0, 1])), ("test.csv", b"image,label\n")]:
+    files = {"train.parquet": make_table([0, 1]), "test.csv": b"image,label\n", "README.md": b""}
+    for name, content in files.items():
         (tmp_path / name).write_bytes(content)
     dataset = open_dataset(tmp_path)
     assert dataset.left_out == [

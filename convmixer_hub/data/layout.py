@@ -24,7 +24,7 @@ SPLITS = {
 }
 METADATA_FILES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 STUBS = ("BUFR", "GRIB", "HDF5", "MPEG")  # which Pillow knows, but cannot decode
-CLUTTER = ("thumbs.db", "desktop.ini", "@eadir", "__macosx", "__pycache__")
+CLUTTER = ("thumbs.db", "desktop.ini", "@eadir", "__macosx", "__pycache__", "readme.md")
 
 
 @dataclass(frozen=True)
