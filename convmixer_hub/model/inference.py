@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from ..errors import ModelSizeError
 from .compiler import KERNEL_SIZES, load_operators
 from .convmixer import ConvMixer, ConvMixerLayer
-from .parts import check_parts, name_activation
+from .parts import find_changed_part, name_activation
 
 BYTES_IN_CACHE = 2**21  # of one feature map of a part of a batch
 WORTH_COMPILING = 5000  # images: for fewer, nobody should wait for a compiler
@@ -49,7 +49,17 @@ def prepare_for_inference(model: nn.Module, cpp: bool = False) -> InferenceConvM
     Raises:
         ModelSizeError: If it is another model, a subclass too, or its parts were replaced.
     """
-    return InferenceConvMixer(check_parts(model, "prepared for inference"), cpp)
+    if type(model) is not ConvMixer:
+        raise ModelSizeError(
+            f"a {type(model).__name__} cannot be prepared for inference: give a ConvMixer of this "
+            "package, whole rather than with features_only"
+        )
+    if changed := find_changed_part(model):
+        raise ModelSizeError(
+            f"{changed}, which is not as in this package's models, so the model cannot be prepared "
+            "for inference: use it as it is"
+        )
+    return InferenceConvMixer(model, cpp)
 
 
 def prepare_if_possible(model: nn.Module, cpp: bool = False) -> nn.Module:

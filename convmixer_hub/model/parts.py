@@ -8,7 +8,6 @@ from __future__ import annotations
 from timm.layers import DropPath
 from torch import nn
 
-from ..errors import ModelSizeError
 from .convmixer import ACTIVATIONS, ConvMixer, ConvMixerLayer, PatchEmbeddings
 from .cpu import FastConvMixerLayer, FastPatchEmbeddings
 
@@ -57,29 +56,3 @@ def find_changed_part(model: ConvMixer) -> str | None:
             text = str(module).partition("(\n")[0]  # without its parts
             return f"{name} is {text}"
     return None
-
-
-def check_parts(model: nn.Module, purpose: str) -> ConvMixer:
-    """Check that a model is a whole ConvMixer with the parts that it was built with.
-
-    Args:
-        model: The model.
-        purpose: What it cannot be otherwise, for the message.
-
-    Returns:
-        The model.
-
-    Raises:
-        ModelSizeError: If it is another model, a subclass too, or a part was changed.
-    """
-    if type(model) is not ConvMixer:
-        raise ModelSizeError(
-            f"a {type(model).__name__} cannot be {purpose}: give a ConvMixer of this package, "
-            "whole rather than with features_only"
-        )
-    if changed := find_changed_part(model):
-        raise ModelSizeError(
-            f"{changed}, which is not as in this package's models, so the model cannot be "
-            f"{purpose}: use it as it is"
-        )
-    return model
