@@ -6,15 +6,18 @@ import ctypes
 import io
 import json
 import os
+import re
 import resource
 import socket
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import TypeVar
 
@@ -29,10 +32,12 @@ from huggingface_hub import constants
 from PIL import Image
 from pyarrow import parquet
 from timm.utils import random_seed
+from torch import nn
 
 import convmixer_hub  # noqa: F401  (registers the models)
 from convmixer_hub.checkpoints.files import save_model
 from convmixer_hub.cli.main import main
+from convmixer_hub.data.reader import Dataset
 from convmixer_hub.hub.records import CIFAR10, get_record
 
 from .hub_server import HubServer
@@ -41,10 +46,16 @@ T = TypeVar("T")
 
 CHECKOUT = Path(__file__).resolve().parent.parent
 IMAGES = CHECKOUT / "tests" / "images"
-CAT = (IMAGES / "cat.png").read_bytes()
+# By class, in the order of the classes.
+PICTURES = {name: (IMAGES / f"{name}.png").read_bytes() for name in CIFAR10.classes}
+CAT, DOG = PICTURES["cat"], PICTURES["dog"]
 NAME = "convmixer_cifar.cifar10"
 ARCH = "convmixer_96_8_ks5_p1"
 REVISION = get_record(NAME).revision
+KINDS = {
+    "animal": ["bird", "cat", "deer", "dog", "frog", "horse"],
+    "machine": ["airplane", "automobile", "ship", "truck"],
+}
 on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 # Of a model, as timm resolves it for its data.
 CONFIG = {
@@ -86,6 +97,27 @@ def batch() -> torch.Tensor:
 def convmixer(*arguments: object, **options) -> Result:
     """Run the command line."""
     return CliRunner().invoke(main, [str(a) for a in arguments], catch_exceptions=False, **options)
+
+
+def print_table(command: str) -> list[list[str]]:
+    """Run a command, written as on the command line; give the lines that it printed, as cells."""
+    result = convmixer(*command.split())
+    assert result.exit_code == 0, result.output
+    return [re.split("  +", line) for line in result.stdout.splitlines()]
+
+
+def randomise_norms(model: nn.Module) -> None:
+    """Give BatchNorm layers statistics that show whether they are used, and where."""
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.normal_(module.running_mean)
+            nn.init.uniform_(module.running_var, 0.5, 2.0)
+            nn.init.normal_(module.weight)
+            nn.init.normal_(module.bias)
+
+
+def uses_cpp(prepared: nn.Module) -> bool:
+    return prepared._parameters_in_panels is not None
 
 
 def weights_of(folder: Path) -> dict[str, torch.Tensor]:
@@ -140,6 +172,24 @@ def write_tree(root: Path, *paths: str | tuple[str, bytes | Path]) -> Path:
     return root
 
 
+def count_images(dataset: Dataset) -> dict[str, dict[str, int]]:
+    """Count the images of each split by the names of their classes."""
+    return {
+        split: dict(Counter(dataset.classes[label] for label in images.labels))
+        for split, images in dataset.splits.items()
+    }
+
+
+def write_photos(folder: Path, *splits: str) -> Path:
+    """Make class folders of the shipped images, each in two sizes, in every split."""
+    for place, label in product([folder / split for split in splits], KINDS):
+        (place / label).mkdir(parents=True)
+        for name, size in product(KINDS[label], [(32, 32), (50, 40)]):
+            image = Image.open(IMAGES / f"{name}.png").resize(size)
+            image.save(place / label / f"{name} {size[0]}.jpg", quality=95)
+    return folder
+
+
 @pytest.fixture
 def write_parquet(tmp_path):
     """Write a split into a folder called data, see `write_split`."""
@@ -159,7 +209,7 @@ def cifar_sample(tmp_path_factory) -> Path:
 
     The datasets library reads it once for all tests, so it stays as it is.
     """
-    images = [(IMAGES / f"{name}.png").read_bytes() for name in CIFAR10.classes]
+    images = list(PICTURES.values())
     folder = tmp_path_factory.mktemp("sample") / "data"
     write_split(folder, "train", images * 4, list(range(10)) * 4)
     return write_split(folder, "test", images, list(range(10)))
@@ -170,11 +220,15 @@ def run_python(tmp_path):
     """Run Python code in a fresh process, offline, in another folder; give what it printed."""
 
     def run(code: str, *options: str, **environment: str) -> str:
-        offline = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hf")}
+        defaults = {
+            "HF_HUB_OFFLINE": "1",
+            "HF_HOME": str(tmp_path / "hf"),
+            "PYTHONPATH": str(CHECKOUT),
+        }
         result = subprocess.run(
             [sys.executable, *options, "-c", code],
             cwd=tmp_path,
-            env={**os.environ, **offline, **environment},
+            env={**os.environ, **defaults, **environment},
             capture_output=True,
             text=True,
         )
@@ -256,5 +310,8 @@ def hub(tmp_path, monkeypatch):
         for folder in (CHECKOUT / "weights").iterdir():
             files = {file.name: file.read_bytes() for file in folder.iterdir()}
             revision = get_record(folder.name).revision
-            server.repositories[f"convmixer-hub/{folder.name}"] = {"main": files, revision: files}
+            server.repositories[f"convmixer-hub/{folder.name}"] = {
+                "main": files,
+                revision: dict(files),
+            }
         yield server

@@ -125,6 +125,13 @@ def drip(pieces: int, before_piece: Callable[[], object]) -> Fault:
     return fault
 
 
+def ordered(
+    fault: Fault, method: str | None = None, times: float = float("inf")
+) -> Callable[[HubServer, object], None]:
+    """Give an arrangement of a test that orders a fault, see `HubServer.order`."""
+    return lambda hub, monkeypatch: hub.order(fault, method, times)
+
+
 class HubServer(ThreadingHTTPServer):
     """Repositories, who may read them, what was asked, and what is to go wrong.
 

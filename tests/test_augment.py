@@ -11,7 +11,7 @@ from convmixer_hub.data.augment import TrainingImages, is_rand_augment
 from convmixer_hub.data.images import eval_transform
 from convmixer_hub.data.reader import open_dataset, read_images
 
-from .conftest import CONFIG, IMAGES, encode
+from .conftest import CAT, CONFIG, encode
 
 
 @pytest.fixture
@@ -84,10 +84,15 @@ def test_the_same_seed_gives_the_same_batches(training_images):
     assert not torch.equal(batches[0], batches[2])
 
 
-def test_rand_augment_is_timms(training_images):
-    images = training_images([3], rand_augment="rand-m9-n2-p1")
+@pytest.mark.parametrize("channels", [1, 3])
+def test_rand_augment_is_timms(training_images, channels):
+    config = "rand-m9-n8-p1-inc1"
+    values = {"mean": (0.5,) * channels, "std": (0.25,) * channels}
+    values = CONFIG | values | {"input_size": (channels, 32, 32)}
+    images = training_images([3], config=values, rand_augment=config)
     picture = to_pil_image(images.images[0])
-    timms = rand_augment_transform("rand-m9-n2-p1", {"translate_const": 10, "img_mean": (128,) * 3})
+    fill = (128,) * channels
+    timms = rand_augment_transform(config, {"translate_const": 10, "img_mean": fill})
     for epoch in range(20):
         random_seed(epoch)
         images.images = pil_to_tensor(timms(picture))[None]
@@ -112,13 +117,6 @@ def test_what_timm_does_not_take_for_rand_augment_is_refused():
     assert all(is_rand_augment(f"rand-m9-t{name}-p0.5") for name in ("weights", "3a", "3aw"))
 
 
-def test_grey_images_are_augmented_too(training_images):
-    gray = {**CONFIG, "input_size": (1, 32, 32), "mean": (0.5,), "std": (0.25,)}
-    augmented = training_images(config=gray, rand_augment="rand-m9-n8-p1-inc1")
-    batch, _ = augmented.read_batch(0, 0, 40, (24, 24))
-    assert batch.shape == (40, 1, 24, 24) and torch.isfinite(batch).all()
-
-
 def test_images_of_other_sizes_and_modes_are_trained_on(write_parquet):
     sizes = [(80, 40), (20, 30), (32, 32)]
     images = [encode(Image.new("L", size, 128)) for size in sizes]
@@ -138,7 +136,7 @@ def test_images_of_other_sizes_are_scaled_as_in_evaluation(write_parquet):
 
 
 def test_damaged_images_are_counted_and_named_or_skipped(write_parquet):
-    good = (IMAGES / "cat.png").read_bytes()
+    good = CAT
     folder = write_parquet("train", [good, good[:-900], b"", good], [3, 3, 3, 3])
     images = open_dataset(folder).get("train")
     message = (

@@ -10,14 +10,7 @@ from convmixer_hub.bench.inference import VARIANTS, bench_inference
 from convmixer_hub.bench.training import _make_sequential, bench_train, make_timms
 from convmixer_hub.bench.turns import Timing
 
-from .conftest import ARCH, convmixer
-
-
-def bench(arguments: str) -> list[list[str]]:
-    """Run `convmixer bench`; give the lines that it printed, as cells."""
-    result = convmixer("bench", *arguments.split())
-    assert result.exit_code == 0, result.output
-    return [re.split("  +", line) for line in result.stdout.splitlines()]
+from .conftest import ARCH, print_table
 
 
 @pytest.mark.parametrize("make", [make_timms, _make_sequential])
@@ -34,7 +27,7 @@ def test_all_variants_compute_the_same(make):
 @pytest.mark.slow
 def test_variants_are_timed_in_turns():
     options = "--variant sequential --variant ours --batch-size 4 --rounds 1"
-    title, header, sequential, ours, [remark] = bench(f"train {ARCH} {options}")
+    title, header, sequential, ours, [remark] = print_table(f"bench train {ARCH} {options}")
     assert title[0].startswith(f"{ARCH}, batch 4, median of 1 steps each in turns, ")
     assert header == ["variant", "images/s", "× sequential", "type", "peak memory"]
     assert [sequential[0], *sequential[2:4], ours[0]] == ["sequential", "1.00", "fp32", "ours"]
@@ -44,10 +37,12 @@ def test_variants_are_timed_in_turns():
     assert re.match(f"ours computes in {ours[3]}: a layer takes ", remark)
 
 
-def test_other_models_are_not_timed():
-    for name in ("resnet18", "nonsense"):
-        with pytest.raises(TrainingError, match=f"{name}: is no ConvMixer of .*; known are: convm"):
-            bench_train(name)
+@pytest.mark.parametrize("name", ["resnet18", "nonsense"])
+@pytest.mark.parametrize("bench", [bench_train, bench_inference])
+def test_other_models_are_not_timed(bench, name):
+    message = f"{name}: is no ConvMixer of this package; known are: convm"
+    with pytest.raises(TrainingError, match=message):
+        bench(name)
 
 
 @pytest.mark.slow
@@ -62,12 +57,10 @@ def test_a_variant_that_fails_is_named():
 def test_answers_are_timed_in_turns_and_are_the_same():
     variants = ["timm", "timm-channels-last", "timm-openvino", "prepared", "exported"]
     options = " ".join(f"--variant {variant}" for variant in variants)
-    title, _, *rows = bench(f"inference {ARCH} {options} --batch-size 2 --rounds 1")
+    title, _, *rows = print_table(f"bench inference {ARCH} {options} --batch-size 2 --rounds 1")
     assert title[0].startswith(f"{ARCH} in fp32, median of 1 turns, ")
     assert [row[1] for row in rows] == variants
     assert all(float(row[2]) > 0 and float(row[4]) < 1e-5 for row in rows)
-    with pytest.raises(TrainingError, match="resnet18: is no ConvMixer of this package; known are"):
-        bench_inference("resnet18")
 
 
 def test_a_variant_that_cannot_be_timed_is_refused(monkeypatch):
@@ -81,7 +74,7 @@ def test_a_variant_that_cannot_be_timed_is_refused(monkeypatch):
 @pytest.mark.slow
 def test_answers_in_bfloat16_are_nearly_the_same():
     options = "--variant timm --variant prepared --batch-size 2 --rounds 1 --bf16"
-    title, _, *rows = bench(f"inference {ARCH} {options}")
+    title, _, *rows = print_table(f"bench inference {ARCH} {options}")
     assert title[0].startswith(f"{ARCH} in bf16, median of 1 turns, ")
     assert [row[1] for row in rows] == ["timm", "prepared"]
     assert all(0 < float(row[4]) < 0.1 for row in rows)
@@ -93,7 +86,7 @@ def test_what_is_not_timed_in_bfloat16_is_named(monkeypatch):
 
     monkeypatch.setattr(inference, "time_in_turns", invent_timings)
     in_torch = ["timm", "timm-channels-last", "timm-compiled", "ours", "prepared"]
-    _, header, *rows = bench(f"inference {ARCH} --batch-size 128 --batch-size 1 --bf16")
+    _, header, *rows = print_table(f"bench inference {ARCH} --batch-size 128 --batch-size 1 --bf16")
     assert header == ["batch", "variant", "images/s", "× timm", "difference"]
     timed = list(enumerate(in_torch, 1))
     left_out = [name for name in VARIANTS if name not in in_torch]

@@ -127,7 +127,9 @@ def test_a_card_says_what_the_files_and_the_test_images_say(run, cifar_sample):
         with Image.open(run / f"{name}.png") as image:
             assert image.format == "PNG" and image.width > 200
     assert verify(str(run)) <= TOLERANCE
-    assert len(list(run.iterdir())) == 4 + 2 + len(pictures)  # no temporary files
+    files = {"config.json", "metrics.csv", "model.safetensors", "golden.json", "README.md"}
+    files |= {"NOTES.md", *(f"{name}.png" for name in pictures)}
+    assert {file.name for file in run.iterdir()} == files  # no temporary ones
 
 
 @pytest.mark.parametrize("same", [False, True])

@@ -15,9 +15,13 @@ from PIL import Image
 from convmixer_hub import ConvMixer, __version__, find_checkpoint, get_record
 from convmixer_hub.cli.main import COMMANDS, SECTIONS
 from convmixer_hub.data.images import open_image
+from convmixer_hub.data.reader import open_dataset
+from convmixer_hub.evaluate import evaluate_on
 from convmixer_hub.hub.records import CIFAR10, RECORDS
+from convmixer_hub.load import load_trained
+from convmixer_hub.predict import predict
 
-from .conftest import ARCH, CHECKOUT, IMAGES, NAME, convmixer
+from .conftest import ARCH, CAT, CHECKOUT, IMAGES, NAME, convmixer
 
 
 def test_a_table_does_not_write_to_the_terminal_what_a_file_says(tmp_path):
@@ -74,7 +78,7 @@ try:
 finally:
     print(sorted({{"torch", "timm", "convmixer_hub"}} & sys.modules.keys()))
 """
-    environment = {"PYTHONPATH": str(CHECKOUT)}
+    environment = {}
     if words:
         environment["_CONVMIXER_COMPLETE"] = "bash_complete"
         environment["COMP_WORDS"] = words
@@ -228,8 +232,12 @@ def test_train_predict_and_evaluate_take_the_same_folder(cifar_sample, tmp_path)
     assert trained.stdout.endswith(
         f"{run}: finished; measure it with: convmixer evaluate {run} --data {cifar_sample}\n"
     )
-    assert convmixer("evaluate", run, "--data", cifar_sample, "--workers", 0).exit_code == 0
-    assert convmixer("predict", IMAGES / "cat.png", "--model", run).exit_code == 0
+    result = evaluate_on(load_trained(run), open_dataset(cifar_sample))
+    evaluated = convmixer("evaluate", run, "--data", cifar_sample, "--workers", 0)
+    assert evaluated.stdout.startswith(f"{run}: {result.top1:.2f} % top-1 ({result.correct} of 10")
+    [[first, *_]] = predict(load_trained(run), [open_image(CAT)])
+    predicted = convmixer("predict", IMAGES / "cat.png", "--model", run)
+    assert f"{first.label} {first.probability:.1%}" in predicted.stdout
 
 
 def test_convert_says_what_it_wrote_and_asks_for_what_it_cannot_know(tmp_path):
@@ -298,7 +306,7 @@ def test_a_script_of_anybodys_knows_the_models(run_python, tmp_path):
         "except SystemExit as end:\n"
         "    print(end.code)\n"
     )
-    output = run_python(code, PYTHONPATH=str(CHECKOUT))
+    output = run_python(code)
     assert output == f"['convmixer_cifar'] {command[2:]}\n3"
 
 

@@ -10,6 +10,8 @@ from convmixer_hub import prepare_for_inference, speed_up_on_cpu
 from convmixer_hub.model import cpu, inference
 from convmixer_hub.model.compiler import load_operators
 
+from .conftest import ARCH
+
 COMPILERS = {
     "broken": "echo Working >&2\necho error: no space >&2\nexit 1\n",
     "garbling": 'for output; do :; done\nseq 1000 > "$output"\n',
@@ -38,7 +40,7 @@ def test_without_a_compiler_it_works_and_says_why_it_is_slow(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     for module in (cpu, inference):  # as if nothing was compiled yet
         monkeypatch.setattr(module, "load_operators", cache(load_operators.__wrapped__))
-    plain = timm.create_model("convmixer_96_8_ks5_p1")
+    plain = timm.create_model(ARCH)
     x = torch.randn(2, 3, 32, 32)
     if what == "training":
         model = copy.deepcopy(plain)

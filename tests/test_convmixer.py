@@ -14,15 +14,7 @@ from convmixer_hub import (
 )
 from convmixer_hub.model.parts import name_activation
 
-
-def randomise_norms(model: nn.Module) -> None:
-    """Give BatchNorm layers statistics that show whether they are used, and where."""
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            nn.init.normal_(module.running_mean)
-            nn.init.uniform_(module.running_var, 0.5, 2.0)
-            nn.init.normal_(module.weight)
-            nn.init.normal_(module.bias)
+from .conftest import randomise_norms
 
 
 def make_pair(patch_size: int, kernel_size: int, act_layer: type[nn.Module]):
@@ -57,11 +49,15 @@ class TestAgainstTimm:
 
 
 def test_parts_fit_together_as_in_the_paper(batch):
-    patches = PatchEmbeddings(d_model=16, patch_size=4, in_channels=3)(batch)
-    assert patches.shape == (2, 16, 8, 8)
-    mixed = ConvMixerLayer(d_model=16, kernel_size=5)(patches)
-    assert mixed.shape == patches.shape
-    assert ClassificationHead(d_model=16, n_classes=10)(mixed).shape == (2, 10)
+    parts = nn.Sequential(
+        PatchEmbeddings(d_model=16, patch_size=4, in_channels=3),
+        ConvMixerLayer(d_model=16, kernel_size=5),
+        ClassificationHead(d_model=16, n_classes=10),
+    )
+    model = ConvMixer(16, 1, kernel_size=5, patch_size=4, num_classes=10)
+    weights = zip(parts.state_dict(), model.state_dict().values(), strict=True)
+    parts.load_state_dict(dict(weights))
+    torch.testing.assert_close(parts(batch), model(batch), atol=0, rtol=0)
 
 
 def test_state_dict_has_the_keys_of_labml_nn():
@@ -96,7 +92,7 @@ def test_each_layer_is_initialized_on_its_own():
         ({"drop_path_rate": 1}, "^drop_path_rate is 1: give at least 0, less than 1$"),
     ],
 )
-def test_what_cannot_be_is_refused(options, message):
+def test_impossible_sizes_are_refused(options, message):
     with pytest.raises(ModelSizeError, match=message):
         ConvMixer(**{"d_model": 8, "n_layers": 1, "kernel_size": 3, "patch_size": 2, **options})
 

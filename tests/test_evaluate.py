@@ -26,8 +26,7 @@ from convmixer_hub.hub.records import CIFAR10
 from convmixer_hub.load import load_trained
 from convmixer_hub.model.config import get_config
 
-from .conftest import ARCH, IMAGES, write_tree
-from .test_inference import uses_cpp
+from .conftest import ARCH, CAT, IMAGES, uses_cpp, write_tree
 
 
 def test_top1_counts_every_image_once(cifar_sample):
@@ -60,16 +59,15 @@ def test_cpp_is_compiled_for_many_images(cifar_sample, monkeypatch, enough, cpp)
 
 
 def test_evaluation_does_not_change_the_model(cifar_sample):
-    model = timm.create_model("convmixer_96_8_ks5_p1").train()
+    model = timm.create_model(ARCH).train()
     before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
     evaluate_on(model, open_dataset(cifar_sample))
     torch.testing.assert_close(dict(model.state_dict()), before, atol=0, rtol=0)
 
 
 def test_a_damaged_image_is_one_line_from_a_worker_too(write_parquet):
-    image = (IMAGES / "cat.png").read_bytes()
-    folder = write_parquet("test", [image, image[:-900]], [3, 3])
-    model = timm.create_model("convmixer_96_8_ks5_p1")
+    folder = write_parquet("test", [CAT, CAT[:-900]], [3, 3])
+    model = timm.create_model(ARCH)
     message = rf"^{folder}, row 1 of its test images: damaged image \(.*\); replace the file"
     for workers in (0, 1):
         with pytest.raises(DataError, match=message) as refused:
@@ -105,7 +103,7 @@ def test_a_worker_that_fails_is_one_line(cifar_sample, transform, reason):
     ],
 )
 def test_data_with_other_classes_is_refused(cifar_sample, num_classes, names, message):
-    model = timm.create_model("convmixer_96_8_ks5_p1", num_classes=num_classes)
+    model = timm.create_model(ARCH, num_classes=num_classes)
     get_config(model)["label_names"] = names
     with pytest.raises(DataError, match=message):
         evaluate_on(model, open_dataset(cifar_sample))

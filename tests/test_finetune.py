@@ -2,7 +2,6 @@ import json
 import re
 import shutil
 import sys
-from itertools import product
 
 import pytest
 import timm
@@ -23,23 +22,9 @@ from convmixer_hub.training import finetune as finetune_module
 from convmixer_hub.training import run as run_module
 from convmixer_hub.training.finetune import choose_settings, finetune
 
-from .conftest import CHECKOUT, IMAGES, NAME, convmixer, weights_of
+from .conftest import CHECKOUT, IMAGES, KINDS, NAME, convmixer, weights_of, write_photos
 
-CLASSES = {
-    "animal": ["bird", "cat", "deer", "dog", "frog", "horse"],
-    "machine": ["airplane", "automobile", "ship", "truck"],
-}
 QUICK = {"epochs": 1, "batch_size": 4, "rand_augment": ""}
-
-
-def write_photos(folder, *splits):
-    """Make class folders of the shipped images, each in two sizes, in every split."""
-    for place, label in product([folder / split for split in splits], CLASSES):
-        (place / label).mkdir(parents=True)
-        for name, size in product(CLASSES[label], [(32, 32), (50, 40)]):
-            image = Image.open(IMAGES / f"{name}.png").resize(size)
-            image.save(place / label / f"{name} {size[0]}.jpg", quality=95)
-    return folder
 
 
 @pytest.fixture
@@ -76,7 +61,7 @@ def test_a_trained_model_learns_other_classes(split_photos, tmp_path):
     assert evaluate_on(load_trained(str(folder)), open_dataset(split_photos)) == result
 
     model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
-    assert get_label_names(model) == list(CLASSES)
+    assert get_label_names(model) == list(KINDS)
     [[first, _]] = predict(model, [open_image(IMAGES / "ship.png")], top_k=2)
     assert first.label == "machine"
     uploads = [upload.path_in_repo for upload in list_uploads(str(folder))]
@@ -176,7 +161,7 @@ def test_frozen_statistics_stay(photos, tmp_path):
         ({"batch_size": 30}, DataError, "16 training images are less than one batch of 30; give"),
     ],
 )
-def test_what_cannot_be_is_refused(photos, tmp_path, change, error, message):
+def test_impossible_settings_are_refused(photos, tmp_path, change, error, message):
     with pytest.raises(error, match=message):
         settings = choose(**{"name": "convmixer_cifar", "data": photos} | change)
         run(settings, photos, tmp_path / "run")
@@ -290,7 +275,7 @@ def test_the_example_of_the_docs_runs_as_it_stands(tmp_path, run_python):
     [example] = [block for block in blocks if "ImageFolder" in block]
     assert example.count("\n") <= 25
     write_photos(tmp_path / "data", "train", "test")
-    printed = run_python(example.replace("num_epochs=20", "num_epochs=1"), PYTHONPATH=str(CHECKOUT))
+    printed = run_python(example.replace("num_epochs=20", "num_epochs=1"))
     assert re.fullmatch(r"epoch 1: \d+ of 20 images right", printed)
     model = timm.create_model(f"local-dir:{tmp_path / 'my-model'}", pretrained=True)
-    assert get_label_names(model) == list(CLASSES)
+    assert get_label_names(model) == list(KINDS)

@@ -35,7 +35,7 @@ from .conftest import (
     no_network,
     offline,
 )
-from .hub_server import HubServer, cut, drip, error, headers, other_body, redirect
+from .hub_server import HubServer, cut, drip, error, headers, ordered, other_body, redirect
 from .test_doctor import PULL
 
 REPOSITORY = f"convmixer-hub/{NAME}"
@@ -47,10 +47,6 @@ DIGESTS = (
     f"but {NAME} has {hashlib.sha256(WEIGHTS).hexdigest()}"
 )
 OWN_COPY = "reinstall the package and unset CONVMIXER_HUB_SOURCE to use its own copy$"
-
-
-def ordered(fault, method=None, times=float("inf")):
-    return lambda hub, monkeypatch: hub.order(fault, method, times)
 
 
 def with_token(token, arrange=lambda hub, monkeypatch: None):
@@ -519,7 +515,6 @@ def test_the_environment_says_which_hub_and_which_cache(hub, run_python, tmp_pat
     code = "import convmixer_hub; print(convmixer_hub.find_checkpoint('convmixer_cifar'))"
     path = run_python(
         code,
-        PYTHONPATH=str(CHECKOUT),
         HF_ENDPOINT=hub.url,
         HF_HUB_OFFLINE="0",
         HF_HOME=str(tmp_path / "home"),

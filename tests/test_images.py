@@ -9,7 +9,7 @@ from PIL import Image
 from convmixer_hub import DataError
 from convmixer_hub.data.images import eval_transform, open_image
 
-from .conftest import CONFIG, IMAGES, encode
+from .conftest import CAT, CONFIG, IMAGES, encode
 
 
 def gray_ramp(mode: str, highest: int | float) -> Image.Image:
@@ -90,9 +90,11 @@ def test_a_palette_image_keeps_its_colours():
 
 def test_exif_rotation_is_applied():
     image = Image.new("RGB", (4, 2))
+    image.putpixel((0, 0), (255, 0, 0))
     exif = Image.Exif()
-    exif[0x0112] = 6  # turned by 90 degrees
-    assert open_image(encode(image, "JPEG", exif=exif)).size == (2, 4)
+    exif[0x0112] = 6  # to be turned clockwise by 90 degrees
+    turned = open_image(encode(image, exif=exif))
+    assert turned.size == (2, 4) and turned.getpixel((1, 0)) == (255, 0, 0)
 
 
 @pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP"])
@@ -118,7 +120,7 @@ def test_an_image_is_never_left_unturned():
         (None, "no such file; check the path"),
         (b"not an image", "not an image that Pillow can read; give a PNG, JPEG, …"),
         (b"", "not an image that Pillow can read"),
-        ((IMAGES / "cat.png").read_bytes()[:-900], "damaged image .*; replace the file"),
+        (CAT[:-900], "damaged image .*; replace the file"),
     ],
     ids=["missing", "text", "empty", "cut off"],
 )
@@ -145,8 +147,6 @@ def test_evaluation_sees_the_whole_image_normalized():
     image = Image.open(IMAGES / "cat.png")
     expected = (torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255 - 0.5) / 0.25
     torch.testing.assert_close(eval_transform(CONFIG)(image), expected)
-    for size in ((1, 1), (20, 300), (640, 480)):
-        assert eval_transform(CONFIG)(image.resize(size)).shape == (3, 32, 32)
 
 
 @pytest.mark.parametrize("size", [(1, 2_000_000), (2_000_000, 1)])
@@ -167,8 +167,9 @@ print(*image.shape, *((image.amax((1, 2)) * 0.25 + 0.5) * 255).round().tolist())
     assert seen == "3 32 32 10.0 20.0 30.0"
 
 
-def test_the_middle_of_a_long_image_is_what_timm_takes():
-    noise = np.random.default_rng(0).integers(0, 256, (40, 700, 3), dtype=np.uint8)
+@pytest.mark.parametrize("size", [(1, 1), (20, 300), (640, 480), (700, 40)])
+def test_an_image_of_any_size_is_prepared_as_timm_does(size):
+    noise = np.random.default_rng(0).integers(0, 256, (*size[::-1], 3), dtype=np.uint8)
     image = Image.fromarray(noise)
     expected = timm.data.create_transform(**CONFIG, is_training=False)(image)
     torch.testing.assert_close(eval_transform(CONFIG)(image), expected)

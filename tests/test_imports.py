@@ -91,13 +91,8 @@ import convmixer_hub
 print(*{name.partition(".")[0] for name in {*sys.modules} - before})
 timm.create_model("convmixer_cifar", pretrained=True)
 """
-    output = run_python(code, PYTHONPATH=str(CHECKOUT), HF_HUB_OFFLINE="0")
+    output = run_python(code, HF_HUB_OFFLINE="0")
     assert {*output.split()} <= {"convmixer_hub", "packaging"}
-
-
-def test_the_first_look_is_short():
-    names = [f for f in PACKAGE.iterdir() if f.name != "__pycache__" and f.name[0] != "."]
-    assert len(names) <= 20
 
 
 def list_tracked(*paths: str) -> list[str]:

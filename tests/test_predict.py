@@ -16,7 +16,7 @@ from convmixer_hub.hub.records import CIFAR10
 from convmixer_hub.load import load_trained
 from convmixer_hub.predict import WORTH_PREPARING, predict
 
-from .conftest import CHECKOUT, IMAGES, as_ordinary_user
+from .conftest import ARCH, CHECKOUT, IMAGES, PICTURES, as_ordinary_user
 
 
 def test_probabilities_are_the_softmax_of_the_logits():
@@ -33,7 +33,7 @@ def test_probabilities_are_the_softmax_of_the_logits():
 
 
 def test_eight_of_ten_unseen_images_are_right():
-    images = [open_image(IMAGES / f"{name}.png") for name in CIFAR10.classes]
+    images = [open_image(picture) for picture in PICTURES.values()]
     predictions = predict(load_trained("convmixer_cifar"), images, top_k=1)
     assert sum(p.label == name for [p], name in zip(predictions, CIFAR10.classes)) >= 8
 
@@ -41,7 +41,7 @@ def test_eight_of_ten_unseen_images_are_right():
 @pytest.mark.parametrize("batch_size", [WORTH_PREPARING - 1, WORTH_PREPARING])
 def test_the_size_of_a_batch_changes_no_answer(batch_size):
     model = load_trained("convmixer_cifar")
-    images = [open_image(IMAGES / f"{name}.png") for name in CIFAR10.classes]
+    images = [open_image(picture) for picture in PICTURES.values()]
     alone, together = (list(predict(model, images, 10, size)) for size in (1, batch_size))
     for found, expected in zip(together, alone, strict=True):
         assert {p.label: p.probability for p in found} == pytest.approx(
@@ -58,10 +58,10 @@ def test_the_example_of_the_readme_knows_a_cat(monkeypatch, capsys):
 
 
 def test_a_model_without_a_head_answers_nothing():
-    model = timm.create_model("convmixer_96_8_ks5_p1", num_classes=0)
+    model = timm.create_model(ARCH, num_classes=0)
     with pytest.raises(CheckpointError, match=r"the model has no head \(num_classes is 0\)"):
         next(predict(model, [Image.new("RGB", (32, 32))]))
-    model = timm.create_model("convmixer_96_8_ks5_p1", num_classes=1)
+    model = timm.create_model(ARCH, num_classes=1)
     with pytest.raises(CheckpointError, match="the model has one output, whose probability"):
         next(predict(model, [Image.new("RGB", (32, 32))]))
 
@@ -84,7 +84,7 @@ def test_images_of_every_mode_are_answered(mode):
 
 
 def test_images_take_the_type_of_the_model():
-    model = timm.create_model("convmixer_96_8_ks5_p1", dtype=torch.bfloat16)
+    model = timm.create_model(ARCH, dtype=torch.bfloat16)
     [found] = predict(model, [Image.new("RGB", (32, 32))], top_k=10)
     assert sum(p.probability for p in found) == pytest.approx(1, abs=1e-5)
 
@@ -118,7 +118,7 @@ def test_a_file_of_weights_alone_answers(tmp_path):
 
     # Not on record: its sizes tell the model, its metadata the activation, nothing the classes.
     options = {"num_classes": 4, "in_chans": 1, "global_pool": "catavgmax"}
-    model = timm.create_model("convmixer_96_8_ks5_p1", **options)
+    model = timm.create_model(ARCH, **options)
     file = tmp_path / "mine.safetensors"
     safetensors.torch.save_file(model.state_dict(), file)
     with pytest.raises(CheckpointError, match="mine.safetensors: nothing in it tells the activat"):

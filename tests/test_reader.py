@@ -3,33 +3,24 @@
 import pickle
 import shutil
 from collections import Counter
+from itertools import product
 from unicodedata import normalize
 
 import datasets
 import numpy as np
 import pyarrow
 import pytest
+import timm
 from PIL import Image
 from pyarrow import parquet
 
 from convmixer_hub import DataError
+from convmixer_hub.data.images import open_image
 from convmixer_hub.data.reader import open_dataset
 from convmixer_hub.hub.records import CIFAR10
 from convmixer_hub.training.images import hold_out
-from convmixer_hub.zoo import _list_names
 
-from .conftest import IMAGES, as_ordinary_user, encode, write_tree
-
-DOG = (IMAGES / "dog.png").read_bytes()
-
-
-def count_images(dataset):
-    """Count the images of each split by the names of their classes."""
-    return {
-        split: dict(Counter(dataset.classes[label] for label in images.labels))
-        for split, images in dataset.splits.items()
-    }
-
+from .conftest import ARCH, PICTURES, as_ordinary_user, count_images, encode, write_tree
 
 # Situation: what is there, what it gives by split and class, and what is said to be left out.
 FOLDERS = {
@@ -355,7 +346,8 @@ def test_a_class_has_one_name_on_macos_and_linux(tmp_path):
     paths = [f"train/{normalize('NFD', name)}/1.png", "train/b/1.png", f"test/{name}/1.png"]
     dataset = open_dataset(write_tree(tmp_path, *paths))
     assert count_images(dataset) == {"train": {name: 1, "b": 1}, "test": {name: 1}}
-    assert _list_names([normalize("NFD", name)]) == [name]
+    model = timm.create_model(ARCH, label_names=[normalize("NFD", name)])
+    assert model.pretrained_cfg["label_names"] == (name,)
 
 
 def test_a_folder_of_torchvision_may_be_the_current_one(tmp_path, monkeypatch):
@@ -384,7 +376,7 @@ def photos(tmp_path):
     )
 
 
-def test_what_names_no_folder():
+def test_an_empty_or_overlong_name_is_refused():
     with pytest.raises(DataError, match="^no dataset is named; give the folder that holds it"):
         open_dataset("")
     with pytest.raises(DataError, match="x: no such folder"):
@@ -423,17 +415,14 @@ class TestLayouts:
 
     def write_folders(self, root):
         for split, copies in (("train", 4), ("test", 1)):
-            for name in CIFAR10.classes:
-                (root / split / name).mkdir(parents=True)
-                for i in range(copies):
-                    shutil.copy(IMAGES / f"{name}.png", root / split / name / f"{i}.png")
+            for (name, picture), i in product(PICTURES.items(), range(copies)):
+                write_tree(root, (f"{split}/{name}/{i}.png", picture))
 
     def write_metadata(self, root, kind="csv"):
         for split, copies in (("train", 4), ("test", 1)):
-            (root / split).mkdir(parents=True)
             rows = [(f"{i} {name}.png", name) for i in range(copies) for name in CIFAR10.classes]
             for file, name in rows:
-                shutil.copy(IMAGES / f"{name}.png", root / split / file)
+                write_tree(root / split, (file, PICTURES[name]))
             table = pyarrow.table(dict(zip(["file_name", "label"], map(list, zip(*rows)))))
             if kind == "csv":
                 table.to_pandas().to_csv(root / split / "metadata.csv", index=False)
@@ -447,7 +436,7 @@ class TestLayouts:
         features = datasets.Features(
             {"img": datasets.Image(), "label": datasets.ClassLabel(names=list(CIFAR10.classes))}
         )
-        images = [{"bytes": (IMAGES / f"{n}.png").read_bytes()} for n in CIFAR10.classes]
+        images = [{"bytes": picture} for picture in PICTURES.values()]
         datasets.DatasetDict(
             {
                 split: datasets.Dataset.from_dict(
@@ -458,7 +447,7 @@ class TestLayouts:
         ).save_to_disk(root)
 
     def write_torchvision(self, root):
-        pixels = [np.asarray(Image.open(IMAGES / f"{name}.png")) for name in CIFAR10.classes]
+        pixels = [np.asarray(open_image(picture)) for picture in PICTURES.values()]
         data = np.stack([image.transpose(2, 0, 1).ravel() for image in pixels])
         content = {"data": data, "labels": list(range(10))}
         nothing = {"data": data[:0], "labels": []}
@@ -490,5 +479,5 @@ class TestLayouts:
         }
         for images in dataset.splits.values():
             for image, label in (images[i] for i in range(len(images))):
-                expected = Image.open(IMAGES / f"{CIFAR10.classes[label]}.png")
+                expected = open_image(PICTURES[CIFAR10.classes[label]])
                 np.testing.assert_array_equal(image, expected)

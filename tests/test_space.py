@@ -7,6 +7,8 @@ import pytest
 from convmixer_hub import CheckpointError, DataError
 from convmixer_hub.release import space
 
+from .conftest import ARCH, IMAGES
+
 
 @pytest.fixture(autouse=True)
 def _gradio(monkeypatch):
@@ -16,17 +18,18 @@ def _gradio(monkeypatch):
 
 def test_a_space_has_the_files_of_its_models_alone(tmp_path, untrained):
     output = tmp_path / "new" / "space"
-    name = "convmixer_96_8_ks5_p1.cifar10"
+    name = f"{ARCH}.cifar10"
     space.write_space([f"convmixer-hub/{name}", str(untrained), f"{untrained}/"], output)
     weights = sorted(str(file.relative_to(output)) for file in output.rglob("*.safetensors"))
     assert weights == [
-        "convmixer_hub/weights/convmixer_96_8_ks5_p1.cifar10/model.safetensors",
+        f"convmixer_hub/weights/{name}/model.safetensors",
         "models/a_run/model.safetensors",
     ]
-    assert "['convmixer_96_8_ks5_p1.cifar10', 'models/a_run']" in (output / "app.py").read_text()
+    assert f"['{name}', 'models/a_run']" in (output / "app.py").read_text()
     needed = (output / "requirements.txt").read_text().splitlines()
     assert "timm>=1.0.31" in needed and not [line for line in needed if "extra" in line]
-    assert len(list((output / "convmixer_hub/examples").iterdir())) == 10
+    examples = {file.name for file in (output / "convmixer_hub/examples").iterdir()}
+    assert examples == {file.name for file in IMAGES.iterdir()}
 
 
 @pytest.mark.usefixtures("hub")

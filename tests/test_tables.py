@@ -8,15 +8,14 @@ from types import ModuleType
 import datasets
 import pyarrow
 import pytest
-from PIL import Image
 from pyarrow import parquet
 
 from convmixer_hub import DataError
+from convmixer_hub.data.images import open_image
 from convmixer_hub.data.reader import open_dataset
 
-from .conftest import CAT, CHECKOUT, IMAGES, NAME, convmixer, write_tree
+from .conftest import CAT, DOG, NAME, convmixer, count_images, write_tree
 from .hub_server import HubServer
-from .test_reader import DOG, count_images
 
 PAIR = {"cat": 1, "dog": 1}
 INT = datasets.Value("int64")
@@ -24,9 +23,10 @@ NAMED = datasets.ClassLabel(names=["cat", "dog"])
 
 
 def make_table(labels, label="label", image="image", kind=None, **columns) -> bytes:
-    """Make a parquet file as `push_to_hub` does, with as many images as there are labels."""
+    """Make a parquet file as `push_to_hub` does, with a cat or a dog for each label."""
     features = {image: datasets.Image(), label: kind or NAMED}
-    content = {image: [{"bytes": CAT}] * len(labels), label: labels}
+    pictures = [{"bytes": DOG if each in (1, "dog") else CAT} for each in labels]
+    content = {image: pictures, label: labels}
     for name, (values, kind) in columns.items():
         content[name], features[name] = values, kind
     table = datasets.Dataset.from_dict(content, datasets.Features(features))
@@ -84,7 +84,7 @@ READ = {
         [],
     ),
     "names as strings": (
-        {"a.parquet": make_bare(image=STRUCT, label=["dog", "cat"])},
+        {"a.parquet": make_bare(image=STRUCT[::-1], label=["dog", "cat"])},
         {"train": PAIR},
         [],
     ),
@@ -163,7 +163,9 @@ def test_tables(tmp_path, situation):
     assert count_images(dataset) == splits
     assert dataset.left_out == left_out
     for images in dataset.splits.values():
-        assert all(images[i][0].size == (32, 32) for i in range(len(images)))
+        for image, label in (images[i] for i in range(len(images))):
+            expected = DOG if dataset.classes[label] in ("dog", "10", "False", "0") else CAT
+            assert image.tobytes() == open_image(expected).tobytes()
 
 
 # Situation: the files, and the line that refuses them, after the folder's name.
@@ -291,13 +293,17 @@ def test_a_relative_path_is_no_hindrance(tmp_path, monkeypatch):
     assert dataset.get("train")[1][0].size == (32, 32)
 
 
+def make_dataset(split) -> datasets.Dataset:
+    features = datasets.Features({"image": datasets.Image(), "label": NAMED})
+    return datasets.Dataset.from_dict({"image": STRUCT, "label": [0, 1]}, features, split=split)
+
+
 @pytest.mark.parametrize(
     ("name", "split"),
     [(None, "train"), ("train[:1000]", "train"), ("validation[10%:]", "validation")],
 )
 def test_a_split_that_was_saved_alone_keeps_its_name(name, split, tmp_path):
-    features = datasets.Features({"image": datasets.Image(), "label": NAMED})
-    table = datasets.Dataset.from_dict({"image": STRUCT, "label": [0, 1]}, features, split=name)
+    table = make_dataset(name)
     table.save_to_disk(tmp_path / "alone")
     assert count_images(open_dataset(tmp_path / "alone")) == {split: PAIR}
     datasets.DatasetDict({"full": table}).save_to_disk(tmp_path / "dict")
@@ -306,8 +312,7 @@ def test_a_split_that_was_saved_alone_keeps_its_name(name, split, tmp_path):
 
 
 def test_several_that_were_saved_are_listed(tmp_path):
-    features = datasets.Features({"image": datasets.Image(), "label": NAMED})
-    table = datasets.Dataset.from_dict({"image": STRUCT, "label": [0, 1]}, features, split="train")
+    table = make_dataset("train")
     datasets.DatasetDict({"train": table}).save_to_disk(tmp_path / "a")
     table.save_to_disk(tmp_path / "more" / "b")
     message = "holds what save_to_disk wrote in a, more/b; choose one of them with --config$"
@@ -318,10 +323,8 @@ def test_several_that_were_saved_are_listed(tmp_path):
 
 
 def test_what_is_beside_tables_is_said(tmp_path):
-    files = {"train.parquet": make_table([0, 1]), "test.csv": b"image,label\n", "README.md": b""}
-    for name, content in files.items():
-        (tmp_path / name).write_bytes(content)
-    dataset = open_dataset(tmp_path)
+    files = {"train.parquet": TABLE, "test.csv": b"image,label\n", "README.md": b""}
+    dataset = open_dataset(write_tree(tmp_path, *files.items()))
     assert dataset.left_out == [
         "left out: 1 × files beside the tables (.csv), the first is test.csv"
     ]
@@ -371,7 +374,7 @@ def test_a_split_of_more_than_2_gib_is_read(tmp_path, monkeypatch):
     assert file.stat().st_size < 10e6
     images = open_dataset(tmp_path).get("train")
     assert len(images) == 39
-    assert images[38][0].tobytes() == Image.open(IMAGES / "cat.png").tobytes()
+    assert images[38][0].tobytes() == open_image(CAT).tobytes()
     shutil.rmtree(tmp_path / "cache")
 
 
@@ -420,7 +423,7 @@ def test_a_data_set_of_the_hub_is_measured_by_its_id(run_python):
             "datasets/someone/several": {"main": several},
         }
         # The libraries read the address of the Hub when they are imported.
-        environment = {"HF_ENDPOINT": server.url, "PYTHONPATH": str(CHECKOUT)}
+        environment = {"HF_ENDPOINT": server.url}
         printed = run_python(EVALUATE_EACH, HF_HUB_OFFLINE="0", **environment)
     assert printed.splitlines() == list(OF_THE_HUB.values())
 

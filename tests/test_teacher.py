@@ -7,6 +7,7 @@ import pytest
 import timm
 import torch
 from timm.models import save_for_hf
+from timm.utils import random_seed
 from torch.nn import functional as F
 
 from convmixer_hub import TrainingError, UnknownModelError
@@ -18,24 +19,25 @@ from convmixer_hub.training.settings import TrainingSettings
 from convmixer_hub.training.step import TrainingStep
 from convmixer_hub.training.teacher import Teacher
 
-from .conftest import CHECKOUT, on_gpu
-from .test_inference import uses_cpp
+from .conftest import ARCH, CHECKOUT, on_gpu, uses_cpp
 
 CLASSES = list(CIFAR10.classes)
 CPU = torch.device("cpu")
 OURS = timm.data.resolve_data_config({}, model=timm.create_model("convmixer_cifar"))
 SETTINGS = TrainingSettings(
-    "convmixer_96_8_ks5_p1", epochs=1, batch_size=10, precision="fp32", teacher="convmixer_cifar"
+    ARCH, epochs=1, batch_size=10, precision="fp32", teacher="convmixer_cifar"
 )
 
 
-@pytest.fixture
-def resnet(tmp_path):
+@pytest.fixture(scope="module")
+def resnet(tmp_path_factory):
     """A model of timm's, for other images, in a folder."""
+    random_seed(0)
     overlay = {"input_size": (3, 64, 64), "mean": (0.5, 0.4, 0.3), "std": (0.2, 0.3, 0.4)}
-    model = timm.create_model("resnet18", num_classes=10, pretrained_cfg_overlay=overlay)
-    save_for_hf(model, tmp_path / "resnet", safe_serialization=True)
-    return model.eval(), tmp_path / "resnet"
+    model = timm.create_model("test_resnet", num_classes=10, pretrained_cfg_overlay=overlay)
+    folder = tmp_path_factory.mktemp("teachers") / "resnet"
+    save_for_hf(model, folder, safe_serialization=True)
+    return model.eval(), folder
 
 
 @pytest.mark.parametrize("device", [CPU, pytest.param(torch.device("cuda"), marks=on_gpu)])
@@ -73,11 +75,16 @@ def test_resizes_crops_as_much_as_whole_images(resnet, whole, crop, expected):
 
 
 def test_a_model_for_one_size_gets_that(tmp_path):
-    model = timm.create_model("test_vit", num_classes=10)
+    values = {name: OURS[name] for name in ("mean", "std")}
+    model = timm.create_model("test_vit", num_classes=10, pretrained_cfg_overlay=values).eval()
     save_for_hf(model, tmp_path / "vit", safe_serialization=True)
     teacher = Teacher([str(tmp_path / "vit")], CLASSES, OURS, CPU)
+    size = model.pretrained_cfg["input_size"][1:]
     for side in (24, 32):
-        assert teacher(torch.zeros(2, 3, side, side)).shape == (2, 10)
+        images = torch.randn(2, 3, side, side)
+        with torch.no_grad():
+            expected = model(F.interpolate(images, size, mode="bilinear"))
+        torch.testing.assert_close(teacher(images), expected, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,3 @@
-import re
 from functools import partial
 
 import pytest
@@ -10,8 +9,7 @@ from convmixer_hub.cli import measure
 from convmixer_hub.data.reader import open_dataset
 from convmixer_hub.training.finetune import choose_settings
 
-from .conftest import convmixer
-from .test_finetune import write_photos
+from .conftest import print_table, write_photos
 
 
 @pytest.fixture
@@ -20,11 +18,8 @@ def photos(tmp_path):
     return write_photos(tmp_path / "photos", "train", "test")
 
 
-def compare(data, *options: str) -> list[list[str]]:
-    """Run `convmixer bench finetune`; give the lines that it printed, as cells."""
-    result = convmixer("bench", "finetune", "convmixer_cifar", "--data", data, *options)
-    assert result.exit_code == 0, result.output
-    return [re.split("  +", line) for line in result.stdout.splitlines()]
+def compare(data, options="") -> list[list[str]]:
+    return print_table(f"bench finetune convmixer_cifar --data {data} {options}")
 
 
 def test_fine_tuning_is_compared_on_the_same_images_and_steps(photos, monkeypatch):
@@ -39,7 +34,7 @@ def test_fine_tuning_is_compared_on_the_same_images_and_steps(photos, monkeypatc
 
     monkeypatch.setattr(transfer_module, "train", train_and_look)
     monkeypatch.setattr(transfer_module, "choose_settings", partial(choose_settings, epochs=1))
-    *_, title, _, row, mean = compare(photos, "--images-per-class", "5", "--seeds", "1")
+    *_, title, _, row, mean = compare(photos, "--images-per-class 5 --seeds 1")
     start = "convmixer_cifar, 5 images per class, top-1 on the test images (%), "
     assert title[0].startswith(start)
     assert row == ["0", *mean[1:]]
