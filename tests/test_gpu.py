@@ -5,6 +5,7 @@ import copy
 import pytest
 import timm
 import torch
+from torch import nn
 from torch.nn import functional as F
 
 from convmixer_hub.model import gpu
@@ -103,9 +104,10 @@ def test_leaves_other_models_alone(options, fits):
 
 
 def test_leaves_changed_models_alone():
-    model = timm.create_model("convmixer_cifar")
-    model.conv_mixer_layers[0].depth_wise_conv.padding_mode = "reflect"
-    assert not can_speed_up(model)
+    reflecting, overlapping = (timm.create_model("convmixer_cifar") for _ in range(2))
+    reflecting.conv_mixer_layers[0].depth_wise_conv.padding_mode = "reflect"
+    overlapping.patch_emb.conv = nn.Conv2d(3, 256, 4, stride=2, padding=1)
+    assert not can_speed_up(reflecting) and not can_speed_up(overlapping)
 
 
 @pytest.mark.parametrize(("free", "fits"), [(8.7e9, True), (8.5e9, False)])

@@ -115,11 +115,6 @@ class _Convolution(nn.Module):
         self._packed = None
         return super()._apply(*args, **options)
 
-    @property
-    def geometry(self) -> tuple[Any, ...]:
-        """Shape of the weight, padding, stride, and groups."""
-        return tuple(self.weight.shape), self.padding, self.stride, self.groups
-
     def activate(self, x: Tensor, fused: bool) -> Tensor:
         """Compute convolution and activation, by one call of oneDNN if `fused`."""
         if fused:
@@ -169,7 +164,8 @@ class InferenceConvMixer(nn.Module):
         self._traits = copy.copy(getattr(model, "_traits", {}))
         self._is_gelu = name_activation(model) == "gelu"
         self._can_fuse = self._is_fused_right()
-        self._cpp = cpp and self._is_gelu and self._has_fast_shapes()
+        has_layers = model.kernel_size in KERNEL_SIZES and model.num_features % PANEL == 0
+        self._cpp = cpp and self._is_gelu and has_layers
         self._parameters_in_panels: list[Tensor] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -253,22 +249,6 @@ class InferenceConvMixer(nn.Module):
             yield layer.scale.flatten()
             if layer.groups == 1:
                 yield layer.shift.flatten()
-
-    def _has_fast_shapes(self) -> bool:
-        """Return whether `inference.cpp` has layers of these shapes."""
-        d_model, side = self.num_features, self.patch_size
-        stem = ((d_model, self.stem.weight.shape[1], side, side), (0, 0), (side, side), 1)
-        channel = ((d_model, d_model, 1, 1), (0, 0), (1, 1), 1)
-        spatial = {
-            ((d_model, 1, size, size), (size // 2, size // 2), (1, 1), d_model)
-            for size in KERNEL_SIZES
-        }
-        return (
-            d_model % PANEL == 0
-            and self.stem.geometry == stem
-            and all(layer.geometry in spatial for layer in self.spatial)
-            and all(layer.geometry == channel for layer in self.channel)
-        )
 
     def _can_use_cpp(self) -> bool:
         return self._cpp and load_cpp()

@@ -5,6 +5,8 @@ What computes a model in another way than its own `forward` has to know.
 
 from __future__ import annotations
 
+from typing import Any
+
 from timm.layers import DropPath
 from torch import nn
 
@@ -43,15 +45,29 @@ def name_activation(model: nn.Module) -> str | None:
     return found.pop() if len(found) == 1 else None
 
 
+def _describe_convolution(
+    kernel_size: int, stride: int = 1, padding: int = 0, groups: int = 1
+) -> dict[str, Any]:
+    sides = {"kernel_size": kernel_size, "stride": stride, "padding": padding}
+    return {name: (side, side) for name, side in sides.items()} | {"groups": groups}
+
+
 def find_changed_part(model: ConvMixer) -> str | None:
     """Describe the first part that was replaced or set to compute something else, if any was."""
+    geometry = {
+        "conv": _describe_convolution(model.patch_emb.patch_size, model.patch_emb.patch_size),
+        "depth_wise_conv": _describe_convolution(
+            model.kernel_size, padding=model.kernel_size // 2, groups=model.num_features
+        ),
+        "point_wise_conv": _describe_convolution(1),
+    }
     for name, module in model.named_modules():
         parent, _, part = name.rpartition(".")
         kinds = PARTS.get("layer" if parent == "conv_mixer_layers" else part)
         if kinds is None:
             continue
-        is_as_built = all(getattr(module, k, value) == value for k, value in SETTINGS.items())
-        is_as_built &= not isinstance(getattr(module, "padding", 0), str)
+        settings = SETTINGS | geometry.get(part, {})
+        is_as_built = all(getattr(module, k, value) == value for k, value in settings.items())
         if type(module) not in kinds or not is_as_built:
             text = str(module).partition("(\n")[0]  # without its parts
             return f"{name} is {text}"
