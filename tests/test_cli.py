@@ -81,7 +81,7 @@ finally:
     environment = {}
     if words:
         environment["_CONVMIXER_COMPLETE"] = "bash_complete"
-        environment["COMP_WORDS"] = words
+        environment["COMP_WORDS"] = words.replace(" ", "\n")  # as bash has them
         environment["COMP_CWORD"] = str(len(words.split()) - 1)
     lines = run_python(code, **environment).splitlines()
     assert expected in lines and lines[-1] == "[]"
@@ -91,13 +91,11 @@ finally:
     ("words", "expected"), [("evaluate --lab", "--label-column"), ("bench tr", "train")]
 )
 def test_options_and_benchmarks_are_completed(words, expected):
-    environment = {
-        "_CONVMIXER_COMPLETE": "bash_complete",
-        "COMP_WORDS": f"convmixer {words}",
-        "COMP_CWORD": "2",
-    }
-    result = convmixer(prog_name="convmixer", env=environment)
-    assert result.output == f"plain,{expected}\n"
+    environment = {"_CONVMIXER_COMPLETE": "bash_complete", "COMP_CWORD": "2"}
+    for separator in ("\n", " "):  # in bash, and in zsh
+        environment["COMP_WORDS"] = separator.join(["convmixer", *words.split()])
+        result = convmixer(prog_name="convmixer", env=environment)
+        assert result.output == f"plain,{expected}\n"
 
 
 def test_the_readme_has_the_table_that_list_prints():
@@ -188,7 +186,7 @@ def test_the_record_of_a_folder_with_the_name_of_a_model_is_printed(
         (
             "finetune",
             ["--output", "run"],
-            "is a file alone; name the folder that holds it and its config.json",
+            "is weights without their config.json; name the folder that holds both",
         ),
     ],
 )
@@ -234,10 +232,12 @@ def test_train_predict_and_evaluate_take_the_same_folder(cifar_sample, tmp_path)
     )
     result = evaluate_on(load_trained(run), open_dataset(cifar_sample))
     evaluated = convmixer("evaluate", run, "--data", cifar_sample, "--workers", 0)
-    assert evaluated.stdout.startswith(f"{run}: {result.top1:.2f} % top-1 ({result.correct} of 10")
+    assert evaluated.stdout.startswith(
+        f"{run}: top-1 {result.top1:.2f} % ({result.correct} of 10 test images in 10 classes"
+    )
     [[first, *_]] = predict(load_trained(run), [open_image(CAT)])
     predicted = convmixer("predict", IMAGES / "cat.png", "--model", run)
-    assert f"{first.label} {first.probability:.1%}" in predicted.stdout
+    assert f": {first.label} {100 * first.probability:.1f} %, " in predicted.stdout
 
 
 def test_convert_says_what_it_wrote_and_asks_for_what_it_cannot_know(tmp_path):

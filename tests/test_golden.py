@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+from pathlib import Path
 
 import pytest
 import timm
@@ -53,6 +54,18 @@ def test_the_packages_own_logits_count_before_those_in_the_cache(hub, monkeypatc
     assert verify(NAME) <= TOLERANCE
 
 
+def rewrite(run, **changes):
+    golden = json.loads((run / "golden.json").read_text())
+    (run / "golden.json").write_text(json.dumps({**golden, **changes}))
+
+
+def test_a_path_is_no_name(run, monkeypatch):
+    logits = json.loads((run / "golden.json").read_text())["logits"]
+    rewrite(run, logits=[[logit + 1 for logit in row] for row in logits])
+    monkeypatch.chdir(run.rename(run.with_name("convmixer_cifar")).parent)
+    assert verify("convmixer_cifar") <= TOLERANCE < verify(Path("convmixer_cifar"))
+
+
 def test_a_file_alone_has_no_reference(tmp_path):
     file = shutil.copy(find_checkpoint(NAME), tmp_path / "other.safetensors")
     with pytest.raises(CheckpointError, match="golden.json: no such file; name a model of this pa"):
@@ -67,11 +80,6 @@ def test_a_gelu_that_computes_something_else_is_noticed(run, monkeypatch):
     assert (result.exit_code, result.output.count("\n")) == (1, 1)
     message = f"{run}: its logits do NOT match the reference (try another version of torch, and "
     assert result.output.startswith(message)
-
-
-def rewrite(run, **changes):
-    golden = json.loads((run / "golden.json").read_text())
-    (run / "golden.json").write_text(json.dumps({**golden, **changes}))
 
 
 def test_a_logit_that_is_no_number_is_noticed(run):

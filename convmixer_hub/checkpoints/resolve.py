@@ -46,7 +46,8 @@ class Source:
         """
         if not self.name:
             raise CheckpointError(
-                f"{self.file}: is a file alone; name the folder that holds it and its {CONFIG_FILE}"
+                f"{self.file}: is weights without their {CONFIG_FILE}; name the folder that holds "
+                "both"
             )
 
 

@@ -55,7 +55,7 @@ COMMANDS = {
 
 def _needs_command() -> bool:
     """Return whether an option or the name of a benchmark is completed: only its command knows."""
-    words = os.environ.get("COMP_WORDS", "").split(" ")
+    words = os.environ.get("COMP_WORDS", "").split()  # bash puts newlines between them
     if words[1:2] == ["bench"] and len(words) <= 3:
         return True
     return os.environ.get("COMP_CWORD", "").startswith("-") or words[-1].startswith("-")

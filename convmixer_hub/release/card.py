@@ -268,7 +268,8 @@ def _find_base_model(settings: Mapping[str, Any]) -> str | None:
         return None
     with suppress(UnknownModelError):
         return get_record(start).repo_id
-    return start.removeprefix(PREFIX).partition("@")[0] if start.startswith(PREFIX) else None
+    repository = Repository.parse(start)
+    return repository.repo_id if repository and not os.path.exists(start) else None
 
 
 def _name_dataset(dataset: ImageDataset | DatasetRecord) -> str:

@@ -79,11 +79,11 @@ def find_golden(source: Source) -> Path:
     return (own or source.file).with_name(GOLDEN_FILE)
 
 
-def verify(name: str) -> float:
+def verify(name: str | Path | Source) -> float:
     """Compare what a model computes on this machine, in float32, with what is recorded.
 
     Args:
-        name: A trained model's name, or a folder, as in `load_trained`.
+        name: As in `load_trained`.
 
     Returns:
         The largest difference of a logit, as a share of the largest logit: at most `TOLERANCE` if
@@ -93,10 +93,11 @@ def verify(name: str) -> float:
         UnknownModelError: If it is neither a trained model's name nor a folder.
         CheckpointError: If the model cannot be loaded, or nothing is recorded of these weights.
     """
-    source = resolve(name)
+    source = name if isinstance(name, Source) else resolve(name)
     model = load_trained(source)
     file = find_golden(source)
-    remedy = f"`convmixer card {shlex.quote(name)} --data DIR` writes it"
+    argument = source.record.name if source.record else str(source.folder)
+    remedy = f"`convmixer card {shlex.quote(argument)} --data DIR` writes it"
     if not source.name or source.name.startswith(PREFIX):
         remedy = "name a model of this package, or a folder for which `convmixer card` wrote it"
     try:

@@ -74,17 +74,17 @@ def write_space(names: Sequence[str], output: Path) -> None:
         source = resolve(name)
         source.check_is_whole()
         check_classifies(load_trained(source))
+        folder = source.folder.resolve()
+        place = ""
         if source.record:
             name = source.record.name
-            for part in (WEIGHTS_FILE, CARD_FILE):  # the Hub's cache may have no card
-                if (file := source.file.with_name(part)).is_file():
-                    copies[f"convmixer_hub/weights/{name}/{part}"] = file
+            place = f"convmixer_hub/weights/{name}"
         elif not source.name.startswith(PREFIX):
-            folder = source.folder.resolve()
-            name = f"models/{folder.name}"
-            for part in (WEIGHTS_FILE, CONFIG_FILE):
-                if copies.setdefault(f"{name}/{part}", folder / part) != folder / part:
-                    raise DataError(f"{name}: two models have a folder of this name; rename one")
+            name = place = f"models/{folder.name}"
+        for part in (WEIGHTS_FILE, CONFIG_FILE, CARD_FILE):
+            file = folder / part
+            if place and file.is_file() and copies.setdefault(f"{place}/{part}", file) != file:
+                raise DataError(f"{name}: two models have a folder of this name; rename one")
         if name not in shown:
             shown.append(name)
     package = _find_package()
