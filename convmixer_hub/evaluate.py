@@ -114,7 +114,7 @@ def evaluate_on(
 def collect_test_logits(
     model: nn.Module, dataset: ImageDataset, batch_size: int = 64, workers: int = 0
 ) -> tuple[Tensor, Tensor]:
-    """Keep what a model says of each test image; as `evaluate_on`, but where the model is.
+    """Keep what a model says of each test image; as `evaluate_on`, on the device of the model.
 
     Returns:
         As `collect_logits` does.
@@ -164,7 +164,7 @@ def serve(loader: DataLoader) -> Iterator[tuple[Tensor, Tensor]]:
         *_, reason = str(error).strip().splitlines()  # after a traceback of that process
         raise DataError(
             f"the process that reads images failed ({reason}); give more shared memory (docker run "
-            "--shm-size 1g), or, in evaluate, --workers 0"
+            "--shm-size 1g), or evaluate with --workers 0"
         ) from None
 
 

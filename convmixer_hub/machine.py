@@ -35,7 +35,7 @@ def describe_processor(*names: str) -> str:
 
 
 def count_workers() -> int:
-    """Say how many workers there may be: one for each free CPU core, 1 to 16."""
+    """Say how many workers there may be: one for each CPU core but one, 1 to 16."""
     # Each keeps batches in shared memory, of which containers have little.
     return max(1, min(16, _count_cores() - 1))
 

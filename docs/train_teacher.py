@@ -50,6 +50,7 @@ def main() -> None:
         batch_size=options.batch_size,
         learning_rate=options.lr,
         final_share=1.0,
+        whole_share=1.0,
         label_smoothing=0.0,  # a teacher's small probabilities are what is learned from it
         rand_augment=options.rand_augment,
         random_erasing=0.25,

@@ -25,13 +25,13 @@ from convmixer_hub.release.card import propose_record
 from convmixer_hub.release.golden import TOLERANCE, verify
 from convmixer_hub.release.publish import list_uploads
 from convmixer_hub.training.finetune import FINETUNE_OPTIONS, choose_settings
-from convmixer_hub.training.settings import RECIPE, TrainingSettings
+from convmixer_hub.training.settings import TrainingSettings
 
 from .conftest import ARCH, encode, write_tree
 from .test_evaluate import calibration_error
 
 SETTINGS = TrainingSettings(
-    ARCH, epochs=3, learning_rate=0.004, held_out=7, late_augmentation=True, seed=5
+    ARCH, epochs=3, learning_rate=0.004, held_out=7, late_augmentation=False, seed=5
 )
 METRICS = """epoch,train_loss,train_top1,seconds,held_out_top1
 1,2.1,20.5,1800.0,21.25
@@ -162,6 +162,7 @@ def test_the_card_of_a_fine_tuned_model_serves_others(run, cifar_sample):
     for model, base in [
         (settings.model, "convmixer-hub/convmixer_cifar.cifar10"),
         ("hf-hub:somebody/birds@v2", "somebody/birds"),
+        ("somebody/birds", "somebody/birds"),
         ("/home/me/secret", None),
         ("./convmixer_cifar", None),
     ]:
@@ -237,8 +238,8 @@ def test_the_card_of_a_model_trained_further_gives_its_command(run, cifar_sample
     assert "- Start: the trained weights of `MODEL`\n" in text
 
 
-def test_the_card_of_a_model_trained_by_the_recipe_gives_the_shortest_command(run, cifar_sample):
-    change_config(run, training=asdict(TrainingSettings(ARCH, **RECIPE)))
+def test_the_card_of_a_model_trained_by_default_gives_the_shortest_command(run, cifar_sample):
+    change_config(run, training=asdict(TrainingSettings(ARCH)))
     text = write_card(run, cifar_sample).read_text()
     assert f"\nconvmixer train {ARCH} --data DIR --output RUN\n" in text
 

@@ -19,7 +19,7 @@ from ..hub.records import RECORDS, suggest
 from ..machine import find_device
 from ..model.config import get_config
 from ..model.convmixer import ConvMixer
-from ..model.cpu import choose_dtype, keep_freed_memory, speed_up_on_cpu
+from ..model.cpu import choose_precision, keep_freed_memory, speed_up_on_cpu
 from ..model.gpu import FastOnGPU
 from ..training.network import Network
 from ..training.settings import TrainingSettings
@@ -153,13 +153,14 @@ def _make_step(arch: str, variant: _Variant, batch_size: int) -> tuple[Callable[
         images = images.contiguous(memory_format=torch.channels_last)
     labels = torch.randint(base.num_classes, (batch_size,), device=device)
     if variant.bf16 is None:
-        dtype, reason = choose_dtype(base, device, size)
-        bf16 = dtype is torch.bfloat16
+        precision, reason = choose_precision(base, device, size)
+        bf16, remark = precision == "bf16", f"{precision}: {reason}"
     else:
-        bf16, reason = variant.bf16, "bf16" if variant.bf16 else "fp32"
+        bf16, remark = variant.bf16, "bf16" if variant.bf16 else "fp32"
 
     if ours_on_gpu:
         network = Network(base, model, None, optimizer)
+        dtype = torch.bfloat16 if bf16 else torch.float32
         take_step = TrainingStep(network, TrainingSettings(arch), dtype, device)
 
     def step() -> float:
@@ -177,4 +178,4 @@ def _make_step(arch: str, variant: _Variant, batch_size: int) -> tuple[Callable[
             torch.cuda.synchronize()
         return (time.perf_counter() - start) / batch_size
 
-    return step, reason
+    return step, remark

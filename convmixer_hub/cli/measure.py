@@ -57,9 +57,10 @@ def bench_train_command(
 ) -> None:
     """Time training steps of MODEL and of other implementations of it, in turns.
 
-    timm: its ConvMixer as a user gets it (fp32, NCHW, eager); timm-bf16, timm-compiled: with bf16
-    autocast or torch.compile, and channels_last; sequential: the code in the paper's appendix;
-    ours: as convmixer train prepares it, in bf16 where that is faster.
+    timm: its ConvMixer as a user gets it (fp32, NCHW, eager); timm-bf16, timm-compiled,
+    timm-bf16-compiled: with bf16 autocast, torch.compile or both, and channels_last; sequential:
+    the code in the paper's appendix; ours: as convmixer train prepares it, in bf16 where that is
+    faster.
     """
     timings = bench_train(model, variants or tuple(TRAINING_VARIANTS), batch_size, rounds)
     first = next(iter(timings))

@@ -11,18 +11,17 @@ from pathlib import Path
 from typing import Any
 
 import click
-from click.core import ParameterSource
 
 from ..training.finetune import FINETUNE_OPTIONS, choose_settings, finetune
 from ..training.folder import STATE_FILE
 from ..training.run import train
-from ..training.settings import RECIPE, TrainingSettings
+from ..training.settings import TrainingSettings, option_name
 from .options import OpenData, data_options
 
 _SETTINGS = {setting.name: setting for setting in fields(TrainingSettings)[1:]}
 _ONLY_FOR_FINETUNING = ("layer_decay", "freeze_batch_norm", "keep_best")
 TRAIN_OPTIONS = tuple(name for name in _SETTINGS if name not in _ONLY_FOR_FINETUNING)
-TRAIN_DEFAULTS = {name: getattr(TrainingSettings, name) for name in TRAIN_OPTIONS} | RECIPE
+TRAIN_DEFAULTS = {name: _SETTINGS[name].default for name in TRAIN_OPTIONS}
 
 
 def _settings_options(
@@ -34,7 +33,7 @@ def _settings_options(
         for name in reversed(names):
             setting = _SETTINGS[name]
             options: dict[str, Any] = {"help": setting.metadata["help"]}
-            flag = "--lr" if name == "learning_rate" else f"--{name.replace('_', '-')}"
+            flag = option_name(name)
             if isinstance(setting.default, bool):
                 options["is_flag"] = True
                 if defaults.get(name):
@@ -90,10 +89,6 @@ def train_command(
     By default: 40 epochs, Muon, RandAugment and random erasing.
     """
     given = click.get_current_context()
-    if settings["pretrained"] and (
-        given.get_parameter_source("covariance_init") is ParameterSource.DEFAULT
-    ):
-        settings["covariance_init"] = False
     with _stopping_at(output):
         plan = TrainingSettings(model, **settings)
         train(plan, open_data(), output, skip_damaged)

@@ -136,7 +136,7 @@ def list_files(root: Path, left_out: LeftOut) -> tuple[list[PurePath], list[Pure
 
 
 def _is_hidden(name: str) -> bool:
-    """Return the files and folders that systems and programs leave behind."""
+    """Return whether a file or folder is one that systems and programs leave behind."""
     return name.startswith(".") or name.lower() in CLUTTER
 
 

@@ -235,10 +235,8 @@ def speed_up_on_cpu(model: nn.Module) -> None:
     load_passes()
 
 
-def choose_dtype(
-    model: ConvMixer, device: torch.device, image_size: int
-) -> tuple[torch.dtype, str]:
-    """Find out in which type a model is trained faster: on a CPU by trying, half a second long.
+def choose_precision(model: ConvMixer, device: torch.device, image_size: int) -> tuple[str, str]:
+    """Find the precision in which a model is trained faster: on a CPU by trying, for half a second.
 
     What a CPU says of itself does not tell: some list instructions for bfloat16 and take longer in
     it.
@@ -249,12 +247,12 @@ def choose_dtype(
         image_size: Side of its images, in pixels.
 
     Returns:
-        `torch.bfloat16` or `torch.float32`, and the reason in a few words.
+        `bf16` or `fp32`, and the reason in a few words.
     """
     if device.type == "cuda":
         if torch.cuda.is_bf16_supported(including_emulation=False):
-            return torch.bfloat16, "bf16: this GPU has it"
-        return torch.float32, "fp32: this GPU has no bf16"
+            return "bf16", "this GPU has it"
+        return "fp32", "this GPU has no bf16"
     layer = copy.deepcopy(model.conv_mixer_layers[0]).train()
     side = image_size // model.patch_emb.patch_size
     x = torch.rand(max(2, 8192 // side**2), model.num_features, side, side)
@@ -272,5 +270,5 @@ def choose_dtype(
             seconds[dtype].append(time.perf_counter() - start)
     fp32, bf16 = (1000 * statistics.median(taken[1:]) for taken in seconds.values())
     if bf16 < fp32:
-        return torch.bfloat16, f"bf16: a layer takes {bf16:.1f} ms, {fp32:.1f} ms in fp32"
-    return torch.float32, f"fp32: a layer takes {fp32:.1f} ms, {bf16:.1f} ms in bf16"
+        return "bf16", f"a layer takes {bf16:.1f} ms, {fp32:.1f} ms in fp32"
+    return "fp32", f"a layer takes {fp32:.1f} ms, {bf16:.1f} ms in bf16"

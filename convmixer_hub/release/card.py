@@ -61,7 +61,7 @@ from ..model.config import get_config, get_label_names
 from ..model.convmixer import ConvMixer
 from ..training.finetune import FINETUNE_OPTIONS
 from ..training.folder import METRICS_FILE, read_metrics
-from ..training.settings import RECIPE, TrainingSettings
+from ..training.settings import TrainingSettings, option_name
 from ..zoo import VARIANTS
 from .golden import write_golden
 
@@ -312,11 +312,11 @@ def _write_command(plan: TrainingSettings) -> str:
         verb = "finetune"
         names = [name for name in FINETUNE_OPTIONS if settings[name] is not False]
     else:
-        defaults = {field.name: field.default for field in fields(plan)} | RECIPE
+        defaults = {field.name: field.default for field in fields(plan)}
         verb, names = "train", [name for name in settings if settings[name] != defaults[name]]
     command = ["convmixer", verb, settings["model"], "--data", "DIR", "--output", "RUN"]
     for name in names:
-        option = "--lr" if name == "learning_rate" else f"--{name.replace('_', '-')}"
+        option = option_name(name)
         if isinstance(settings[name], bool):
             command.append(option if settings[name] else f"--no-{option[2:]}")
         elif name != "model":

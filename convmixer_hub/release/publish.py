@@ -27,7 +27,7 @@ class Publication:
     """What the Hub has.
 
     Attributes:
-        uploads: The files, each under its own name; pulled back, each had its digest.
+        uploads: The files, each under its own name; downloaded again, each had its digest.
         revision: The commit that they are in.
         changed: False if the Hub had them all before.
         tag: The tag that the commit has.

@@ -85,11 +85,14 @@ def choose_settings(name: str, dataset: ImageDataset, **changes: Any) -> Trainin
     settings: dict[str, Any] = {
         "epochs": max(10, math.ceil(MIN_STEPS / max(1, kept // max(1, batch_size)))),
         "final_share": 1.0,  # the learning rate falls from the start, and images are seen whole
+        "whole_share": 1.0,
         "optimizer": "adamw",
         "learning_rate": 0.01,
         "layer_decay": 0.8,
         "rand_augment": "rand-m5-n1-mstd0.5-inc1" if few else "",
         "random_erasing": 0.25 if few else 0.0,
+        "late_augmentation": False,
+        "covariance_init": False,
     }
     return TrainingSettings(model, **settings | changes, pretrained=True, keep_best=True)
 

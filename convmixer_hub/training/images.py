@@ -53,8 +53,8 @@ def choose_images(settings: TrainingSettings, dataset: ImageDataset) -> RunImage
     kept, held_out = hold_out(dataset, settings.held_out, settings.seed)
     if settings.train_images > len(kept):
         raise TrainingError(
-            f"train_images is {settings.train_images}: {len(kept)} are there that are not held "
-            "out; give at most that"
+            f"train_images is {settings.train_images}: only {len(kept)} training images are not "
+            f"held out; give at most {len(kept)}"
         )
     if settings.train_images:
         generator = torch.Generator().manual_seed(settings.seed)

@@ -23,7 +23,7 @@ from ..errors import DataError, TrainingError, UnknownModelError, first_line
 from ..evaluate import collect_logits, evaluate, fit_temperature
 from ..hub.records import suggest
 from ..machine import count_workers, describe_machine, find_device, refuse_torchrun
-from ..model.cpu import choose_dtype
+from ..model.cpu import choose_precision
 from ..zoo import default_cfgs
 from .folder import RunState, lock_run, open_run, save_results, save_state
 from .images import RunImages, choose_images, load_images, serve_batches
@@ -35,7 +35,6 @@ from .teacher import Teacher
 
 SECONDS_BETWEEN_SAVES = 60.0
 STEPS_BETWEEN_READS = 20  # of loss and accuracy, on a GPU
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def train(
@@ -178,18 +177,18 @@ class _Run:
     @property
     def dtype(self) -> torch.dtype:
         """The type that most of a step computes in."""
-        return DTYPES[self.state.precision or "fp32"]
+        return torch.bfloat16 if self.state.precision == "bf16" else torch.float32
 
     def _choose_precision(self, data_config: Mapping[str, Any]) -> str:
         """Name this run's type, which stays the same wherever the run is resumed."""
         state = self.state
-        if not state.precision and self.settings.precision != "auto":
-            state.precision = self.settings.precision
         if not state.precision:
-            side = min(data_config["input_size"][1:])
-            dtype, reason = choose_dtype(self.network.model, self.device, side)
-            state.precision = "bf16" if dtype is torch.bfloat16 else "fp32"
-            tqdm.write(f"computes in {reason}")
+            state.precision = self.settings.precision
+            if state.precision == "auto":
+                side = min(data_config["input_size"][1:])
+                chosen = choose_precision(self.network.model, self.device, side)
+                state.precision, reason = chosen
+                tqdm.write(f"computes in {state.precision}: {reason}")
         return state.precision
 
     def train_epoch(self) -> None:

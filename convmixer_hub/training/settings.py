@@ -1,4 +1,4 @@
-"""What a training run computes: its settings, their limits, and the recipe of `convmixer train`."""
+"""What a training run computes: its settings, their defaults and their limits."""
 
 from __future__ import annotations
 
@@ -17,18 +17,6 @@ OPTIMIZERS: dict[str, dict[str, Any]] = {
     "adamw": {"betas": (0.9, 0.99)},
 }
 
-# What `convmixer train` computes if nothing else is asked for, where that differs from the plain
-# defaults below.
-RECIPE: dict[str, Any] = {
-    "epochs": 40,
-    "final_share": 0.75,
-    "whole_share": 0.73,
-    "rand_augment": "rand-m9-n1-mstd0.5-inc1",
-    "random_erasing": 0.1,
-    "late_augmentation": True,
-    "covariance_init": True,
-}
-
 
 def _setting(
     default: Any,
@@ -40,8 +28,8 @@ def _setting(
     """Declare a setting: options of commands, checks and error messages are made from this.
 
     Args:
-        default: What changes nothing, so that runs of a version without the setting can be resumed;
-            what is better than that belongs in `RECIPE`.
+        default: What `convmixer train` does. Of a setting that is added later, what was done
+            before, so that older runs can be resumed.
         help: What it does, as a sentence that stands by itself.
         range: What it may be, for the error message.
         fits: Whether a value is in that range.
@@ -59,6 +47,11 @@ _SHARE = ("from 0 to 1", lambda value: 0 <= value <= 1)
 _BELOW_1 = ("at least 0 and below 1", lambda value: 0 <= value < 1)
 
 
+def option_name(setting: str) -> str:
+    """Name the option of the command line for a setting."""
+    return "--lr" if setting == "learning_rate" else f"--{setting.replace('_', '-')}"
+
+
 @dataclass(frozen=True)
 class TrainingSettings:
     """What a run computes, given the data and the kind of device.
@@ -72,14 +65,14 @@ class TrainingSettings:
     model: str
 
     # Schedule
-    epochs: int = _setting(25, "Passes over the training images.", *_AT_LEAST_1)
+    epochs: int = _setting(40, "Passes over the training images.", *_AT_LEAST_1)
     final_share: float = _setting(
-        0.28,
+        0.75,
         "Share of the epochs in the decay phase, in which the learning rate falls to 0.",
         *_SHARE,
     )
     whole_share: float = _setting(
-        1.0,
+        0.73,
         "Share of the decay phase trained at full resolution; smaller crops before that save time.",
         *_SHARE,
     )
@@ -112,20 +105,20 @@ class TrainingSettings:
 
     # Augmentation
     rand_augment: str = _setting(
-        "",
+        "rand-m9-n1-mstd0.5-inc1",
         "timm's description of a RandAugment, such as rand-m9-n2-mstd0.5-inc1.",
         "one like rand-m9-n2-inc1",
         is_rand_augment,
     )
     random_erasing: float = _setting(
-        0.0, "Probability that a rectangle of an image is filled with noise.", *_SHARE
+        0.1, "Probability that a rectangle of an image is filled with noise.", *_SHARE
     )
     mixup: float = _setting(0.0, "Alpha of mixup; 0 for none.", *_AT_LEAST_0)
     cutmix: float = _setting(
         0.0, "Alpha of cutmix; 0 for none. With both, a batch gets one of them.", *_AT_LEAST_0
     )
     late_augmentation: bool = _setting(
-        False,
+        True,
         "Apply RandAugment, erasing, mixup and cutmix only in the decay phase.",
     )
 
@@ -149,9 +142,9 @@ class TrainingSettings:
 
     # Start
     covariance_init: bool = _setting(
-        False,
-        "Initialize depthwise kernels with the covariance initialization of arXiv:2210.03651; not "
-        "with pretrained weights.",
+        True,
+        "Initialize depthwise kernels with the covariance initialization of arXiv:2210.03651, if "
+        "they are not pretrained.",
     )
     pretrained: bool = _setting(
         False,
@@ -203,8 +196,6 @@ class TrainingSettings:
                 raise TrainingError(
                     f"{setting.name} is {value}: must be {setting.metadata['range']}"
                 )
-        if self.covariance_init and self.pretrained:
-            raise TrainingError("covariance_init is True: must be False for pretrained weights")
 
     @property
     def teachers(self) -> list[str]:
