@@ -164,7 +164,7 @@ def serve(loader: DataLoader) -> Iterator[tuple[Tensor, Tensor]]:
         *_, reason = str(error).strip().splitlines()  # after a traceback of that process
         raise DataError(
             f"the process that reads images failed ({reason}); give more shared memory (docker run "
-            "--shm-size 1g), or evaluate with --workers 0"
+            "--shm-size 1g), or, in evaluate, --workers 0"
         ) from None
 
 

@@ -65,6 +65,8 @@ def test_help_has_each_command_with_its_first_sentence(name):
         ("convmixer pre", "plain,predict"),
         ("convmixer evaluate convmixer_c", f"plain,{NAME}"),
         ("convmixer predict --model convmixer_c", f"plain,{NAME}"),
+        ("convmixer predict --model ", f"plain,{NAME}"),
+        ("convmixer bench finetune ", f"plain,{NAME}"),
         ("convmixer predict tests/im", "file,tests/im"),
         ("convmixer bench finetune convmixer_c", f"plain,{NAME}"),
     ],
@@ -82,7 +84,7 @@ finally:
     if words:
         environment["_CONVMIXER_COMPLETE"] = "bash_complete"
         environment["COMP_WORDS"] = words.replace(" ", "\n")  # as bash has them
-        environment["COMP_CWORD"] = str(len(words.split()) - 1)
+        environment["COMP_CWORD"] = str(words.count(" "))
     lines = run_python(code, **environment).splitlines()
     assert expected in lines and lines[-1] == "[]"
 

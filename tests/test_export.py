@@ -3,6 +3,7 @@ import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy
 import onnx
@@ -207,8 +208,9 @@ def test_what_fails_in_an_exporter_is_one_line(tmp_path, monkeypatch):
     assert not list((tmp_path / "out").iterdir())
 
 
-def test_logits_are_compared_with_those_recorded(tmp_path):
-    run = shutil.copytree(CHECKOUT / "weights" / NAME, tmp_path / "run")
+def test_logits_are_compared_with_those_recorded(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run = shutil.copytree(CHECKOUT / "weights" / NAME, Path("convmixer_cifar"))
     file = run / "golden.json"
     golden = json.loads(file.read_text())
     golden["logits"][0][0] += 1
@@ -217,15 +219,17 @@ def test_logits_are_compared_with_those_recorded(tmp_path):
         "its logits do not match golden.json, so it was not exported; try another version of t"
     )
     with pytest.raises(CheckpointError, match=message):
-        export(run, tmp_path / "out", "pt2")
-    assert not (tmp_path / "out").exists()
+        export(run, Path("out"), "pt2")  # a path, although a model has this name
+    assert not Path("out").exists()
+    weights = shutil.copy(run / "model.safetensors", run / "others.safetensors")
+    assert not export(weights, Path("others"), "pt2").verified  # the file is not of these
     file.unlink()
-    result = convmixer("export", run, "-o", tmp_path / "out", "--format", "pt2")
+    result = convmixer("export", f"./{run}", "-o", "out", "--format", "pt2")
     assert (
-        "run: has no golden.json to compare torch's logits with; `convmixer card` writes one"
-        in (result.stderr)
+        "convmixer_cifar: has no golden.json to compare torch's logits with; `convmixer card` wri"
+        in result.stderr
     )
-    assert (tmp_path / "out" / "model.pt2").exists()
+    assert Path("out", "model.pt2").exists()
 
 
 def test_an_export_with_other_logits_is_not_kept(tmp_path, monkeypatch):

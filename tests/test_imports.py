@@ -95,6 +95,11 @@ timm.create_model("convmixer_cifar", pretrained=True)
     assert {*output.split()} <= {"convmixer_hub", "packaging"}
 
 
+def test_the_first_listing_of_the_package_is_short():
+    names = [f for f in PACKAGE.iterdir() if f.name != "__pycache__" and f.name[0] != "."]
+    assert len(names) <= 20
+
+
 def list_tracked(*paths: str) -> list[str]:
     """List the files that git keeps, at these paths alone if any are given."""
     if not (CHECKOUT / ".git").exists():

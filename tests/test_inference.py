@@ -220,15 +220,25 @@ def replace_a_layer(model):
     model.conv_mixer_layers[3] = layer
 
 
-def replace_the_stem(model):
+def overlap_patches(model):
     model.patch_emb.conv = nn.Conv2d(3, 96, 3, padding=1)
+
+
+def replace_the_stem(model):
+    model.patch_emb = nn.Sequential(nn.Conv2d(3, 96, 1), nn.GELU(), nn.BatchNorm2d(96))
+
+
+def widen_the_last_layer(model):
+    model.conv_mixer_layers[7].point_wise_conv = nn.Conv2d(96, 192, 1)
 
 
 @pytest.mark.parametrize(
     ("change", "name"),
     [
         (replace_a_layer, "conv_mixer_layers.3 is Doubling"),
-        (replace_the_stem, "patch_emb.conv is Conv2d(3, 96, kernel_size=(3, 3)"),
+        (overlap_patches, "patch_emb.conv is Conv2d(3, 96, kernel_size=(3, 3)"),
+        (replace_the_stem, "patch_emb is Sequential"),
+        (widen_the_last_layer, "conv_mixer_layers.7.point_wise_conv is Conv2d(96, 192,"),
         (lambda m: m.conv_mixer_layers.add_module("x", nn.Dropout()), "mixer_layers.x is Dropout"),
     ],
 )

@@ -8,6 +8,7 @@ nothing but click; it is installed under a name of its own, too (see setup.cfg),
 from __future__ import annotations
 
 import os
+import re
 import sys
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
@@ -55,7 +56,7 @@ COMMANDS = {
 
 def _needs_command() -> bool:
     """Return whether an option or the name of a benchmark is completed: only its command knows."""
-    words = os.environ.get("COMP_WORDS", "").split()  # bash puts newlines between them
+    words = re.split(r"[ \n]", os.environ.get("COMP_WORDS", ""))  # bash puts newlines between
     if words[1:2] == ["bench"] and len(words) <= 3:
         return True
     return os.environ.get("COMP_CWORD", "").startswith("-") or words[-1].startswith("-")

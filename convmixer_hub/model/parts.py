@@ -54,12 +54,13 @@ def _describe_convolution(
 
 def find_changed_part(model: ConvMixer) -> str | None:
     """Describe the first part that was replaced or set to compute something else, if any was."""
+    channels, side = model.num_features, getattr(model.patch_emb, "patch_size", 0)
+    mixing = {"in_channels": channels, "out_channels": channels}
     geometry = {
-        "conv": _describe_convolution(model.patch_emb.patch_size, model.patch_emb.patch_size),
-        "depth_wise_conv": _describe_convolution(
-            model.kernel_size, padding=model.kernel_size // 2, groups=model.num_features
-        ),
-        "point_wise_conv": _describe_convolution(1),
+        "conv": {"out_channels": channels} | _describe_convolution(side, side),
+        "depth_wise_conv": mixing
+        | _describe_convolution(model.kernel_size, padding=model.kernel_size // 2, groups=channels),
+        "point_wise_conv": mixing | _describe_convolution(1),
     }
     for name, module in model.named_modules():
         parent, _, part = name.rpartition(".")

@@ -11,7 +11,7 @@ import re
 import shlex
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -312,7 +312,8 @@ def _write_command(plan: TrainingSettings) -> str:
         verb = "finetune"
         names = [name for name in FINETUNE_OPTIONS if settings[name] is not False]
     else:
-        defaults = {field.name: field.default for field in fields(plan)}
+        defaults = asdict(TrainingSettings(plan.model, pretrained=plan.pretrained))
+        defaults["pretrained"] = False
         verb, names = "train", [name for name in settings if settings[name] != defaults[name]]
     command = ["convmixer", verb, settings["model"], "--data", "DIR", "--output", "RUN"]
     for name in names:

@@ -28,7 +28,7 @@ from ..data.reader import ImageDataset, LabeledImages
 from ..errors import CheckpointError, first_line
 from ..evaluate import prepare_test_images
 from ..files import hash_file, replacing, writing
-from ..hub.records import GOLDEN_FILE
+from ..hub.records import GOLDEN_FILE, WEIGHTS_FILE
 from ..load import load_trained
 from ..model.config import check_classifies, get_config, get_label_names
 from .golden import TOLERANCE as GOLDEN_TOLERANCE
@@ -118,8 +118,8 @@ def export(
     source = resolve(name)
     model = load_trained(source).eval()
     check_classifies(model)
-    # Beside a file alone there may be the reference logits of another.
-    verified = bool(source.name) and os.path.exists(find_golden(source))
+    # Beside a file of another name there may be the reference logits of other weights.
+    verified = source.file.name == WEIGHTS_FILE and os.path.exists(find_golden(source))
     if verified and not verify(source) <= GOLDEN_TOLERANCE:
         raise CheckpointError(
             f"{name}: its logits do not match {GOLDEN_FILE}, so it was not exported; try another "

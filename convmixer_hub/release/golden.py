@@ -83,7 +83,7 @@ def verify(name: str | Path | Source) -> float:
     """Compare what a model computes on this machine, in float32, with what is recorded.
 
     Args:
-        name: As in `load_trained`.
+        name: As in `load_trained`; or what `resolve` gave.
 
     Returns:
         The largest difference of a logit, as a share of the largest logit: at most `TOLERANCE` if
@@ -96,8 +96,8 @@ def verify(name: str | Path | Source) -> float:
     source = name if isinstance(name, Source) else resolve(name)
     model = load_trained(source)
     file = find_golden(source)
-    argument = source.record.name if source.record else str(source.folder)
-    remedy = f"`convmixer card {shlex.quote(argument)} --data DIR` writes it"
+    argument = shlex.quote(source.name.removeprefix("local-dir:"))
+    remedy = f"`convmixer card {argument} --data DIR` writes it"
     if not source.name or source.name.startswith(PREFIX):
         remedy = "name a model of this package, or a folder for which `convmixer card` wrote it"
     try:

@@ -86,7 +86,7 @@ def build_network(settings: TrainingSettings, classes: list[str], device: torch.
     else:
         model = timm.create_model(settings.model, num_classes=len(classes))
     assert isinstance(model, ConvMixer)  # as every arch of this package is
-    if settings.covariance_init and not settings.pretrained:
+    if settings.covariance_init:
         init_depthwise_kernels(model)
     model.to(device)
     module: nn.Module = model

@@ -143,8 +143,8 @@ class TrainingSettings:
     # Start
     covariance_init: bool = _setting(
         True,
-        "Initialize depthwise kernels with the covariance initialization of arXiv:2210.03651, if "
-        "they are not pretrained.",
+        "Initialize depthwise kernels with the covariance initialization of arXiv:2210.03651; not "
+        "with pretrained weights.",
     )
     pretrained: bool = _setting(
         False,
@@ -196,6 +196,8 @@ class TrainingSettings:
                 raise TrainingError(
                     f"{setting.name} is {value}: must be {setting.metadata['range']}"
                 )
+        if self.pretrained:
+            object.__setattr__(self, "covariance_init", False)  # the class is frozen
 
     @property
     def teachers(self) -> list[str]:
