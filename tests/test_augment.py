@@ -136,8 +136,7 @@ def test_images_of_other_sizes_are_scaled_as_in_evaluation(write_parquet):
 
 
 def test_damaged_images_are_counted_and_named_or_skipped(write_parquet):
-    good = CAT
-    folder = write_parquet("train", [good, good[:-900], b"", good], [3, 3, 3, 3])
+    folder = write_parquet("train", [CAT, CAT[:-900], b"", CAT], [3, 3, 3, 3])
     images = open_dataset(folder).get("train")
     message = (
         r"^2 of 4 images cannot be read, the first is .*/data, row 1 of its "

@@ -92,7 +92,6 @@ def choose_settings(name: str, dataset: ImageDataset, **changes: Any) -> Trainin
         "rand_augment": "rand-m5-n1-mstd0.5-inc1" if few else "",
         "random_erasing": 0.25 if few else 0.0,
         "late_augmentation": False,
-        "covariance_init": False,
     }
     return TrainingSettings(model, **settings | changes, pretrained=True, keep_best=True)
 
