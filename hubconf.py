@@ -30,7 +30,10 @@ def convmixer_cifar(pretrained=False, **kwargs):
 
 
 def convmixer_256_8_ks9_p1(pretrained=False, **kwargs):
-    """ConvMixer-256/8, kernel 9, patch 1, for 32×32 images; trained on CIFAR-10."""
+    """ConvMixer-256/8, kernel 9, patch 1, for 32×32 images; trained on CIFAR-10.
+
+    `pretrained_cfg="cifar100"` gives the weights that were trained on CIFAR-100.
+    """
     return timm.create_model("convmixer_256_8_ks9_p1", pretrained=pretrained, **kwargs)
 
 

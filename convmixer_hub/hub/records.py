@@ -159,6 +159,14 @@ RECORDS: dict[str, CheckpointRecord] = {
             ece=0.41,
         ),
         CheckpointRecord(
+            name="convmixer_256_8_ks9_p1.cifar100",
+            sha256="1480d9c97a7e3234f8d802c098c122f84dd687587b8149f372f728ff87b77c93",
+            size=2966016,
+            dataset=CIFAR100,
+            top1=76.95,
+            ece=2.44,
+        ),
+        CheckpointRecord(
             name="convmixer_96_8_ks5_p1.cifar10",
             sha256="e698bfd511f23b64c9e8efb5480eda36d795f9dd5ba282c6588cfe527cb848ad",
             size=421488,
