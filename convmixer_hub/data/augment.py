@@ -18,7 +18,7 @@ from ..errors import DataError
 from .images import eval_transform
 from .reader import LabeledImages, read_images
 
-FLIPS = ("alternating", "random")
+FLIPS = ("alternating", "random", "none")
 
 
 def is_rand_augment(description: str) -> bool:
@@ -59,10 +59,9 @@ def _keep_one_bit(choose_bits: Callable, level: float, hparams: Mapping[str, Any
 class TrainingImages:
     """A training set in memory, served in shuffled and augmented batches.
 
-    The usual augmentation of CIFAR: reflected borders, random crops, and mirror images. Unless
-    they are mirrored at random, an image is mirrored every other epoch, starting with a random
-    half of them, so that two epochs show all images both ways ("alternating flip", Jordan 2024,
-    arXiv:2404.00498).
+    The usual augmentation of CIFAR: reflected borders, random crops, and mirror images. By default
+    an image is mirrored every other epoch, starting with a random half of them, so that two epochs
+    show all images both ways ("alternating flip", Jordan 2024, arXiv:2404.00498).
 
     Args:
         images: The images.
@@ -142,6 +141,8 @@ class TrainingImages:
         )
         if self.flip == "random":
             mirrored = torch.rand(batch_size, generator=generator) < 0.5
+        elif self.flip == "none":
+            mirrored = torch.zeros(batch_size, dtype=torch.bool)
         else:
             mirrored_first = torch.rand(len(self), generator=_generator(self.seed)) < 0.5
             mirrored = mirrored_first[batch] ^ bool(epoch % 2)

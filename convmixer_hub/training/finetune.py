@@ -45,6 +45,7 @@ FINETUNE_OPTIONS = (
     "mixup",
     "cutmix",
     "ema_decay",
+    "flip",
     "seed",
 )
 CONFUSION_FILE = "validation_confusion.png"

@@ -137,7 +137,9 @@ class TrainingSettings:
         *_AT_LEAST_0,
     )
     flip: str = _setting(
-        "alternating", "Mirror an image every other epoch, or by chance.", choices=FLIPS
+        "alternating",
+        "Mirror an image every other epoch, at random, or never, as for letters.",
+        choices=FLIPS,
     )
 
     # Start
