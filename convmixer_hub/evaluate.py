@@ -139,10 +139,10 @@ def collect_logits(model: nn.Module, loader: DataLoader) -> tuple[Tensor, Tensor
         DataError: If an image cannot be read, or a process that reads them fails.
     """
     model.eval()
-    device = next(model.parameters()).device
+    like = next(model.parameters())
     logits, labels = [], []
     for images, numbers in tqdm(serve(loader), "evaluate", len(loader), False, disable=None):
-        logits.append(model(images.to(device)).cpu())
+        logits.append(model(images.to(like.device, like.dtype)).cpu())
         labels.append(numbers)
     return torch.cat(logits).double(), torch.cat(labels)
 

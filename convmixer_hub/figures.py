@@ -11,6 +11,7 @@ import re
 import warnings
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -40,6 +41,15 @@ def check_matplotlib() -> None:
     """Refuse before the work that is to be drawn, rather than after it."""
     if find_spec("matplotlib") is None:
         raise DataError("drawing needs matplotlib: pip install matplotlib")
+
+
+def is_figure(file: Path) -> bool:
+    """Return whether a file is a PNG that matplotlib wrote, as all of these here are."""
+    try:
+        with Image.open(file) as image:
+            return str(image.info.get("Software")).startswith("Matplotlib")
+    except OSError:
+        return False
 
 
 def draw_predictions(

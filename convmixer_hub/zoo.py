@@ -155,6 +155,8 @@ def _create_convmixer(
             activation = "gelu"
     # 3. Names of classes, which set the size of the head.
     label_names = _choose_labels(_list_names(label_names), trained, kwargs)
+    if not pretrained and kwargs.get("num_classes"):
+        overlay.setdefault("label_names", None)  # as many classes may be others
     if label_names:
         overlay.update(num_classes=len(label_names), label_names=tuple(label_names))
     return build_model_with_cfg(

@@ -253,6 +253,12 @@ def test_a_grey_model_of_other_classes_without_a_history(tmp_path):
     save_model(model, tmp_path / "model", {"training": {"model": ARCH, "forgotten": 1}})
     (tmp_path / "card").mkdir()
     (tmp_path / "card" / "predictions.png").touch()
+    other = tmp_path / "card" / "README.md"
+    other.write_text("# Coins")
+    with pytest.raises(DataError, match="README.md: exists, and is no model card; name another"):
+        write_card(tmp_path / "model", tmp_path / "coins", tmp_path / "card")
+    assert other.read_text() == "# Coins"
+    other.unlink()
     card = write_card(tmp_path / "model", tmp_path / "coins", tmp_path / "card")
     text = card.read_text()
     result, _ = ModelCard.load(card).data.eval_results

@@ -42,6 +42,8 @@ def test_top1_counts_every_image_once(cifar_sample):
         result = evaluate_on(model, open_dataset(cifar_sample), batch_size)
         assert (result.correct, result.count) == (right, 10)
         assert result.top1 == 10.0 * right
+    in_bf16 = evaluate_on(model.bfloat16(), open_dataset(cifar_sample))
+    assert abs(in_bf16.correct - right) <= 1
 
 
 @pytest.mark.parametrize(("enough", "cpp"), [(10, True), (11, False)])

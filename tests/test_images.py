@@ -1,4 +1,5 @@
 import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -67,6 +68,65 @@ def test_what_would_be_black_is_refused(tmp_path):
         open_image(tmp_path / "faint.tiff")
     zeros = Image.fromarray(np.zeros((2, 2), dtype=np.float32))
     assert not np.asarray(open_image(encode(zeros, "TIFF"))).any()
+
+
+def encode_16_bit(colors: np.ndarray) -> bytes:
+    """Encode `[height, width, 3]` as a PNG of 16 bits a color, which Pillow does not write."""
+    height, width, _ = colors.shape
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in colors)
+    content = b"\x89PNG\r\n\x1a\n"
+    for kind, data in [
+        (b"IHDR", struct.pack(">IIBBBBB", width, height, 16, 2, 0, 0, 0)),
+        (b"IDAT", zlib.compress(rows)),
+        (b"IEND", b""),
+    ]:
+        chunk = kind + data
+        content += struct.pack(">I", len(data)) + chunk + struct.pack(">I", zlib.crc32(chunk))
+    return content
+
+
+def test_colors_of_16_bits_keep_their_shades_or_are_refused():
+    colors = np.arange(4096 * 3).reshape(64, 64, 3) % 4096
+    np.testing.assert_array_equal(open_image(encode_16_bit(colors * 16)), colors // 16)
+    with pytest.raises(DataError, match="has colors of less than 16 bits in 16; save it as 8-bit"):
+        open_image(encode_16_bit(colors), "from_a_camera.png")
+    assert not np.asarray(open_image(encode_16_bit(colors * 0))).any()
+
+
+def change_tag(content: bytes, tag: int, old: int, new: int) -> bytes:
+    """Change a number in a TIFF's header."""
+    before, after = (struct.pack("<HHIHH", tag, 3, 1, value, 0) for value in (old, new))
+    assert content.count(before) == 1
+    return content.replace(before, after)
+
+
+RED = Image.new("RGB", (4, 2), "red")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (encode(RED, "TIFF", save_all=True, append_images=[RED]), "has 2 pages; save each as an"),
+        (
+            change_tag(encode(RED.convert("RGBA"), "TIFF"), 338, 2, 0),
+            "has more channels than red, green and blue; save those to use as RGB",
+        ),
+        (
+            change_tag(encode(gray_ramp("I;16", 4095), "TIFF"), 262, 1, 0),
+            "is a negative, with white as 0; save it as 8-bit gray",
+        ),
+    ],
+    ids=["pages", "bands", "negative"],
+)
+def test_a_tiff_that_is_more_or_other_than_pillow_reads_is_refused(content, message):
+    with pytest.raises(DataError, match=f"^scan.tiff: {message}"):
+        open_image(content, "scan.tiff")
+
+
+def test_a_tiff_with_a_preview_is_read():
+    preview = RED.resize((2, 1))
+    content = encode(RED, "TIFF", save_all=True, append_images=[preview])
+    np.testing.assert_array_equal(open_image(content), RED)
 
 
 def test_a_name_that_is_too_long_is_no_damaged_image(tmp_path):

@@ -315,6 +315,17 @@ def test_augmentation_and_whole_images_come_late(cifar_sample, tmp_path):
         assert (row == plain_row) == (epoch < 2)
 
 
+def test_a_run_goes_on_when_the_folder_that_it_began_with_has_moved(
+    finished_run, cifar_sample, tmp_path, run_until
+):
+    settings = replace(SETTINGS, model=str(finished_run), pretrained=True)
+    run_until(1, settings, cifar_sample, tmp_path / "second")
+    (tmp_path / "moved").mkdir()
+    moved = finished_run.rename(tmp_path / "moved" / finished_run.name)
+    run(replace(settings, model=str(moved)), cifar_sample, tmp_path / "second")
+    assert len(read_metrics(tmp_path / "second")) == 2
+
+
 def test_a_file_system_without_locks_is_no_hindrance(cifar_sample, tmp_path, monkeypatch):
     def refuse(*_):
         raise OSError(errno.ENOLCK, "No locks available")
@@ -566,7 +577,7 @@ def test_a_finished_run_stays_as_it_is(finished_run, write_parquet, monkeypatch)
         ({"warmup_epochs": -1.0}, "warmup_epochs is -1.0: must be at least 0"),
         ({"held_out": -1}, "held_out is -1: must be at least 0"),
         ({"train_images": -1}, "train_images is -1: must be at least 0"),
-        ({"flip": "never"}, "flip is never: must be alternating or random"),
+        ({"flip": "never"}, "flip is never: must be alternating or random or none"),
         ({"seed": -1}, "seed is -1: must be from 0 to 2147483647"),
     ],
 )

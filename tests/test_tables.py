@@ -202,6 +202,10 @@ REFUSED = {
         {"a.parquet": make_bare(image=[0.5, 1.5], label=[0, 1])},
         r": its column 'image' holds Value\('float64'\); save the images as the dataset",
     ),
+    "images as lists of numbers": (
+        {"a.parquet": make_bare(image=[[[[4000] * 3] * 8] * 8] * 2, label=[0, 1])},
+        r": its column 'image' holds List\(.*\); save the images as the dataset",
+    ),
     "no column of classes": (
         {"a.parquet": make_bare(image=STRUCT, animal=["cat", "dog"])},
         ": has the columns image, animal; name the one that holds the classes with --label-column",
@@ -225,7 +229,7 @@ REFUSED = {
     ),
     "a row without a label": (
         {"train.parquet": make_table([0, None])},
-        ": its train images have the label None in row 1, which is none of 0, 1; correct or remov",
+        r": its train images have no label in row 1 \(in a CSV file, None, NA and null mean that,",
     ),
     "files whose labels mean other classes": (
         {

@@ -18,7 +18,7 @@ from ..checkpoints.info import describe
 from ..data.images import open_image
 from ..errors import DataError, printable
 from ..evaluate import evaluate_on
-from ..figures import check_matplotlib, draw_predictions
+from ..figures import check_matplotlib, draw_predictions, is_figure
 from ..files import write_file
 from ..hub.doctor import examine
 from ..hub.find import find_checkpoint, locate
@@ -123,6 +123,8 @@ def predict_command(
         check_matplotlib()
         if figure.suffix.lower() != ".png":
             raise click.UsageError(f"--figure {figure}: is written as PNG; give it a name in .png")
+        if figure.exists() and not is_figure(figure):  # the first of *.png, for one
+            raise click.UsageError(f"--figure {figure}: exists, and is no figure; name a new file")
     model = load_trained(name)
     answered: list[Path] = []
     thumbnails: list[Image.Image] = []

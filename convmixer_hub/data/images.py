@@ -22,6 +22,8 @@ MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
 # Longest side over shortest, in multiples of the model's: longer images are cropped to it before
 # they are resized, which saves memory.
 MAX_ASPECT_RATIO = 16
+# Tags of TIFF: what 0 means (0: white, 1: black), and the number of channels.
+PHOTOMETRIC, SAMPLES_PER_PIXEL = 262, 277
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -78,12 +80,13 @@ def open_image(source: str | Path | bytes, name: str | None = None) -> Image.Ima
             # Pillow warns of large photographs, and refuses what no camera takes.
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+                _check_is_whole(image)
                 return to_rgb(image)
     except FileNotFoundError:
         raise DataError(f"{name}: no such file; check the path") from None
-    except IsADirectoryError:
-        raise DataError(f"{name}: is a folder; name the image files in it") from None
-    except PermissionError:
+    except (IsADirectoryError, PermissionError):
+        if not isinstance(source, bytes) and Path(source).is_dir():  # not allowed, says Windows
+            raise DataError(f"{name}: is a folder; name the image files in it") from None
         raise DataError(f"{name}: may not be read; change its permissions") from None
     except UnidentifiedImageError:
         raise DataError(f"{name}: not an image that Pillow can read; give a PNG, JPEG, …") from None
@@ -96,6 +99,28 @@ def open_image(source: str | Path | bytes, name: str | None = None) -> Image.Ima
         if getattr(error, "errno", None):  # of the system, such as a name that is too long
             raise DataError(f"{name}: cannot be opened ({reason}); check the path") from None
         raise DataError(f"{name}: damaged image ({reason}); replace the file") from None
+
+
+def _check_is_whole(image: Image.Image) -> None:
+    """Refuse an image, not loaded yet, of which Pillow would give a part, or other shades."""
+    if image.format == "TIFF":
+        if image.mode == "RGB" and image.getexif().get(SAMPLES_PER_PIXEL, 3) > 3:
+            raise DataError("has more channels than red, green and blue; save those to use as RGB")
+        if image.mode in ("I;16", "F") and image.getexif().get(PHOTOMETRIC) == 0:
+            raise DataError("is a negative, with white as 0; save it as 8-bit gray")
+        size, pages = image.size, getattr(image, "n_frames", 1)
+        if pages > 1:  # of another size, it is a preview
+            image.seek(1)
+            if image.size == size:
+                raise DataError(f"has {pages} pages; save each as an image of its own")
+            image.seek(0)
+    elif image.format != "PNG":
+        return
+    # Of 16 bits a color, Pillow keeps the upper 8; those of a camera's 10 to 14 bits are few.
+    if image.mode in ("RGB", "RGBA") and ";16" in str(image.tile):
+        highest = max(high for _, high in image.convert("RGB").getextrema())
+        if 0 < highest < 64:
+            raise DataError("has colors of less than 16 bits in 16; save it as 8-bit RGB")
 
 
 def eval_transform(

@@ -288,6 +288,11 @@ def _number(labels: Sequence[Any], numbers: Mapping[Any, int], place: str) -> li
         if label not in numbers:
             known = ", ".join([str(name) for name in numbers][:10])
             more = ", …" if len(numbers) > 10 else ""
+            if label is None:
+                raise DataError(
+                    f"{place} images have no label in row {row} (in a CSV file, None, NA and null "
+                    "mean that, too); name a class, or use metadata.jsonl"
+                )
             raise DataError(
                 f"{place} images have the label {label!r} in row {row}, which is none of "
                 f"{known}{more}; correct or remove it"

@@ -211,6 +211,8 @@ def _read_table(table: Any, source: str, split: str, label_column: str | None) -
         raise DataError(f"{source}: has no rows for {split}; download it again")
     column = _find_image_column(features, source)
     try:
+        # The datasets library would also take lists of numbers, as bytes whatever their values.
+        assert isinstance(features[column], (datasets.Image, datasets.Value, Mapping))
         images = table.select_columns([column])
         images = images.cast_column(column, datasets.Image(decode=False))
     except Exception:  # of pyarrow, of datasets

@@ -95,7 +95,7 @@ def write_card(
         CheckpointError: If the model cannot be loaded or is no ConvMixer of this package, or its
             metrics or notes cannot be read.
         DataError: If the data cannot be read or has other classes than the model, if matplotlib is
-            not installed, or if the output cannot be written.
+            not installed, if the output cannot be written, or if its README.md is no model card.
     """
     folder = Path(folder).resolve()
     name = printable(folder.name)
@@ -110,6 +110,9 @@ def write_card(
         output.mkdir(parents=True, exist_ok=True)
         if not os.access(output, os.W_OK):
             raise PermissionError("it is read-only")
+    card_file = output / CARD_FILE
+    if card_file.exists() and b"library_name: timm" not in card_file.read_bytes():
+        raise DataError(f"{card_file}: exists, and is no model card; name another --output")
     settings = source.config.get("training") or {}
     chosen_on_validation = settings.get("keep_best") and not settings.get("held_out")
     if chosen_on_validation and "test" not in dataset.splits:
@@ -175,8 +178,8 @@ def write_card(
         write_file(output / file_name, content)
     write_golden(folder, output)
     text = re.sub(r"\n{3,}", "\n\n", str(card)).strip()
-    write_file(output / CARD_FILE, f"{text}\n\n{notes}".strip().encode() + b"\n")
-    return output / CARD_FILE
+    write_file(card_file, f"{text}\n\n{notes}".strip().encode() + b"\n")
+    return card_file
 
 
 def propose_record(card: Path) -> str:

@@ -193,7 +193,10 @@ def _check_same(folder: Path, found: dict[str, Any], wanted: dict[str, Any]) -> 
                 f"{folder}: holds a run of a version with the setting {name}, which this one "
                 "lacks; upgrade convmixer-hub, or name another run folder"
             )
-        if found[name] != wanted[name]:
+        values = (found[name], wanted[name])
+        if name == "model":  # a folder may have moved: the state has its weights
+            values = (_without_path(values[0]), _without_path(values[1]))
+        if values[0] != values[1]:
             differs = f"with {name} {found[name]!r}, not {wanted[name]!r}"
             if name == "image_digest":
                 differs = "on other images"
@@ -289,5 +292,5 @@ def _raising_training_errors(folder: Path) -> Iterator[None]:
     except (OSError, RuntimeError, SafetensorError) as error:  # RuntimeError: from torch.save
         raise TrainingError(
             f"{folder}: cannot be written ({first_line(error)}); it keeps what was saved before, "
-            "so free some space and give the same command again"
+            "so free some space, or close the program that uses it, and give the same command again"
         ) from None
