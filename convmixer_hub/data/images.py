@@ -117,9 +117,8 @@ def _check_is_whole(image: Image.Image) -> None:
     elif image.format != "PNG":
         return
     # Of 16 bits a color, Pillow keeps the upper 8; those of a camera's 10 to 14 bits are few.
-    if image.mode in ("RGB", "RGBA") and ";16" in str(image.tile):
-        highest = max(high for _, high in image.convert("RGB").getextrema())
-        if 0 < highest < 64:
+    if image.mode in ("RGB", "RGBA") and ";16" in str(getattr(image, "tile", "")):
+        if 0 < np.asarray(image.convert("RGB")).max() < 64:
             raise DataError("has colors of less than 16 bits in 16; save it as 8-bit RGB")
 
 
