@@ -44,13 +44,10 @@ def bench_command() -> None:
 @click.option(
     "--batch-size",
     default=128,
-    show_default=True,
     type=click.IntRange(min=2),
     help="Images per step.",
 )
-@click.option(
-    "--rounds", default=5, show_default=True, type=POSITIVE, help="Timed steps per variant."
-)
+@click.option("--rounds", default=5, type=POSITIVE, help="Timed steps per variant.")
 @_variant_option(TRAINING_VARIANTS)
 def bench_train_command(
     model: str, batch_size: int, rounds: int, variants: tuple[str, ...]
@@ -90,14 +87,11 @@ def bench_train_command(
     "--batch-size",
     "batch_sizes",
     default=(64, 1),
-    show_default=True,
     multiple=True,
     type=POSITIVE,
     help="Images per call; may be repeated.",
 )
-@click.option(
-    "--rounds", default=7, show_default=True, type=POSITIVE, help="Timed turns per variant."
-)
+@click.option("--rounds", default=7, type=POSITIVE, help="Timed turns per variant.")
 @_variant_option(INFERENCE_VARIANTS)
 @click.option("--bf16", is_flag=True, help="Compute in bfloat16, by autocast, instead of float32.")
 def bench_inference_command(
@@ -142,14 +136,12 @@ def bench_inference_command(
 @click.option(
     "--images-per-class",
     default=50,
-    show_default=True,
     type=click.IntRange(min=2),
     help="Images of each class to train and validate on.",
 )
 @click.option(
     "--seeds",
     default=3,
-    show_default=True,
     type=POSITIVE,
     help="Runs, each with other images of the dataset.",
 )

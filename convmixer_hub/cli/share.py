@@ -89,7 +89,6 @@ def publish_command(name: str, repo_id: str, private: bool, tag: str | None, dry
 @click.option(
     "--format",
     default="onnx",
-    show_default=True,
     type=click.Choice(list(RUNTIMES)),
     help="ONNX, or a program of torch.export.",
 )
@@ -106,7 +105,6 @@ def publish_command(name: str, repo_id: str, private: bool, tag: str | None, dry
 @click.option(
     "--max-loss",
     default=0.3,
-    show_default=True,
     type=click.FloatRange(min=0),
     help="Percentage points of top-1 that int8 may cost.",
 )

@@ -42,7 +42,7 @@ def _settings_options(
                 options["type"] = click.Choice(choices)
             else:
                 options["type"] = type(setting.default)
-            options |= {"default": defaults.get(name), "show_default": name in defaults}
+            options["default"] = defaults.get(name)
             command = click.option(flag, name, **options)(command)
         return command
 

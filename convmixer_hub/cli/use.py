@@ -46,7 +46,6 @@ from .options import (
 @click.option(
     "--port",
     default=7860,
-    show_default=True,
     type=click.IntRange(1, 65535),
     help="Port of the page.",
 )
@@ -101,12 +100,9 @@ def list_command(markdown: bool) -> None:
     "--model",
     "name",
     default=DEFAULT_MODEL,
-    show_default=True,
     help="A model, a run folder, a file of weights, or a repository of the Hub.",
 )
-@click.option(
-    "--top-k", default=3, show_default=True, type=POSITIVE, help="Classes printed per image."
-)
+@click.option("--top-k", default=3, type=POSITIVE, help="Classes printed per image.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON, one object per image.")
 @click.option("--figure", type=click.Path(path_type=Path), help="Also draw them into this PNG.")
 def predict_command(
@@ -164,12 +160,8 @@ def predict_command(
 @click.command("evaluate")
 @click.argument("name", default=DEFAULT_MODEL)
 @data_options
-@click.option(
-    "--batch-size", default=64, show_default=True, type=POSITIVE, help="Images computed at once."
-)
-@click.option(
-    "--workers", default=1, show_default=True, type=NOT_NEGATIVE, help="Processes that read images."
-)
+@click.option("--batch-size", default=64, type=POSITIVE, help="Images computed at once.")
+@click.option("--workers", default=1, type=NOT_NEGATIVE, help="Processes that read images.")
 def evaluate_command(name: str, open_data: OpenData, batch_size: int, workers: int) -> None:
     """Measure the top-1 accuracy of a model on the test images of a dataset.
 
