@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import logging
+import os
 import re
 import warnings
 from collections.abc import Mapping, Sequence
@@ -44,12 +45,12 @@ def check_matplotlib() -> None:
 
 
 def is_figure(file: Path) -> bool:
-    """Return whether a file is a PNG that matplotlib wrote, as all of these here are."""
+    """Return whether a file is a PNG that matplotlib wrote, as all of these here are; or empty."""
     try:
         with Image.open(file) as image:
             return str(image.info.get("Software")).startswith("Matplotlib")
-    except OSError:
-        return False
+    except Exception:  # each of Pillow's decoders fails in its own way
+        return not os.path.getsize(file)
 
 
 def draw_predictions(

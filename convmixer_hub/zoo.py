@@ -154,9 +154,10 @@ def _create_convmixer(
             overlay.update(file=str(file), source=None, state_dict=None)
             activation = "gelu"
     # 3. Names of classes, which set the size of the head.
-    label_names = _choose_labels(_list_names(label_names), trained, kwargs)
-    if not pretrained and kwargs.get("num_classes"):
-        overlay.setdefault("label_names", None)  # as many classes may be others
+    names = _list_names(label_names)
+    if not (pretrained or names or isinstance(pretrained_cfg, dict)) and kwargs.get("num_classes"):
+        overlay.setdefault("label_names", None)  # as many classes, but maybe other ones
+    label_names = _choose_labels(names, trained, kwargs)
     if label_names:
         overlay.update(num_classes=len(label_names), label_names=tuple(label_names))
     return build_model_with_cfg(

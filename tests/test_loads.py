@@ -259,6 +259,8 @@ class TestLabelNames:
         again = timm.create_model(NAME, pretrained=True)
         assert get_label_names(again) == list(CIFAR10.classes)
         assert get_label_names(timm.create_model(ARCH, num_classes=num_classes)) is None
+        named = timm.create_model(ARCH, label_names=CIFAR10.classes)
+        assert get_label_names(named) == list(CIFAR10.classes)
 
     def test_a_checkpoint_that_does_not_name_its_classes_gives_a_fresh_head(self, saved, said):
         overlay = {**saved(ConvMixer(96, 8, 5, 1, num_classes=3)), "num_classes": 3}

@@ -320,8 +320,11 @@ def test_a_run_goes_on_when_the_folder_that_it_began_with_has_moved(
 ):
     settings = replace(SETTINGS, model=str(finished_run), pretrained=True)
     run_until(1, settings, cifar_sample, tmp_path / "second")
-    (tmp_path / "moved").mkdir()
-    moved = finished_run.rename(tmp_path / "moved" / finished_run.name)
+    moved = tmp_path / "moved" / finished_run.name
+    shutil.copytree(finished_run, moved)  # another one of its name
+    with pytest.raises(TrainingError, match="second: holds a run with model .*run', not .*moved/"):
+        run(replace(settings, model=str(moved)), cifar_sample, tmp_path / "second")
+    shutil.rmtree(finished_run)
     run(replace(settings, model=str(moved)), cifar_sample, tmp_path / "second")
     assert len(read_metrics(tmp_path / "second")) == 2
 

@@ -6,6 +6,7 @@ import sys
 from types import ModuleType
 
 import datasets
+import numpy as np
 import pyarrow
 import pytest
 from pyarrow import parquet
@@ -202,7 +203,7 @@ REFUSED = {
         {"a.parquet": make_bare(image=[0.5, 1.5], label=[0, 1])},
         r": its column 'image' holds Value\('float64'\); save the images as the dataset",
     ),
-    "images as lists of numbers": (
+    "colors above 255": (
         {"a.parquet": make_bare(image=[[[[4000] * 3] * 8] * 8] * 2, label=[0, 1])},
         r": its column 'image' holds List\(.*\); save the images as the dataset",
     ),
@@ -229,7 +230,7 @@ REFUSED = {
     ),
     "a row without a label": (
         {"train.parquet": make_table([0, None])},
-        r": its train images have no label in row 1 \(in a CSV file, None, NA and null mean that,",
+        r": its train images have no label in row 1; give it one, or remove it \(in a CSV file, N",
     ),
     "files whose labels mean other classes": (
         {
@@ -259,6 +260,14 @@ def test_tables_that_are_not_clear_are_refused_in_one_line(tmp_path, situation):
     with pytest.raises(DataError, match=f"^{tmp_path}/data{message}") as refused:
         open_dataset(tmp_path / "data")
     assert "\n" not in str(refused.value)
+
+
+def test_images_as_arrays_of_bytes_are_read(tmp_path):
+    pixels = np.arange(16 * 16 * 3, dtype=np.uint8).reshape(16, 16, 3)
+    columns = {"image": [pixels] * 2, "label": [0, 1]}
+    datasets.Dataset.from_dict(columns).to_parquet(tmp_path / "train.parquet")
+    image, _ = open_dataset(tmp_path).get("train")[0]
+    np.testing.assert_array_equal(image, pixels)
 
 
 def test_a_column_of_classes_is_chosen(tmp_path):

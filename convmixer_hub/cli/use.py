@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import runpy
 import shlex
 import sys
@@ -119,7 +120,7 @@ def predict_command(
         check_matplotlib()
         if figure.suffix.lower() != ".png":
             raise click.UsageError(f"--figure {figure}: is written as PNG; give it a name in .png")
-        if figure.exists() and not is_figure(figure):  # the first of *.png, for one
+        if os.path.exists(figure) and not is_figure(figure):  # the first of *.png, for one
             raise click.UsageError(f"--figure {figure}: exists, and is no figure; name a new file")
     model = load_trained(name)
     answered: list[Path] = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import warnings
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -12,6 +13,7 @@ from typing import Any
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL.ExifTags import IFD, Base
 from timm.data import create_transform
 from torchvision import transforms
 
@@ -22,8 +24,6 @@ MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
 # Longest side over shortest, in multiples of the model's: longer images are cropped to it before
 # they are resized, which saves memory.
 MAX_ASPECT_RATIO = 16
-# Tags of TIFF: what 0 means (0: white, 1: black), and the number of channels.
-PHOTOMETRIC, SAMPLES_PER_PIXEL = 262, 277
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -85,7 +85,7 @@ def open_image(source: str | Path | bytes, name: str | None = None) -> Image.Ima
     except FileNotFoundError:
         raise DataError(f"{name}: no such file; check the path") from None
     except (IsADirectoryError, PermissionError):
-        if not isinstance(source, bytes) and Path(source).is_dir():  # not allowed, says Windows
+        if not isinstance(source, bytes) and os.path.isdir(source):  # not allowed, says Windows
             raise DataError(f"{name}: is a folder; name the image files in it") from None
         raise DataError(f"{name}: may not be read; change its permissions") from None
     except UnidentifiedImageError:
@@ -104,22 +104,19 @@ def open_image(source: str | Path | bytes, name: str | None = None) -> Image.Ima
 def _check_is_whole(image: Image.Image) -> None:
     """Refuse an image, not loaded yet, of which Pillow would give a part, or other shades."""
     if image.format == "TIFF":
-        if image.mode == "RGB" and image.getexif().get(SAMPLES_PER_PIXEL, 3) > 3:
-            raise DataError("has more channels than red, green and blue; save those to use as RGB")
-        if image.mode in ("I;16", "F") and image.getexif().get(PHOTOMETRIC) == 0:
+        tags, second = image.getexif(), {}
+        if image.mode in ("I;16", "F") and tags.get(Base.PhotometricInterpretation) == 0:
             raise DataError("is a negative, with white as 0; save it as 8-bit gray")
-        size, pages = image.size, getattr(image, "n_frames", 1)
-        if pages > 1:  # of another size, it is a preview
-            image.seek(1)
-            if image.size == size:
-                raise DataError(f"has {pages} pages; save each as an image of its own")
-            image.seek(0)
-    elif image.format != "PNG":
-        return
-    # Of 16 bits a color, Pillow keeps the upper 8; those of a camera's 10 to 14 bits are few.
-    if image.mode in ("RGB", "RGBA") and ";16" in str(getattr(image, "tile", "")):
-        if 0 < np.asarray(image.convert("RGB")).max() < 64:
-            raise DataError("has colors of less than 16 bits in 16; save it as 8-bit RGB")
+        with suppress(Exception):  # what cannot be read of a second page
+            second = tags.get_ifd(IFD.IFD1)
+        is_preview_or_mask = second.get(Base.NewSubfileType, 0) & 0b101
+        sides = (second.get(Base.ImageWidth, 0), second.get(Base.ImageLength, 0))
+        if not is_preview_or_mask and sides[0] >= image.width and sides[1] >= image.height:
+            raise DataError("has several pages; save each as an image of its own")
+    # Of 16 bits a color, Pillow keeps the upper 8: of a camera's 12 bits, 4.
+    is_deep = image.format in ("TIFF", "PNG") and ";16" in str(getattr(image, "tile", ""))
+    if is_deep and image.mode == "RGB" and 0 < np.asarray(image).max() < 16:
+        raise DataError("is nearly black, or has fewer than 16 bits a color; save it as 8-bit RGB")
 
 
 def eval_transform(

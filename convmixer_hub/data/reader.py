@@ -290,8 +290,8 @@ def _number(labels: Sequence[Any], numbers: Mapping[Any, int], place: str) -> li
             more = ", …" if len(numbers) > 10 else ""
             if label is None:
                 raise DataError(
-                    f"{place} images have no label in row {row} (in a CSV file, None, NA and null "
-                    "mean that, too); name a class, or use metadata.jsonl"
+                    f"{place} images have no label in row {row}; give it one, or remove it (in a "
+                    "CSV file, None, NA and null mean no label: rename such a class)"
                 )
             raise DataError(
                 f"{place} images have the label {label!r} in row {row}, which is none of "

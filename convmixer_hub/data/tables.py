@@ -211,8 +211,8 @@ def _read_table(table: Any, source: str, split: str, label_column: str | None) -
         raise DataError(f"{source}: has no rows for {split}; download it again")
     column = _find_image_column(features, source)
     try:
-        # The datasets library would also take lists of numbers, as bytes whatever their values.
-        assert isinstance(features[column], (datasets.Image, datasets.Value, Mapping))
+        if _holds_colors_above_255(features[column]):
+            raise ValueError
         images = table.select_columns([column])
         images = images.cast_column(column, datasets.Image(decode=False))
     except Exception:  # of pyarrow, of datasets
@@ -245,6 +245,14 @@ def _read_table(table: Any, source: str, split: str, label_column: str | None) -
         getattr(kind, "names", None),
         is_in_files=(images[0][column] or {}).get("bytes") is None,
     )
+
+
+def _holds_colors_above_255(kind: Any) -> bool:
+    """Return whether a column holds colors as numbers of which datasets keeps the lowest byte."""
+    dimensions = len(getattr(kind, "shape", ()))  # of datasets.Array3D
+    while hasattr(kind, "feature"):  # of lists
+        kind, dimensions = kind.feature, dimensions + 1
+    return dimensions > 2 and kind.dtype != "uint8"
 
 
 def _find_image_column(features: Mapping[str, Any], source: object) -> str:

@@ -95,7 +95,7 @@ def write_card(
         CheckpointError: If the model cannot be loaded or is no ConvMixer of this package, or its
             metrics or notes cannot be read.
         DataError: If the data cannot be read or has other classes than the model, if matplotlib is
-            not installed, if the output cannot be written, or if its README.md is no model card.
+            not installed, if the output cannot be written, or if it has another README.md.
     """
     folder = Path(folder).resolve()
     name = printable(folder.name)
@@ -111,8 +111,9 @@ def write_card(
         if not os.access(output, os.W_OK):
             raise PermissionError("it is read-only")
     card_file = output / CARD_FILE
-    if card_file.exists() and b"library_name: timm" not in card_file.read_bytes():
-        raise DataError(f"{card_file}: exists, and is no model card; name another --output")
+    with writing(card_file):
+        if card_file.is_file() and b"library_name: timm" not in card_file.read_bytes():
+            raise DataError(f"{card_file}: is no card of this command; name another --output")
     settings = source.config.get("training") or {}
     chosen_on_validation = settings.get("keep_best") and not settings.get("held_out")
     if chosen_on_validation and "test" not in dataset.splits:

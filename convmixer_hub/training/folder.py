@@ -193,10 +193,9 @@ def _check_same(folder: Path, found: dict[str, Any], wanted: dict[str, Any]) -> 
                 f"{folder}: holds a run of a version with the setting {name}, which this one "
                 "lacks; upgrade convmixer-hub, or name another run folder"
             )
-        values = (found[name], wanted[name])
-        if name == "model":  # a folder may have moved: the state has its weights
-            values = (_without_path(values[0]), _without_path(values[1]))
-        if values[0] != values[1]:
+        if name == "model" and _has_moved(found[name], wanted[name]):
+            continue  # the state has its weights
+        if found[name] != wanted[name]:
             differs = f"with {name} {found[name]!r}, not {wanted[name]!r}"
             if name == "image_digest":
                 differs = "on other images"
@@ -206,6 +205,12 @@ def _check_same(folder: Path, found: dict[str, Any], wanted: dict[str, Any]) -> 
                 f"{folder}: holds a run {differs}; "
                 "give the same settings and data to resume it, or name another run folder"
             )
+
+
+def _has_moved(old: str, new: str) -> bool:
+    """Return whether a folder is not where it was, and one of its name is in another place."""
+    names = [os.path.basename(os.path.abspath(path)) for path in (old, new)]
+    return names[0] == names[1] and not os.path.exists(old) and os.path.isdir(new)
 
 
 def save_state(folder: Path, state: RunState) -> None:
