@@ -285,14 +285,14 @@ def _compose(names: Sequence[Any]) -> list[Any]:
 
 def _number(labels: Sequence[Any], numbers: Mapping[Any, int], place: str) -> list[int]:
     for row, label in enumerate(labels):
+        if label is None:
+            raise DataError(
+                f"{place} images have no label in row {row}; give it one, or remove it (in a CSV "
+                "file, None, NA and null mean no label: rename such a class)"
+            )
         if label not in numbers:
             known = ", ".join([str(name) for name in numbers][:10])
             more = ", …" if len(numbers) > 10 else ""
-            if label is None:
-                raise DataError(
-                    f"{place} images have no label in row {row}; give it one, or remove it (in a "
-                    "CSV file, None, NA and null mean no label: rename such a class)"
-                )
             raise DataError(
                 f"{place} images have the label {label!r} in row {row}, which is none of "
                 f"{known}{more}; correct or remove it"
