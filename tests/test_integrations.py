@@ -10,6 +10,7 @@ from convmixer_hub.data.images import open_image
 from convmixer_hub.hub.records import CIFAR10
 from convmixer_hub.load import load_trained
 from convmixer_hub.model.config import get_label_names
+from convmixer_hub.zoo import VARIANTS
 
 from .conftest import CHECKOUT, IMAGES, NAME, write_tree
 
@@ -94,6 +95,22 @@ def test_transformers_trainer_trains_a_folder(samples, images, tmp_path):
     assert get_label_names(ours) == LABELS
     with torch.no_grad():
         torch.testing.assert_close(ours(images), model.eval()(pixel_values=images).logits)
+
+
+@pytest.mark.parametrize("arch", VARIANTS)
+def test_fvcore_and_ptflops_count_as_many_multiply_accumulates(arch, images):
+    fvcore = pytest.importorskip("fvcore.nn")
+    ptflops = pytest.importorskip("ptflops")
+    model, sizes = timm.create_model(arch).eval(), VARIANTS[arch]
+    macs = sizes.count_macs(10)
+    counts = fvcore.FlopCountAnalysis(model, images[:1]).by_operator()
+    assert counts["conv"] + counts["linear"] == macs
+    # ptflops adds the biases, one for every number that a convolution or the head gives.
+    numbers = (2 * sizes.n_layers + 1) * sizes.d_model * (32 // sizes.patch_size) ** 2 + 10
+    found, parameters = ptflops.get_model_complexity_info(
+        model, (3, 32, 32), backend="aten", as_strings=False, print_per_layer_stat=False
+    )
+    assert (found, parameters) == (macs + numbers, sizes.count_parameters(10))
 
 
 @pytest.mark.slow
