@@ -38,7 +38,7 @@ _JOINERS = "\u200c\u200d\u3000"  # in words of Persian, Hindi, Japanese, …, an
 
 
 def printable(text: object) -> str:
-    """Write out what no terminal shows as it is, such as a line break or bytes that are no text."""
+    """Escape what a terminal does not show as it is, such as line breaks and undecodable bytes."""
     return "".join(
         c if c.isprintable() or c in _JOINERS else c.encode("unicode_escape").decode()
         for c in str(text)

@@ -86,7 +86,7 @@ def prepare_test_images(model: nn.Module, dataset: ImageDataset) -> LabeledImage
             "evaluate it on data with the same classes"
         )
     assert known
-    numbers = {i: known.index(name) for i, name in enumerate(dataset.classes)}
+    numbers = [known.index(name) for name in dataset.classes]
     transform = eval_transform(resolve_input_data_config(model))
     labels = [numbers[label] for label in images.labels]
     return replace(images, labels=labels, transform=transform)
@@ -114,7 +114,7 @@ def evaluate_on(
 def collect_test_logits(
     model: nn.Module, dataset: ImageDataset, batch_size: int = 64, workers: int = 0
 ) -> tuple[Tensor, Tensor]:
-    """Keep what a model says of each test image; as `evaluate_on`, on the device of the model.
+    """Collect the logits of the test images, on the device that the model is on.
 
     Returns:
         As `collect_logits` does.
@@ -126,7 +126,7 @@ def collect_test_logits(
 
 @torch.inference_mode()
 def collect_logits(model: nn.Module, loader: DataLoader) -> tuple[Tensor, Tensor]:
-    """Keep what a model says of each image.
+    """Collect the logits of all images.
 
     Args:
         model: Maps images to logits; left in evaluation mode.
@@ -141,7 +141,7 @@ def collect_logits(model: nn.Module, loader: DataLoader) -> tuple[Tensor, Tensor
     model.eval()
     like = next(model.parameters())
     logits, labels = [], []
-    for images, numbers in tqdm(serve(loader), "evaluate", len(loader), False, disable=None):
+    for images, numbers in tqdm(serve(loader), "evaluate", len(loader), leave=False, disable=None):
         logits.append(model(images.to(like.device, like.dtype)).cpu())
         labels.append(numbers)
     return torch.cat(logits).double(), torch.cat(labels)

@@ -35,7 +35,7 @@ WIDE_FONTS = "Noto Sans|CJK|Arial Unicode|WenQuanYi|YaHei|Malgun|Yu Gothic|PingF
 MISSING_GLYPH = "Glyph .* missing from font"
 BLUE, ORANGE = "#3f72a6", "#d9772b"
 
-_logger = logging.getLogger(__package__)
+_logger = logging.getLogger(__name__)
 
 
 def check_matplotlib() -> None:
@@ -45,7 +45,7 @@ def check_matplotlib() -> None:
 
 
 def is_figure(file: Path) -> bool:
-    """Return whether a file is a PNG that matplotlib wrote, as all of these here are; or empty."""
+    """Return whether a file is a PNG of matplotlib, as all figures here are, or is empty."""
     try:
         with Image.open(file) as image:
             return str(image.info.get("Software")).startswith("Matplotlib")

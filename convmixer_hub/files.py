@@ -19,11 +19,11 @@ def replacing(file: Path) -> Iterator[Path]:
     What a link leads to is replaced, not the link.
 
     Raises:
-        OSError: If it cannot be written, or is there and no ordinary file: a folder, a device.
+        OSError: If it cannot be written, or exists and is not a regular file: a folder, a device.
     """
     target = Path(os.path.realpath(file))
     if target.exists() and not target.is_file():
-        raise OSError("is there, and no ordinary file")
+        raise OSError("exists, and is not a regular file")
     # A folder of its own for each writer; names with a dot are what a killed one leaves over.
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".saving-") as folder:
         temporary = Path(folder, target.name)

@@ -20,7 +20,7 @@ from .files import hash_file
 from .hub.records import CONFIG_FILE, RECORDS, WEIGHTS_FILE, suggest
 from .hub.repository import PREFIX
 from .model.config import get_config
-from .zoo import VARIANTS, Variant, default_cfgs
+from .zoo import VARIANTS, Variant
 
 
 def load_trained(name: str | Path | Source, label_names: Sequence[str] | None = None) -> nn.Module:
@@ -58,9 +58,9 @@ def load_trained(name: str | Path | Source, label_names: Sequence[str] | None = 
     if not isinstance(arch, str) or not timm.is_model(arch):
         raise CheckpointError(
             f"{config_file}: neither timm nor this package has the architecture {arch!r}; "
-            f"{suggest(str(arch), default_cfgs)}"
+            f"{suggest(str(arch), VARIANTS)}"
         )
-    if label_names and arch not in default_cfgs:
+    if label_names and arch not in VARIANTS:
         raise CheckpointError(
             f"{source.folder}: holds timm's {arch}, which takes no label_names; "
             "name one of this package"

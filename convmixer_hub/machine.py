@@ -14,7 +14,7 @@ from .errors import TrainingError
 
 
 def find_device() -> torch.device:
-    """Return what training and tests compute on: the GPU, if torch finds one."""
+    """Return what training, evaluation and benchmarks compute on: the GPU, if torch finds one."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 

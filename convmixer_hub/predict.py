@@ -15,7 +15,6 @@ from .data.images import eval_transform, to_rgb
 from .model.config import check_classifies, get_label_names
 from .model.inference import prepare_if_possible
 
-BATCH_SIZE = 64
 WORTH_PREPARING = 8  # images: for fewer, preparing a model takes longer than it saves
 
 
@@ -28,7 +27,7 @@ class Prediction:
 
 
 def predict(
-    model: nn.Module, images: Iterable[Image.Image], top_k: int = 3, batch_size: int = BATCH_SIZE
+    model: nn.Module, images: Iterable[Image.Image], top_k: int = 3, batch_size: int = 64
 ) -> Iterator[list[Prediction]]:
     """Classify images of any size; a model that does not name its classes gives their numbers.
 

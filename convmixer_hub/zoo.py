@@ -5,11 +5,11 @@ timm finds `default_cfgs` by that name in the module of the `@register_model` fu
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from timm.models import (
     PretrainedCfg,
@@ -128,7 +128,6 @@ def _create_convmixer(
     With `label_names`, the model is for these classes, and its head keeps the rows of those that
     the checkpoint knows by the same name; see `_list_names` for how they may be given.
     """
-    sizes = VARIANTS[variant]
     # 1. Where the weights come from, as timm resolves it.
     overlay = dict(pretrained_cfg_overlay or {})
     trained = resolve_pretrained_cfg(variant, pretrained_cfg, overlay)
@@ -157,7 +156,7 @@ def _create_convmixer(
     names = _list_names(label_names)
     if not (pretrained or names or isinstance(pretrained_cfg, dict)) and kwargs.get("num_classes"):
         overlay.setdefault("label_names", None)  # as many classes, but maybe other ones
-    label_names = _choose_labels(names, trained, kwargs)
+    label_names = _choose_labels(names, trained, saved, kwargs)
     if label_names:
         overlay.update(num_classes=len(label_names), label_names=tuple(label_names))
     return build_model_with_cfg(
@@ -175,10 +174,7 @@ def _create_convmixer(
             cache_dir=cache_dir,
         ),
         feature_cfg={"feature_cls": "getter", "out_indices": kwargs.pop("out_indices", 3)},
-        d_model=sizes.d_model,
-        n_layers=sizes.n_layers,
-        kernel_size=sizes.kernel_size,
-        patch_size=sizes.patch_size,
+        **asdict(VARIANTS[variant]),
         **kwargs,
     )
 
@@ -206,24 +202,26 @@ def _list_names(label_names: Any) -> list[str] | None:
     if label_names is None:
         return None
     names = order_names(label_names.tolist() if hasattr(label_names, "tolist") else label_names)
-    if (
-        not isinstance(names, (list, tuple))
-        or not all(isinstance(name, str) for name in names)
-        or len(set(names)) < len(names)
-    ):
+    is_list = isinstance(names, list) and all(isinstance(name, str) for name in names)
+    if not is_list or len(set(names)) < len(names):
         raise ModelSizeError(
             f"label_names is {label_names!r}: give a list of different names, or a dict of them by "
             "number from 0 on"
         )
-    return list(names)
+    return cast("list[str]", names)
 
 
 def _choose_labels(
-    label_names: Sequence[str] | None, trained: PretrainedCfg, kwargs: dict[str, Any]
-) -> Sequence[str] | None:
-    """Return the names if they are not those of the checkpoint; set `num_classes` to match."""
-    saved = kwargs.get("pretrained_model_args") or {}
-    if not label_names or list(label_names) == order_names(saved.get("label_names")):
+    label_names: list[str] | None,
+    trained: PretrainedCfg,
+    saved: Mapping[str, Any],
+    kwargs: dict[str, Any],
+) -> list[str] | None:
+    """Return the names if they are not those of the checkpoint; set `num_classes` to match.
+
+    `saved` is the `model_args` of a checkpoint's config.json.
+    """
+    if not label_names or label_names == order_names(saved.get("label_names")):
         return None
     if kwargs.get("num_classes") not in (None, saved.get("num_classes"), len(label_names)):
         raise ModelSizeError(
@@ -231,5 +229,4 @@ def _choose_labels(
             "names: give as many, or leave num_classes out"
         )
     kwargs["num_classes"] = len(label_names)
-    known = order_names(trained.label_names) or ()
-    return None if list(label_names) == list(known) else label_names
+    return None if label_names == order_names(trained.label_names) else label_names

@@ -64,7 +64,7 @@ def test_answers_are_timed_in_turns_and_are_the_same():
 
 
 def test_a_variant_that_cannot_be_timed_is_refused(monkeypatch):
-    with pytest.raises(TrainingError, match="^exported: is timed in float32 on a CPU alone; or le"):
+    with pytest.raises(TrainingError, match="^exported: is timed only in float32 on a CPU; or le"):
         bench_inference(ARCH, ["timm", "exported"], bf16=True)
     monkeypatch.setattr("convmixer_hub.bench.inference.find_spec", lambda name: name == "onnx")
     with pytest.raises(TrainingError, match="^exported: needs onnxscript onnxruntime: pip install"):
@@ -92,5 +92,5 @@ def test_what_is_not_timed_in_bfloat16_is_named(monkeypatch):
     left_out = [name for name in VARIANTS if name not in in_torch]
     assert rows == [
         *([size, name, f"{i}", f"{i}.00", "4e-03"] for size in ("128", "1") for i, name in timed),
-        *([f"left out: {name}, which is timed in float32 on a CPU alone"] for name in left_out),
+        *([f"left out: {name}, which is timed only in float32 on a CPU"] for name in left_out),
     ]

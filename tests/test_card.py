@@ -255,7 +255,7 @@ def test_a_grey_model_of_other_classes_without_a_history(tmp_path):
     (tmp_path / "card" / "predictions.png").touch()
     other = tmp_path / "card" / "README.md"
     other.write_text("# Coins")
-    with pytest.raises(DataError, match="README.md: is no card of this command; name another"):
+    with pytest.raises(DataError, match="README.md: was not written by this command; name another"):
         write_card(tmp_path / "model", tmp_path / "coins", tmp_path / "card")
     assert other.read_text() == "# Coins"
     other.unlink()

@@ -166,7 +166,7 @@ def test_what_cannot_be_exported_is_one_line(cifar_sample, tmp_path, monkeypatch
     (tmp_path / "file").touch()
     with pytest.raises(DataError, match="file/model.pt2: cannot be written .*; make room, or"):
         export(ARCH, tmp_path / "file", "pt2")
-    with pytest.raises(CheckpointError, match="^.*: int8 is for ONNX alone; leave --int8 or --f"):
+    with pytest.raises(CheckpointError, match="^.*: int8 is only for ONNX; leave --int8 or --f"):
         export(ARCH, tmp_path, "pt2", int8_dataset=open_dataset(cifar_sample))
     with pytest.raises(DataError, match=r"has the class airplane, but the model knows apple, .*"):
         export("convmixer_cifar.cifar100", tmp_path, int8_dataset=open_dataset(cifar_sample))

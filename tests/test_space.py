@@ -42,7 +42,7 @@ def test_weights_from_the_hub_come_without_a_card(tmp_path):
 
 
 def test_a_space_that_cannot_be_written_is_one_line(tmp_path, untrained):
-    with pytest.raises(DataError, match=r"is there already; name a new folder$"):
+    with pytest.raises(DataError, match=r"already exists; name a new folder$"):
         space.write_space(["convmixer_cifar"], tmp_path)
     with pytest.raises(DataError, match=r"^models/a_run: two models have a folder of this name"):
         other = shutil.copytree(untrained, tmp_path / "other" / "a_run")

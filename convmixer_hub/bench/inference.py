@@ -33,11 +33,11 @@ IMAGES_A_TURN = 64  # at least
 COMPILER = "a C++ compiler"
 
 
-def explain_absence(variant: str, bf16: bool = False) -> str:
+def explain_absence(variant: str, bf16: bool) -> str:
     """Say why a variant cannot be timed here; empty if it can."""
     needed = VARIANTS[variant].needs
     if needed and (bf16 or find_device().type == "cuda"):
-        return "is timed in float32 on a CPU alone"
+        return "is timed only in float32 on a CPU"
     if needed == (COMPILER,):
         return "" if load_cpp() else f"needs {COMPILER}"
     missing = [name for name in needed if not find_spec(name)]

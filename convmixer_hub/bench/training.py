@@ -107,7 +107,7 @@ def check_is_ours(name: str) -> None:
 
 def bench_train(
     arch: str,
-    variants: Sequence[str] = tuple(VARIANTS),
+    variants: Sequence[str] = (),
     batch_size: int = 128,
     rounds: int = 5,
 ) -> dict[str, Timing]:
@@ -115,9 +115,9 @@ def bench_train(
 
     Args:
         arch: One of this package's, or a trained model's name, whose weights are not loaded.
-        variants: Keys of `VARIANTS`. `timm` and `sequential` (the authors' code) are as a user gets
-            them, in fp32, NCHW and eager; `compiled` and `bf16` go with channels_last memory.
-            `ours` is prepared as in `train`, in bf16 where that is faster.
+        variants: Keys of `VARIANTS`; all if there are none. `timm` and `sequential` (the authors'
+            code) are as a user gets them, in fp32, NCHW and eager; `compiled` and `bf16` go with
+            channels_last memory. `ours` is prepared as in `train`, in bf16 where that is faster.
         batch_size: Images per step.
         rounds: Steps of each variant that count, in turns, after two that do not, four on a
             GPU.
@@ -130,7 +130,9 @@ def bench_train(
         TrainingError: If it is no model of this package, or a variant fails.
     """
     check_is_ours(arch)
-    makers = {name: partial(_make_step, arch, VARIANTS[name], batch_size) for name in variants}
+    makers = {
+        name: partial(_make_step, arch, VARIANTS[name], batch_size) for name in variants or VARIANTS
+    }
     # On a GPU, ours captures a step after these.
     warm_up = WARM_UP_STEPS + 1 if torch.cuda.is_available() else 2
     return time_in_turns(makers, rounds, warm_up)

@@ -24,8 +24,8 @@ SECONDS_TO_END = 10.0
 # Between turns: threads of the last one, such as onnxruntime's, go on looking for work for a while.
 SECONDS_TO_REST = 0.3
 
-# What makes a program ready: it gives what takes one turn and tells its seconds per image, and a
-# remark.
+# Prepares a program in its own process; returns a function that takes one turn and returns its
+# seconds per image, and a remark.
 Maker = Callable[[], tuple[Callable[[], float], Any]]
 
 

@@ -6,7 +6,7 @@ import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from huggingface_hub import try_to_load_from_cache
 from timm.models import PretrainedCfg
@@ -14,13 +14,13 @@ from torch import Tensor
 
 from ..errors import CheckpointError
 from ..hub.records import WEIGHTS_FILE
-from ..model.config import CLASSIFIER, FIRST_CONV, order_names
+from ..model.config import CLASSIFIER, FIRST_CONV, get_config, order_names
 from ..model.convmixer import ConvMixer
 from ..model.layouts import OURS, check_fit, convert_layout, detect_layout
 from ..model.parts import name_activation
 from .files import check_finite, check_safetensors
 
-_logger = logging.getLogger("convmixer_hub")
+_logger = logging.getLogger(__name__)
 
 
 def adapt_checkpoint(
@@ -53,7 +53,7 @@ def adapt_checkpoint(
     Raises:
         CheckpointError: Naming what does not fit, and the remedy.
     """
-    cfg = cast("dict[str, Any]", model.pretrained_cfg)
+    cfg = get_config(model)
     if trained.state_dict and not trained.source:
         source = "the state dict"
     else:

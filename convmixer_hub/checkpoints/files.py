@@ -27,15 +27,15 @@ INDEX_FILE = "model.safetensors.index.json"
 PICKLE_FILE = "pytorch_model.bin"  # of older versions of transformers
 
 
-def read_model_files(folder: Path) -> dict[Path, bytes]:
-    """Read the `MODEL_FILES` of a folder, each once, sorted by name.
+def read_model_files(folder: Path) -> dict[str, bytes]:
+    """Read the `MODEL_FILES` of a folder, each once, by name.
 
     Raises:
         CheckpointError: If one cannot be read.
     """
     try:
         files = [f for f in sorted(folder.iterdir()) if f.name in MODEL_FILES and f.is_file()]
-        return {file: file.read_bytes() for file in files}
+        return {file.name: file.read_bytes() for file in files}
     except OSError as error:
         raise CheckpointError(
             f"{folder}: cannot be read whole ({first_line(error)}); make all in it readable to you"
@@ -83,7 +83,7 @@ def check_is_no_pointer(path: Path) -> None:
     try:
         with path.open("rb") as file:
             start = file.read(len(POINTER))
-    except OSError:  # which whoever reads the file says
+    except OSError:  # reported by whoever reads the file
         return
     if start == POINTER:
         raise CheckpointError(
@@ -123,20 +123,19 @@ def save_model(model: nn.Module, folder: Path, extra_config: Mapping[str, Any]) 
     arguments: dict[str, Any] = {"label_names": None}
     if isinstance(model, ConvMixer) and (activation := name_activation(model)):
         arguments["act_layer"] = activation
-    names = get_label_names(model)
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as temporary:
         save_for_hf(
             model,
             temporary,
-            model_config={"label_names": names, **extra_config} if names else dict(extra_config),
+            model_config={"label_names": get_label_names(model), **extra_config},
             model_args=arguments,
             safe_serialization=True,
         )
         _correct_config(Path(temporary, CONFIG_FILE))
         for name in (WEIGHTS_FILE, CONFIG_FILE):
             with replacing(folder / name) as file:
-                # A copy, as safetensors lets nobody but the writer read its own.
+                # Copied, as safetensors makes its files readable only to their owner.
                 file.write_bytes(Path(temporary, name).read_bytes())
 
 

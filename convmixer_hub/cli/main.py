@@ -55,7 +55,7 @@ COMMANDS = {
 
 
 def _needs_command() -> bool:
-    """Return whether an option or the name of a benchmark is completed: only its command knows."""
+    """Return whether only its command can complete a word: an option, or a benchmark's name."""
     words = re.split(r"[ \n]", os.environ.get("COMP_WORDS", ""))  # bash puts newlines between
     if words[1:2] == ["bench"] and len(words) <= 3:
         return True
@@ -80,7 +80,7 @@ def _complete_names(
     return [*names, CompletionItem(incomplete, type="file")]
 
 
-# Stands for any command while the shell completes its arguments, as to load one takes seconds.
+# Stands for any command while the shell completes its arguments, as loading one takes seconds.
 _NAMES = click.Command(
     "names",
     params=[click.Argument(["names"], nargs=-1, shell_complete=_complete_names)],

@@ -59,7 +59,7 @@ def bench_train_command(
     the code in the paper's appendix; ours: as convmixer train prepares it, in bf16 where that is
     faster.
     """
-    timings = bench_train(model, variants or tuple(TRAINING_VARIANTS), batch_size, rounds)
+    timings = bench_train(model, variants, batch_size, rounds)
     first = next(iter(timings))
     rows = [["variant", "images/s", f"× {first}", "type", "peak memory"]]
     for variant, timing in timings.items():

@@ -33,9 +33,9 @@ from .options import DEFAULT_MODEL, OpenData, data_options, print_table
 def card_command(name: str, open_data: OpenData, output: Path | None, license: str | None) -> None:
     """Write a model card with its figures and reference logits.
 
-    NAME is a model or a run folder. All comes from the checkpoint, its metrics.csv, and one test on
-    the dataset; NOTES.md in the folder is appended. For the folder of a new model of the package,
-    its record is printed.
+    NAME is a model or a run folder. Everything in the card comes from the checkpoint, its
+    metrics.csv, and one evaluation on the dataset; NOTES.md in the folder is appended. For the
+    folder of a new model of the package, its record is printed.
     """
     source = resolve_folder(name)
     folder = source.folder
@@ -60,7 +60,7 @@ def card_command(name: str, open_data: OpenData, output: Path | None, license: s
 def publish_command(name: str, repo_id: str, private: bool, tag: str | None, dry_run: bool) -> None:
     """Upload a model to the Hub in one commit, and download it again to compare.
 
-    Weights, configuration, card, figures and metrics go there; the states of a run do not.
+    Weights, configuration, card, figures and metrics are uploaded; the state of a run is not.
     """
     if dry_run:
         uploads = list_uploads(name, repo_id)
@@ -120,8 +120,8 @@ def export_command(
 ) -> None:
     """Write a model for other runtimes, and compare its logits with torch's.
 
-    Torch's own logits are compared with golden.json before. NAME is as in evaluate. The file,
-    model.onnx, model_int8.onnx or model.pt2, takes batches of any size. One that is there is
+    Before that, torch's own logits are compared with golden.json. NAME is as in evaluate. The file,
+    model.onnx, model_int8.onnx or model.pt2, takes batches of any size. An existing file is
     replaced.
     """
     if int8 != (open_data is not None):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
@@ -21,29 +21,26 @@ from .options import OpenData, data_options
 _SETTINGS = {setting.name: setting for setting in fields(TrainingSettings)[1:]}
 _ONLY_FOR_FINETUNING = ("layer_decay", "freeze_batch_norm", "keep_best")
 TRAIN_OPTIONS = tuple(name for name in _SETTINGS if name not in _ONLY_FOR_FINETUNING)
-TRAIN_DEFAULTS = {name: _SETTINGS[name].default for name in TRAIN_OPTIONS}
 
 
-def _settings_options(
-    names: Sequence[str], defaults: Mapping[str, Any]
-) -> Callable[[Callable], Callable]:
+def _settings_options(names: Sequence[str], with_defaults: bool) -> Callable[[Callable], Callable]:
     """Make an option of each of these training settings; without a default, it gives None."""
 
     def decorate(command: Callable) -> Callable:
         for name in reversed(names):
             setting = _SETTINGS[name]
+            default = setting.default if with_defaults else None
             options: dict[str, Any] = {"help": setting.metadata["help"]}
             flag = option_name(name)
             if isinstance(setting.default, bool):
                 options["is_flag"] = True
-                if defaults.get(name):
+                if default:
                     flag = f"{flag}/--no-{flag[2:]}"
             elif choices := setting.metadata["choices"]:
                 options["type"] = click.Choice(choices)
             else:
                 options["type"] = type(setting.default)
-            options["default"] = defaults.get(name)
-            command = click.option(flag, name, **options)(command)
+            command = click.option(flag, name, default=default, **options)(command)
         return command
 
     return decorate
@@ -79,7 +76,7 @@ def _stopping_at(run: Path) -> Iterator[None]:
 @click.argument("model")
 @data_options
 @_output_option
-@_settings_options(TRAIN_OPTIONS, TRAIN_DEFAULTS)
+@_settings_options(TRAIN_OPTIONS, with_defaults=True)
 @_skip_damaged_option
 def train_command(
     model: str, open_data: OpenData, output: Path, skip_damaged: bool, **settings: Any
@@ -88,13 +85,13 @@ def train_command(
 
     By default: 40 epochs, Muon, RandAugment and random erasing.
     """
-    given = click.get_current_context()
     with _stopping_at(output):
         plan = TrainingSettings(model, **settings)
         train(plan, open_data(), output, skip_damaged)
     command = ["convmixer", "evaluate", _as_folder(output)]
+    params = click.get_current_context().params
     for option in ("data", "config", "label_column"):
-        if value := given.params[option]:
+        if value := params[option]:
             command += [f"--{option.replace('_', '-')}", value]
     click.echo(f"{output}: finished; measure it with: {shlex.join(command)}")
 
@@ -103,7 +100,7 @@ def train_command(
 @click.argument("name")
 @data_options
 @_output_option
-@_settings_options(FINETUNE_OPTIONS, {})
+@_settings_options(FINETUNE_OPTIONS, with_defaults=False)
 @_skip_damaged_option
 def finetune_command(
     name: str, open_data: OpenData, output: Path, skip_damaged: bool, **changes: Any

@@ -113,7 +113,7 @@ def predict_command(
 
     IMAGES may have any size and color mode.
 
-    A file that is no image is named on stderr, the others are still answered, and the exit
+    Files that are not images are reported on stderr, the others are still classified, and the exit
     status is 1.
     """
     if figure is not None:
@@ -121,7 +121,9 @@ def predict_command(
         if figure.suffix.lower() != ".png":
             raise click.UsageError(f"--figure {figure}: is written as PNG; give it a name in .png")
         if os.path.exists(figure) and not is_figure(figure):  # the first of *.png, for one
-            raise click.UsageError(f"--figure {figure}: exists, and is no figure; name a new file")
+            raise click.UsageError(
+                f"--figure {figure}: exists and is not a figure; name a new file"
+            )
     model = load_trained(name)
     answered: list[Path] = []
     thumbnails: list[Image.Image] = []

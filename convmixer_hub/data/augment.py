@@ -97,10 +97,10 @@ class TrainingImages:
         self.rand_augment = (
             _make_rand_augment(rand_augment, channels, min(sides)) if rand_augment else None
         )
-        tensors, self.labels, self.damaged = read_images(
+        # uint8 [count, channels, height, width]
+        self.images, self.labels, self.damaged = read_images(
             images, eval_transform(data_config, normalize=False), skip_damaged
         )
-        self.images = tensors  # uint8 [count, channels, side, side]
         self.mean = torch.tensor(data_config["mean"]).view(-1, 1, 1)
         self.std = torch.tensor(data_config["std"]).view(-1, 1, 1)
 

@@ -102,7 +102,7 @@ def open_image(source: str | Path | bytes, name: str | None = None) -> Image.Ima
 
 
 def _check_is_whole(image: Image.Image) -> None:
-    """Refuse an image, not loaded yet, of which Pillow would give a part, or other shades."""
+    """Refuse an image, not loaded yet, that Pillow would read in part or with other brightness."""
     if image.format == "TIFF":
         tags, second = image.getexif(), {}
         if image.mode in ("I;16", "F") and tags.get(Base.PhotometricInterpretation) == 0:

@@ -36,8 +36,9 @@ class RawSplit:
         read: Gives the RGB image of an index, or raises a DataError that names it.
         names: Names of the classes by number, if they are known.
         is_in_files: Whether the images of a table are files of their own.
-        folder: Where another folder would be taken for a class, if they lie in class folders.
-        files: Their paths in the dataset, if so.
+        folder: Where a new folder would be read as a class; None unless the images lie in class
+            folders.
+        files: Paths of the images in the dataset; empty likewise.
     """
 
     labels: list[Any]
@@ -48,7 +49,7 @@ class RawSplit:
     files: Sequence[str] = ()
 
 
-# What of a dataset is not used: names by kind, a plural.
+# What of a dataset is left out: names by kind, which is a plural noun.
 LeftOut = defaultdict[str, list[Any]]
 
 
@@ -195,20 +196,19 @@ def find_tables(
 
 def _check_complete(root: Path, parts: Iterable[PurePath]) -> None:
     """Refuse files such as train-00000-of-00003.parquet unless each of the three is there once."""
-    found: dict[tuple[str, str], set[int]] = defaultdict(set)
-    first: dict[str, tuple[PurePath, str]] = {}
+    found: dict[str, tuple[PurePath, str, set[int]]] = {}
     for part in parts:
         # Older ones have a hash after that.
         if numbered := re.fullmatch(r"(.*-)(\d+)-of-(\d+)\b[^/]*", part.as_posix()):
             start, number, count = numbered.groups()
-            other, others = first.setdefault(start, (part, count))
-            if int(number) in found[start, count] or count != others:
+            other, others, numbers = found.setdefault(start, (part, count, set()))
+            if int(number) in numbers or count != others:
                 raise DataError(
                     f"{root / part}: {other.name} is of the same split, written at another time; "
                     "remove the older files"
                 )
-            found[start, count].add(int(number))
-    for (start, count), numbers in found.items():
+            numbers.add(int(number))
+    for start, (_, count, numbers) in found.items():
         for number in range(int(count)):
             if number not in numbers:
                 name = f"{start}{number:0{len(count)}}-of-{count}"
@@ -301,10 +301,11 @@ def find_class_folders(
     else:
         names = {"train": ""}
     splits = _sort_by_class(tree, names, left_out)
-    is_guarded = tree.place != root or "" in names.values()
+    # Beside split folders at the top, a new folder changes nothing. Elsewhere it would be read as a
+    # class, or hide the folder that all images are in.
+    is_top = tree.place == root and "" not in names.values()
     return {
-        split: replace(images, folder=root if is_guarded else images.folder)
-        for split, images in splits.items()
+        split: replace(raw, folder=raw.folder if is_top else root) for split, raw in splits.items()
     }
 
 

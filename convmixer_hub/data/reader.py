@@ -47,13 +47,13 @@ class LabeledImages(Dataset[tuple[Any, int]]):
     """Images of a split, each with the number of its class.
 
     Attributes:
-        split: The whole split, as it was read, without its labels.
+        raw: The whole split, as it was read, without its labels.
         labels: Number of the class of each image.
         rows: Where each image is in the split.
         transform: What is applied to each image, if anything is.
     """
 
-    split: RawSplit
+    raw: RawSplit
     labels: Sequence[int]
     rows: Sequence[int]
     transform: Callable[[Image.Image], Any] | None = None
@@ -62,7 +62,7 @@ class LabeledImages(Dataset[tuple[Any, int]]):
         return len(self.labels)
 
     def __getitem__(self, index: int) -> tuple[Any, int]:
-        image = self.split.read(self.rows[index])
+        image = self.raw.read(self.rows[index])
         return (self.transform(image) if self.transform else image), self.labels[index]
 
     def select(self, indices: Sequence[int]) -> LabeledImages:
@@ -77,7 +77,7 @@ class ImageDataset:
 
     Attributes:
         source: The folder, or the id of a repository of the Hub.
-        hub_id: The latter, if it is that.
+        hub_id: The same, if it is an id; else None.
         classes: Names of the classes by number: all that the labels name, or else those of the
             training images, if there are any.
         splits: The images for `train`, `validation` and `test`, or for some of these.
@@ -115,7 +115,7 @@ class ImageDataset:
 def open_dataset(
     source: str | Path, config: str | None = None, label_column: str | None = None
 ) -> ImageDataset:
-    """Open a dataset of labeled images; its layout is found out.
+    """Open a dataset of labeled images; its layout is detected.
 
     Args:
         source: A folder with one of the layouts at the top of this module, or the id of a
@@ -247,7 +247,7 @@ def _number_classes(
     first = "train" if "train" in raw else next(iter(raw))
     for split, images in raw.items():
         if images.names != raw[first].names:
-            meanings = [", ".join(raw[s].names or ["numbers alone"]) for s in (split, first)]
+            meanings = [", ".join(raw[s].names or ["only numbers"]) for s in (split, first)]
             raise DataError(
                 f"{source}: its {split} labels mean {meanings[0]}, its {first} labels "
                 f"{meanings[1]}; make them the same"

@@ -7,7 +7,7 @@ import os
 import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path, PurePath
 from types import ModuleType
@@ -35,10 +35,10 @@ def load_parquet(folder: Path, tables: Sequence[PurePath], left_out: LeftOut) ->
     Raises:
         DataError: If they cannot be read, or their labels mean different classes.
     """
-    datasets = _import_datasets(f"{folder}:")
+    _import_datasets(f"{folder}:")
     places = find_tables(folder, tables, left_out)
-    _check_same_classes(datasets, [folder / file for files in places.values() for file in files])
-    return _load_files(datasets, "parquet", folder, places)
+    _check_same_classes([folder / file for files in places.values() for file in files])
+    return _load_files("parquet", folder, places)
 
 
 def load_metadata(
@@ -58,7 +58,7 @@ def load_metadata(
     """
     datasets = _import_datasets(f"{folder}:")
     places = find_tables(folder, tables, left_out)
-    loaded = _load_files(datasets, "imagefolder", folder, places)
+    loaded = _load_files("imagefolder", folder, places)
     listed: set[PurePath] = set()
     for split, table in loaded.items():
         column = _find_image_column(table.features, folder)
@@ -133,7 +133,7 @@ def _import_datasets(what: str) -> ModuleType:
 
 @contextmanager
 def _raising_data_errors(place: str) -> Iterator[None]:
-    """Let the errors of the datasets library, which are of all kinds, begin with what was read."""
+    """Turn any error of the datasets library into a DataError that names what was read."""
     try:
         yield
     except Exception as error:
@@ -143,8 +143,9 @@ def _raising_data_errors(place: str) -> Iterator[None]:
         ) from None
 
 
-def _check_same_classes(datasets: ModuleType, files: Sequence[Path]) -> None:
-    """Refuse files whose labels mean different classes: datasets goes by the first file alone."""
+def _check_same_classes(files: Sequence[Path]) -> None:
+    """Refuse files whose labels mean different classes: datasets goes by the first file only."""
+    import datasets
     from pyarrow import parquet  # which datasets brings
 
     meanings = []
@@ -156,7 +157,7 @@ def _check_same_classes(datasets: ModuleType, files: Sequence[Path]) -> None:
                 f"{file}: cannot be read as parquet ({first_line(error)}); download it again"
             ) from None
         names = [kind.names for kind in features.values() if isinstance(kind, datasets.ClassLabel)]
-        meanings.append("; ".join(", ".join(classes) for classes in names) or "numbers alone")
+        meanings.append("; ".join(", ".join(classes) for classes in names) or "only numbers")
     for file, meaning in zip(files, meanings):
         if meaning != meanings[0]:
             raise DataError(
@@ -166,9 +167,11 @@ def _check_same_classes(datasets: ModuleType, files: Sequence[Path]) -> None:
 
 
 def _load_files(
-    datasets: ModuleType, kind: str, folder: Path, places: Mapping[str, Sequence[PurePath]]
+    kind: str, folder: Path, places: Mapping[str, Sequence[PurePath]]
 ) -> Mapping[str, Any]:
-    """Load the files of each split, by their names rather than what these mean as patterns."""
+    """Load the files of each split; names are escaped, so that none is read as a pattern."""
+    import datasets
+
     patterns = {
         split: [glob.escape(os.path.abspath(folder / file)) for file in files]
         for split, files in places.items()
@@ -206,20 +209,30 @@ def read_tables(
 def _read_table(table: Any, source: str, split: str, label_column: str | None) -> RawSplit:
     import datasets
 
+    table = table.with_format(None)  # a saved one may have another
     features = table.features
     if not len(table):
         raise DataError(f"{source}: has no rows for {split}; download it again")
     column = _find_image_column(features, source)
-    try:
-        if _holds_colors_above_255(features[column]):
-            raise ValueError
-        images = table.select_columns([column])
-        images = images.cast_column(column, datasets.Image(decode=False))
-    except Exception:  # of pyarrow, of datasets
+    images = None
+    with suppress(Exception):  # of pyarrow, of datasets
+        images = table.select_columns([column]).cast_column(column, datasets.Image(decode=False))
+    if images is None or _holds_colors_above_255(features[column]):
         raise DataError(
             f"{source}: its column '{column}' holds {features[column]}; save the images as "
             "the datasets library does, as datasets.Image"
-        ) from None
+        )
+    label_column = _find_label_column(features, source, label_column)
+    return RawSplit(
+        table[label_column][:],
+        partial(_read_row, images, column, source, split),
+        getattr(features[label_column], "names", None),
+        is_in_files=(images[0][column] or {}).get("bytes") is None,
+    )
+
+
+def _find_label_column(features: Mapping[str, Any], source: str, label_column: str | None) -> str:
+    import datasets
 
     columns = [name for name in LABEL_COLUMNS if name in features]
     columns = columns or [
@@ -238,13 +251,7 @@ def _read_table(table: Any, source: str, split: str, label_column: str | None) -
             f"{source}: its column '{label_column}' holds {kind}, not names or "
             "numbers of classes; name another one with --label-column"
         )
-    labels = table.select_columns([label_column]).with_format("arrow")[:][label_column].to_pylist()
-    return RawSplit(
-        labels,
-        partial(_read_row, images, column, source, split),
-        getattr(kind, "names", None),
-        is_in_files=(images[0][column] or {}).get("bytes") is None,
-    )
+    return label_column
 
 
 def _holds_colors_above_255(kind: Any) -> bool:

@@ -119,8 +119,8 @@ def find_checkpoint(
 def _download(record: CheckpointRecord, cache: Path, damaged: Path | None) -> Path:
     """Download the weights into the Hub's cache, or into the place of a damaged file there.
 
-    The client is let near an empty folder alone: in a cache it writes wherever the ETag and the
-    commit that a server gives lead to, anywhere on this machine.
+    The client writes only to an empty folder: in a cache it writes wherever a server's ETag and
+    commit point, which may be anywhere on this machine.
     """
     commit = record.repository.ask_for(WEIGHTS_FILE, retry=True).commit_hash
     assert commit is not None  # as `ask_for` says

@@ -18,8 +18,8 @@ CARD_FILE = "README.md"
 # Stands in a card for the repository that it is going to be in.
 EXAMPLE_REPO_ID = "OWNER/REPO"
 
-# What of a model's folder goes to others; the state of a training run and the user's own pictures,
-# such as mistakes.png, do not.
+# The files of a model's folder that are published; the state of a training run and pictures of the
+# user's own images, such as mistakes.png, are not.
 MODEL_FILES = (
     CONFIG_FILE,
     WEIGHTS_FILE,
@@ -122,9 +122,9 @@ class CheckpointRecord:
         return Repository(
             self.repo_id,
             self.revision,
-            naming="check CONVMIXER_HUB_NAMESPACE and HF_ENDPOINT",
-            otherwise=f", or {OWN_COPY_ADVICE}",
-            offline=", or copy the Hub's cache folder from a machine where "
+            name_advice="check CONVMIXER_HUB_NAMESPACE and HF_ENDPOINT",
+            fallback_advice=f", or {OWN_COPY_ADVICE}",
+            offline_advice=", or copy the Hub's cache folder from a machine where "
             f"`convmixer pull {self.name}` was run",
         )
 

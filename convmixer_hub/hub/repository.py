@@ -36,20 +36,20 @@ class Repository:
     Attributes:
         repo_id: `OWNER/NAME`.
         revision: A branch, tag or commit; the main branch if None.
-        naming: Advice for when another repository may be meant: a clause.
-        otherwise: Advice on how to do without the repository: ends a sentence.
-        offline: Advice on how to do without the network: likewise.
+        name_advice: For when another repository may be meant: a clause.
+        fallback_advice: How to do without the repository: the end of a sentence.
+        offline_advice: How to do without the network: likewise.
     """
 
     repo_id: str
     revision: str | None = None
-    naming: str = "check its name, @REVISION and HF_ENDPOINT"
-    otherwise: str = ""
-    offline: str = ""
+    name_advice: str = "check its name, @REVISION and HF_ENDPOINT"
+    fallback_advice: str = ""
+    offline_advice: str = ""
 
     @classmethod
     def parse(cls, name: str) -> Repository | None:
-        """Read `hf-hub:OWNER/NAME[@REVISION]`, the prefix being optional; None if it is no such."""
+        """Read `hf-hub:OWNER/NAME[@REVISION]`, the prefix being optional; None for other names."""
         match = _ID.fullmatch(name.removeprefix(PREFIX))
         return cls(*match.groups()) if match else None
 
@@ -65,7 +65,7 @@ class Repository:
         """Find a file in the Hub's cache, downloading it if it is not there; None if there is none.
 
         Raises:
-            CheckpointError: If neither can be found out, in one line with the remedy.
+            CheckpointError: If it cannot be downloaded, or the Hub does not say whether it has it.
         """
         try:
             read_token()
@@ -95,7 +95,7 @@ class Repository:
         if not is_commit or not re.fullmatch(r"[\w-]{1,128}", offered.etag or ""):
             raise CheckpointError(
                 f"{url}: comes without a usable X-Repo-Commit or ETag, so not from a Hub; "
-                f"check HF_ENDPOINT{self.otherwise}"
+                f"check HF_ENDPOINT{self.fallback_advice}"
             )
         return offered
 
@@ -109,10 +109,10 @@ class Repository:
         if isinstance(error, OfflineModeIsEnabled):
             return (
                 f"{self.address} cannot be asked, as HF_HUB_OFFLINE is set; unset that"
-                f"{self.offline}{self.otherwise}"
+                f"{self.offline_advice}{self.fallback_advice}"
             )
         if isinstance(error, HFValidationError):
-            return f"no repository is named {self.repo_id!r}; {self.naming}"
+            return f"no repository is named {self.repo_id!r}; {self.name_advice}"
         if isinstance(error, OSError) and error.errno is not None:
             return (
                 f"the Hub's cache cannot be used ({first_line(error)}); make room there, or name "
@@ -120,39 +120,38 @@ class Repository:
             )
         return (
             f"{self.address} cannot be read ({first_line(error)}); check the network and "
-            f"HF_ENDPOINT{self.otherwise}"
+            f"HF_ENDPOINT{self.fallback_advice}"
         )
 
     def _explain_answer(self, error: HfHubHTTPError, name: str) -> str:
         status = error.response.status_code
+        advice = self.name_advice + self.fallback_advice
         if isinstance(error, RevisionNotFoundError):
             revision = self.revision or "main"
-            return f"{self.address} has no revision '{revision}'; {self.naming}{self.otherwise}"
+            return f"{self.address} has no revision '{revision}'; {advice}"
         if isinstance(error, RemoteEntryNotFoundError):
-            return f"{self.address} has no file '{name}'; {self.naming}{self.otherwise}"
+            return f"{self.address} has no file '{name}'; {advice}"
         if status == 403:
             return (
                 f"{self.address} is closed to you (HTTP 403); ask its owner for access, or use a "
-                f"token that has it{self.otherwise}"
+                f"token that has it{self.fallback_advice}"
             )
         if isinstance(error, RepositoryNotFoundError) and status == 401:
             return (
-                f"{self.address} is missing or private (HTTP 401); {self.naming}, or log in with "
-                "`hf auth login` or HF_TOKEN"
+                f"{self.address} is missing or private (HTTP 401); {self.name_advice}, or log in "
+                "with `hf auth login` or HF_TOKEN"
             )
         if isinstance(error, RepositoryNotFoundError):
-            return (
-                f"{self.address} does not exist, or is closed to your token (HTTP {status}); "
-                f"{self.naming}{self.otherwise}"
-            )
+            reason = f"does not exist, or is closed to your token (HTTP {status})"
+            return f"{self.address} {reason}; {advice}"
         if status == 401:
             return (
                 f"{constants.ENDPOINT} does not accept your token (HTTP 401); renew it with "
                 "`hf auth login`, or do without (`hf auth logout`, and unset HF_TOKEN)"
             )
         reason = f"HTTP {status} {error.response.reason_phrase}"
-        remedy = "try again later" if _is_passing(status) else self.naming
-        return f"{self.address} cannot be read ({reason}); {remedy}{self.otherwise}"
+        remedy = "try again later" if _is_passing(status) else self.name_advice
+        return f"{self.address} cannot be read ({reason}); {remedy}{self.fallback_advice}"
 
 
 def _unwrap(error: Exception) -> Exception:

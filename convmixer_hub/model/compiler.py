@@ -21,7 +21,7 @@ KERNEL_SIZES = (3, 5, 7, 9)  # of the depthwise convolutions that the C++ files 
 
 FLAGS = ("-O3", "-fno-fast-math", "-march=native", "-std=c++20", "-fopenmp", "-fPIC", "-shared")
 
-_logger = logging.getLogger(__package__)
+_logger = logging.getLogger(__name__)
 
 
 @cache

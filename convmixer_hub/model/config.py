@@ -28,8 +28,8 @@ def get_label_names(model: nn.Module) -> list[str] | None:
 def order_names(label_names: Any) -> Any:
     """List names of classes, in one Unicode form (NFC).
 
-    They may be given by number, as in `id2label`: None if not from 0 on. What is no list, tuple or
-    dict is returned as it is.
+    A dict of names by number, such as `id2label`, is put in order; None if its numbers do not run
+    from 0. Anything but a list, tuple or dict is returned unchanged.
     """
     if isinstance(label_names, Mapping):
         by_number = {str(number): name for number, name in label_names.items()}

@@ -133,7 +133,7 @@ class PatchEmbeddings(nn.Module):
         """
         torch._assert(
             x.shape[-2] >= self.patch_size,
-            "the image is lower than one patch: resize it, or use a model with smaller patches",
+            "the image is shorter than one patch: resize it, or use a model with smaller patches",
         )
         torch._assert(
             x.shape[-1] >= self.patch_size,

@@ -38,7 +38,7 @@ PARTS = 1024
 # teacher, with and without a residual, are 12.
 MAX_SHAPES = 64
 
-_logger = logging.getLogger(__package__)
+_logger = logging.getLogger(__name__)
 
 _compiling = True
 

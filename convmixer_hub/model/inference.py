@@ -143,7 +143,7 @@ class _Convolution(nn.Module):
 class InferenceConvMixer(nn.Module):
     """What `prepare_for_inference` gives; it has the attributes by which timm knows a model."""
 
-    def __init__(self, model: ConvMixer, cpp: bool = False) -> None:
+    def __init__(self, model: ConvMixer, cpp: bool) -> None:
         super().__init__()
         stem, layers = model.patch_emb, cast("list[ConvMixerLayer]", model.conv_mixer_layers)
         self.patch_size = stem.patch_size
@@ -191,7 +191,7 @@ class InferenceConvMixer(nn.Module):
         return super().train(False)
 
     def load_state_dict(self, *args: Any, **options: Any) -> Any:
-        """Refuse weights: of what it has, the head alone is in its state dict."""
+        """Refuse weights: its state dict holds only the head."""
         raise ModelSizeError(
             "a model that is prepared for inference takes no weights: load them into the one it "
             "was made from, and prepare that"

@@ -35,7 +35,7 @@ class Layout:
     first_layer: int = 0
 
     def count_layers(self, modules: Collection[str]) -> int:
-        """Count the layers up to the last one that these modules are of."""
+        """Count the layers, up to the last one that has a module among these."""
         names = "|".join(map(re.escape, self.layer))
         pattern = re.compile(rf"{re.escape(self.layers)}(\d{{1,4}})\.(?:{names})")
         matches = [pattern.fullmatch(module) for module in modules]
@@ -106,14 +106,14 @@ def _get_module(key: str) -> str:
 def detect_layout(state_dict: Mapping[str, Tensor]) -> str | None:
     """Find the layout that most keys belong to; None if no key belongs to any."""
     modules = [_get_module(key) for key in strip_prefixes(state_dict)]
-    found = {}
-    for name, layout in LAYOUTS.items():
+
+    def count_known(name: str) -> int:
+        layout = LAYOUTS[name]
         known = set(layout.list_modules(layout.count_layers(modules)))
-        found[name] = sum(module in known for module in modules)
-        if found[name] == len(modules):
-            break  # no layout has more
-    best = max(found, key=lambda name: found[name])
-    return best if found[best] else None
+        return sum(module in known for module in modules)
+
+    best = max(LAYOUTS, key=count_known)
+    return best if count_known(best) else None
 
 
 def find_networks(state_dict: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:

@@ -1,6 +1,6 @@
 """Whether the parts of a ConvMixer are those that it was built with, and which activation it has.
 
-What computes a model in another way than its own `forward` has to know.
+Code that computes a model other than by its own `forward` needs to know this.
 """
 
 from __future__ import annotations

@@ -113,7 +113,7 @@ def write_card(
     card_file = output / CARD_FILE
     with writing(card_file):
         if card_file.is_file() and b"library_name: timm" not in card_file.read_bytes():
-            raise DataError(f"{card_file}: is no card of this command; name another --output")
+            raise DataError(f"{card_file}: was not written by this command; name another --output")
     settings = source.config.get("training") or {}
     chosen_on_validation = settings.get("keep_best") and not settings.get("held_out")
     if chosen_on_validation and "test" not in dataset.splits:
@@ -292,7 +292,6 @@ def _hide_folders(settings: Mapping[str, Any]) -> dict[str, Any]:
         is_public = (
             name in VARIANTS
             or name in RECORDS
-            or name.startswith(PREFIX)
             or (Repository.parse(name) and not os.path.exists(name))
         )
         shown.setdefault(name, name if is_public else f"TEACHER{i}" if i else "MODEL")

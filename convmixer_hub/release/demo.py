@@ -117,8 +117,9 @@ def _build(choices: dict[str, _Choice]) -> gradio.Blocks:
         about = gradio.Markdown(choices[first].description)
         with gradio.Accordion("Model card", open=False):
             card = gradio.Markdown(choices[first].card)
-        name.change(lambda name: choices[name].description, name, about)
-        name.change(lambda name: choices[name].card, name, card)
+        name.change(
+            lambda name: (choices[name].description, choices[name].card), name, [about, card]
+        )
         for event in (picture.change, name.change):
             event(answer, [name, picture], [label, seen])
     return page

@@ -112,7 +112,7 @@ def export(
         DataError: If the file cannot be written, or the dataset does not serve.
     """
     if int8_dataset and format != "onnx":
-        raise CheckpointError(f"{name}: int8 is for ONNX alone; leave --int8 or --format out")
+        raise CheckpointError(f"{name}: int8 is only for ONNX; leave --int8 or --format out")
     if format == "onnx":
         check_onnx_libraries()
     source = resolve(name)

@@ -13,7 +13,7 @@ from huggingface_hub import CommitOperationAdd, HfApi, hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError
 
 from ..checkpoints.files import read_model_files
-from ..checkpoints.resolve import resolve_folder
+from ..checkpoints.resolve import Source, resolve_folder
 from ..errors import ConvMixerHubError, PublishError
 from ..files import hash_file
 from ..hub.records import CARD_FILE, EXAMPLE_REPO_ID, GOLDEN_FILE, WEIGHTS_FILE
@@ -39,29 +39,31 @@ class Publication:
     tag: str | None = None
 
 
-def list_uploads(name: str, repo_id: str = EXAMPLE_REPO_ID) -> list[CommitOperationAdd]:
+def list_uploads(name: str | Source, repo_id: str = EXAMPLE_REPO_ID) -> list[CommitOperationAdd]:
     """List what `publish` uploads. The network is not asked.
 
     Args:
-        name: A trained model's name, for its folder in the package, or a run folder. Of the files
-            in it, those of `hub.records.MODEL_FILES` are published.
-        repo_id: `OWNER/REPO`, which the card is told.
+        name: A trained model's name, for its folder in the package, or a run folder; or what
+            `resolve_folder` gave. Of the files in it, those of `hub.records.MODEL_FILES` are
+            published.
+        repo_id: `OWNER/REPO`, which replaces the placeholder in the card.
 
     Raises:
         UnknownModelError: If it is neither a trained model's name nor a folder.
         CheckpointError: If the model would not load, a file cannot be read, or `golden.json` is of
             other weights.
     """
-    source = resolve_folder(name)
+    source = name if isinstance(name, Source) else resolve_folder(name)
     if not source.record:  # whose file is verified
         load_trained(source)
     folder = source.folder.resolve()
     # Read once: what is checked is what is uploaded.
-    contents = {file.name: data for file, data in read_model_files(folder).items()}
+    contents = read_model_files(folder)
     if card := contents.get(CARD_FILE):
         contents[CARD_FILE] = card.replace(EXAMPLE_REPO_ID.encode(), repo_id.encode())
     if golden := contents.get(GOLDEN_FILE):
-        remedy = f"`convmixer card {shlex.quote(str(name))} --data DIR` writes it"
+        argument = shlex.quote(source.name.removeprefix("local-dir:"))
+        remedy = f"`convmixer card {argument} --data DIR` writes it"
         digest = hashlib.sha256(contents[WEIGHTS_FILE]).hexdigest()
         parse_golden(golden, folder / GOLDEN_FILE, digest, remedy)
     return [CommitOperationAdd(file, data) for file, data in contents.items()]
@@ -87,8 +89,8 @@ def publish(name: str, repo_id: str, private: bool = False, tag: str | None = No
     """
     if repo_id.count("/") != 1:
         raise PublishError(f"{repo_id}: is no model repository; give --repo-id as OWNER/REPO")
-    uploads = list_uploads(name, repo_id)
     source = resolve_folder(name)
+    uploads = list_uploads(source, repo_id)
     if tag is None and source.record:
         tag = source.record.revision
     message = f"Publish {source.folder.resolve().name}"

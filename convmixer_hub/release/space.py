@@ -67,7 +67,7 @@ def write_space(names: Sequence[str], output: Path) -> None:
     """
     gradio = check_gradio()
     if os.path.exists(output):  # unlike Path.exists, no error without permission
-        raise DataError(f"{output}: is there already; name a new folder")
+        raise DataError(f"{output}: already exists; name a new folder")
     shown: list[str] = []
     copies: dict[str, Path] = {}
     for name in names:

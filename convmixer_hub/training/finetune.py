@@ -23,13 +23,12 @@ from ..evaluate import Evaluation, collect_logits, count_confusions
 from ..figures import check_matplotlib, draw_confusion, draw_predictions
 from ..files import write_file
 from ..load import load_trained
-from ..model.config import get_label_names
 from ..predict import name_best
 from .images import choose_images
 from .run import train
 from .settings import TrainingSettings
 
-# The settings that one may choose for oneself.
+# The settings that are options of `convmixer finetune`.
 FINETUNE_OPTIONS = (
     "held_out",
     "epochs",
@@ -136,11 +135,10 @@ def finetune(
     logits, _ = collect_logits(model, loader)
     probabilities = logits.softmax(dim=1)
     confusion = count_confusions(probabilities, labels)
-    classes = get_label_names(model) or []
-    write_file(folder / CONFUSION_FILE, draw_confusion(confusion, classes))
+    write_file(folder / CONFUSION_FILE, draw_confusion(confusion, dataset.classes))
     mean, std = (torch.tensor(config[name]).view(-1, 1, 1) for name in ("mean", "std"))
     pictures = (images * std + mean).clamp(0, 1)
-    _draw_mistakes(folder / MISTAKES_FILE, pictures, labels, probabilities, classes)
+    _draw_mistakes(folder / MISTAKES_FILE, pictures, labels, probabilities, dataset.classes)
     return Evaluation(int(confusion.trace()), len(labels))
 
 

@@ -228,7 +228,7 @@ def save_results(folder: Path, model: nn.Module, state: RunState) -> None:
 
     Args:
         folder: The run folder, with this state in it.
-        model: The model to give away.
+        model: The model to save.
         state: The state.
 
     Raises:

@@ -73,7 +73,7 @@ def choose_images(settings: TrainingSettings, dataset: ImageDataset) -> RunImage
 
 
 def _hash_images(images: LabeledImages) -> str:
-    return _hash((list(images.labels), list(images.split.files)))
+    return _hash((list(images.labels), list(images.raw.files)))
 
 
 def _hash(value: object) -> str:
@@ -99,7 +99,7 @@ def hold_out(dataset: ImageDataset, size: int, seed: int) -> tuple[list[int], li
     for name, count in zip(dataset.classes, counts.tolist()):
         if count == 1:
             raise DataError(
-                f"{dataset.source}: the class {name} has one image alone, which cannot be both "
+                f"{dataset.source}: the class {name} has only one image, which cannot be both "
                 "trained on and held out; add some, or remove it"
             )
     least, most = int(present.sum()), len(labels) - int(present.sum())
@@ -142,7 +142,7 @@ def load_images(
         The training images, and those for validation, if there are any.
 
     Raises:
-        DataError: If they cannot be read, or are less than one batch.
+        DataError: If they cannot be read, or are fewer than one batch.
     """
     training = TrainingImages(
         images.training,
@@ -165,7 +165,7 @@ def load_images(
     if len(training) < settings.batch_size:
         remedy = "a smaller --batch-size" if len(training) > 1 else "more of them"
         raise DataError(
-            f"{len(training)} training images are less than one batch of "
+            f"{len(training)} training images are fewer than one batch of "
             f"{settings.batch_size}; give {remedy}"
         )
     return training, validation

@@ -22,7 +22,7 @@ from ..model.init import init_depthwise_kernels
 from .folder import RunState
 from .settings import OPTIMIZERS, TrainingSettings
 
-_logger = logging.getLogger("convmixer_hub")
+_logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Network:
 
     @property
     def result(self) -> nn.Module:
-        """The model to measure and give away, as it is after the last step."""
+        """The model to measure and save, as it is after the last step."""
         return self.model if self.average is None else self.average.module
 
     def get_state(self) -> dict[str, Any]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,7 @@ from ..evaluate import collect_logits, evaluate, fit_temperature
 from ..hub.records import suggest
 from ..machine import count_workers, describe_machine, find_device, refuse_torchrun
 from ..model.cpu import choose_precision
-from ..zoo import default_cfgs
+from ..zoo import VARIANTS
 from .folder import RunState, lock_run, open_run, save_results, save_state
 from .images import RunImages, choose_images, load_images, serve_batches
 from .muon import fast_muon
@@ -63,14 +62,14 @@ def train(
         TrainingError: If a setting does not fit the model or the data, if the folder holds another
             run, lies among class folders or cannot be written, if the loss is no longer a number,
             if a GPU has too little memory, or under torchrun.
-        DataError: If the data cannot be read, or is less than one batch.
+        DataError: If the data cannot be read, or is fewer images than one batch.
         CheckpointError: If trained weights to start or to learn from cannot be found or
             downloaded, are damaged or do not fit.
     """
     folder = Path(output)
-    if settings.model not in default_cfgs and not settings.pretrained:
+    if settings.model not in VARIANTS and not settings.pretrained:
         raise UnknownModelError(
-            f"no model is named '{settings.model}'; {suggest(settings.model, default_cfgs)}"
+            f"no model is named '{settings.model}'; {suggest(settings.model, VARIANTS)}"
         )
     refuse_torchrun()
     if settings.mixes and settings.batch_size % 2:
@@ -81,8 +80,8 @@ def train(
         raise DataError(
             f"{dataset.source}: has only one class, {dataset.classes[0]}; add images of another one"
         )
-    images, chosen = dataset.get("train"), choose_images(settings, dataset)
-    for place in {split.split.folder for split in dataset.splits.values()}:
+    chosen = choose_images(settings, dataset)
+    for place in {split.raw.folder for split in dataset.splits.values()}:
         if place and place.resolve() in folder.resolve().parents:
             raise TrainingError(
                 f"{folder}: lies among the class folders in {place}; name another --output"
@@ -90,9 +89,9 @@ def train(
     new = RunState(
         asdict(settings),
         dataset.classes,
-        len(images),
-        chosen.image_digest,
-        chosen.validation_digest,
+        images=len(dataset.get("train")),
+        image_digest=chosen.image_digest,
+        held_out_images=chosen.validation_digest,
     )
     try:
         with lock_run(folder):
@@ -133,7 +132,7 @@ class _Run:
         if state.epoch < settings.epochs:  # a finished run is only written out again
             side = min(data_config["input_size"][1:])
             settings.check_crops(side, self.network.model.patch_emb.patch_size)
-            here = f"{describe_machine(device)}, {self._choose_precision(data_config)}"
+            here = f"{describe_machine(device)}, {self._choose_precision(side)}"
             machines = state.machine.split(", then ") if state.machine else []
             if machines[-1:] != [here]:
                 state.machine = ", then ".join([*machines, here])
@@ -143,6 +142,7 @@ class _Run:
             if settings.teachers:
                 teacher = Teacher(settings.teachers, dataset.classes, data_config, device)
             self.images, self.validation = load_images(settings, images, data_config, skip_damaged)
+            self.steps = len(self.images) // settings.batch_size  # of an epoch
             readable = len(self.images)
             if state.readable_images not in (0, readable):
                 raise TrainingError(
@@ -179,20 +179,18 @@ class _Run:
         """The type that most of a step computes in."""
         return torch.bfloat16 if self.state.precision == "bf16" else torch.float32
 
-    def _choose_precision(self, data_config: Mapping[str, Any]) -> str:
+    def _choose_precision(self, side: int) -> str:
         """Name this run's type, which stays the same wherever the run is resumed."""
         state = self.state
         if not state.precision:
             state.precision = self.settings.precision
             if state.precision == "auto":
-                side = min(data_config["input_size"][1:])
-                chosen = choose_precision(self.network.model, self.device, side)
-                state.precision, reason = chosen
+                state.precision, reason = choose_precision(self.network.model, self.device, side)
                 tqdm.write(f"computes in {state.precision}: {reason}")
         return state.precision
 
     def train_epoch(self) -> None:
-        """Go on to the end of the epoch, and save what it gave."""
+        """Train to the end of the epoch, and save the result."""
         settings, state = self.settings, self.state
         # Sums over the epoch so far; they begin anew with it.
         sums = state.sums if state.step else {"loss": 0.0, "correct": 0.0, "seconds": 0.0}
@@ -218,8 +216,7 @@ class _Run:
     def _take_steps(self, sums: dict[str, float]) -> None:
         """Take the steps that are left of the epoch, adding to its sums."""
         settings, state = self.settings, self.state
-        epoch, first_step = state.epoch, state.step
-        steps = len(self.images) // settings.batch_size
+        epoch, first_step, steps = state.epoch, state.step, self.steps
         start = time.monotonic() - sums["seconds"]
         # Loss, number of correct images, norm of the gradient: added up on the device. To read
         # them means to wait for a GPU, so they are read now and then.
@@ -236,7 +233,7 @@ class _Run:
         ) as bar:
             for step in range(first_step, steps):
                 factor = settings.learning_rate_factor(epoch + (step + 0.5) / steps)
-                totals += self._train_step(epoch, step, factor)
+                totals += self._train_on_next_batch(epoch, step, factor)
                 bar.update()
                 if (step + 1) % interval and step + 1 < steps:
                     continue
@@ -266,7 +263,7 @@ class _Run:
         """Return the metrics of the epoch, and keep its weights if they are the best."""
         settings, state = self.settings, self.state
         epoch = state.epoch
-        count = len(self.images) // settings.batch_size * settings.batch_size
+        count = self.steps * settings.batch_size
         crop_size = settings.choose_crop_size(epoch, self.images.image_size)
         metrics: dict[str, Any] = {
             "epoch": epoch + 1,
@@ -284,7 +281,7 @@ class _Run:
                 state.best = {name: value.clone() for name, value in weights.items()}
         return metrics
 
-    def _train_step(self, epoch: int, step: int, learning_rate_factor: float) -> Tensor:
+    def _train_on_next_batch(self, epoch: int, step: int, learning_rate_factor: float) -> Tensor:
         """Take one step; return what `TrainingStep` does."""
         settings = self.settings
         images, labels = (x.to(self.device, non_blocking=True) for x in next(self.batches))
@@ -294,8 +291,7 @@ class _Run:
             images, targets = self.mix(images, labels)  # which smooths the labels, too
         numbers = self.take_step(images, labels, targets, learning_rate_factor)
         if self.network.average is not None:
-            steps = len(self.images) // settings.batch_size
-            self.network.average.update(self.network.model, epoch * steps + step + 1)
+            self.network.average.update(self.network.model, epoch * self.steps + step + 1)
         return numbers
 
     def _update_state(self, epoch: int, step: int, sums: dict[str, float]) -> None:

@@ -74,7 +74,7 @@ class TrainingStep:
 
         Returns:
             Sum of the losses, number of correct images, and norm of the gradient: `[3]`, on the
-            device. If one is no finite number, so are the weights from now on.
+            device. If one is not finite, neither are the weights from now on.
         """
         for group, rate in zip(self.network.optimizer.param_groups, self._rates):
             value = self.settings.learning_rate * learning_rate_factor * group.get("lr_scale", 1.0)

@@ -48,8 +48,8 @@ class Teacher(nn.Module):
                 model = load_trained(name).eval()
             except (UnknownModelError, CheckpointError) as error:
                 raise type(error)(f"teacher {name}: {error}") from None
-            _check_fit(name, model, classes, data_config)
             own = resolve_input_data_config(model)
+            _check_fit(name, model, classes, own, data_config)
             if device.type == "cpu":
                 model = prepare_if_possible(model, cpp=True)
             elif isinstance(model, ConvMixer) and can_speed_up(model):
@@ -64,18 +64,20 @@ class Teacher(nn.Module):
 
 
 def _check_fit(
-    name: str, model: nn.Module, classes: Sequence[str], data_config: Mapping[str, Any]
+    name: str,
+    model: nn.Module,
+    classes: Sequence[str],
+    own: Mapping[str, Any],
+    data_config: Mapping[str, Any],
 ) -> None:
     known = get_label_names(model)
     if model.num_classes != len(classes) or known not in (None, list(classes)):
-        theirs = ", ".join(known) if known else f"{model.num_classes} classes without names"
+        described = ", ".join(known) if known else f"{model.num_classes} classes without names"
         raise TrainingError(
-            f"teacher {name}: has the classes {theirs}, the dataset {', '.join(classes)}; name a "
-            "model with the same ones in the same order"
+            f"teacher {name}: has the classes {described}, the dataset {', '.join(classes)}; name "
+            "a model with the same ones in the same order"
         )
-    theirs, ours = (
-        config["input_size"][0] for config in (resolve_input_data_config(model), data_config)
-    )
+    theirs, ours = own["input_size"][0], data_config["input_size"][0]
     if theirs != ours:
         raise TrainingError(
             f"teacher {name}: takes images of {theirs} channels, the model {ours}; name a teacher "
