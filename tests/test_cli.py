@@ -21,7 +21,7 @@ from convmixer_hub.hub.records import CIFAR10, RECORDS
 from convmixer_hub.load import load_trained
 from convmixer_hub.predict import predict
 
-from .conftest import ARCH, CAT, CHECKOUT, IMAGES, NAME, convmixer
+from .conftest import ARCH, CAT, CHECKOUT, IMAGES, NAME, convmixer, print_table
 
 
 def test_a_table_does_not_write_to_the_terminal_what_a_file_says(tmp_path):
@@ -152,7 +152,7 @@ def test_without_matplotlib_nothing_is_answered_in_vain(monkeypatch):
     [
         ("missing/figure.png", r"figure.png: cannot be written \(.*\); make room, or name another"),
         ("figure.svg", "figure.svg: is written as PNG; give it a name in .png"),
-        ("cat.png", "cat.png: exists, and is no figure; name a new file"),
+        ("cat.png", "cat.png: exists and is not a figure; name a new file"),
     ],
 )
 def test_a_figure_that_cannot_be_written_is_named(tmp_path, figure, message):
@@ -206,6 +206,14 @@ def test_a_file_alone_is_no_model_for(
     assert convmixer(command, file, *options).stderr.startswith(f"Error: {file}: {message}")
     assert list(tmp_path.iterdir()) == [file]
     assert "cat" in convmixer("predict", IMAGES / "cat.png", "--model", file).stdout
+
+
+@pytest.mark.parametrize("command", [["card", "--data", "DIR"], ["publish", "--repo-id", "a/b"]])
+def test_a_repository_of_the_hub_is_no_model_for(hub, command):
+    name = f"hf-hub:convmixer-hub/{NAME}"
+    result = convmixer(*command, name)
+    message = f"Error: {name}: is no folder of a model; name a run folder, or a model of this"
+    assert (result.exit_code, result.stderr[: len(message)]) == (1, message)
 
 
 def test_predict_draws_a_figure(tmp_path):
@@ -269,14 +277,8 @@ def test_convert_says_what_it_wrote_and_asks_for_what_it_cannot_know(tmp_path):
     torch.testing.assert_close(safetensors.torch.load_file(back), expected, atol=0, rtol=0)
 
 
-def read_info(name) -> dict[str, str]:
-    result = convmixer("info", name)
-    assert result.exit_code == 0, result.stderr
-    return dict(re.split("  +", line, maxsplit=1) for line in result.stdout.splitlines())
-
-
 def test_info_of_a_name_and_of_its_folder():
-    info = read_info(NAME)
+    info = dict(print_table(f"info {NAME}"))
     file = CHECKOUT / "weights" / NAME / "model.safetensors"
     assert info == {
         "file": str(file),
@@ -290,7 +292,7 @@ def test_info_of_a_name_and_of_its_folder():
         "parameters": "643,338",
         "metadata": "none",
     }
-    assert read_info(file.parent) == info
+    assert dict(print_table(f"info {file.parent}")) == info
 
 
 def test_a_script_of_anybodys_knows_the_models(run_python, tmp_path):

@@ -12,6 +12,13 @@ from convmixer_hub.model.compiler import load_operators
 
 from .conftest import ARCH
 
+
+def test_what_was_compiled_is_kept(run_python):
+    assert load_operators("cpu", "")
+    code = "from convmixer_hub.model.cpu import load_passes; print(load_passes())"
+    assert run_python(code, PATH="/nowhere") == "True"
+
+
 COMPILERS = {
     "broken": "echo Working >&2\necho error: no space >&2\nexit 1\n",
     "garbling": 'for output; do :; done\nseq 1000 > "$output"\n',

@@ -1,5 +1,3 @@
-from functools import partial
-
 import pytest
 import torch
 from timm.models.convmixer import ConvMixer as TimmConvMixer
@@ -12,40 +10,24 @@ from convmixer_hub import (
     ModelSizeError,
     PatchEmbeddings,
 )
-from convmixer_hub.model.parts import name_activation
 
 from .conftest import randomise_norms
-
-
-def make_pair(patch_size: int, kernel_size: int, act_layer: type[nn.Module]):
-    """Our model, and timm's with the same weights (their order of tensors is the same)."""
-    ours = ConvMixer(48, 3, kernel_size, patch_size, num_classes=7, act_layer=act_layer)
-    randomise_norms(ours)
-    timms = TimmConvMixer(48, 3, kernel_size, patch_size, num_classes=7, act_layer=act_layer)
-    weights = zip(timms.state_dict(), ours.state_dict().values(), strict=True)
-    timms.load_state_dict(dict(weights))
-    return ours, timms
 
 
 @pytest.mark.parametrize("act_layer", [nn.GELU, nn.ReLU])
 @pytest.mark.parametrize("kernel_size", [5, 9])
 @pytest.mark.parametrize("patch_size", [1, 2])
-class TestAgainstTimm:
-    def test_logits_are_equal(self, patch_size, kernel_size, act_layer, batch):
-        ours, timms = make_pair(patch_size, kernel_size, act_layer)
-        with torch.no_grad():
-            logits, expected = ours.eval()(batch), timms.eval()(batch)
-        torch.testing.assert_close(logits, expected, atol=1e-5, rtol=0)
-        assert logits.std() > 0.01
-
-    def test_gradients_are_equal(self, patch_size, kernel_size, act_layer, batch):
-        ours, timms = (
-            model.train().double() for model in make_pair(patch_size, kernel_size, act_layer)
-        )
-        for model in (ours, timms):
-            model(batch.double()).square().sum().backward()
-        for ours_parameter, timms_parameter in zip(ours.parameters(), timms.parameters()):
-            torch.testing.assert_close(ours_parameter.grad, timms_parameter.grad)
+def test_gradients_are_timms(patch_size, kernel_size, act_layer, batch):
+    ours, timms = (
+        kind(48, 3, kernel_size, patch_size, num_classes=7, act_layer=act_layer).double()
+        for kind in (ConvMixer, TimmConvMixer)
+    )
+    randomise_norms(timms)
+    ours.load_state_dict(timms.state_dict())
+    for model in (ours, timms):
+        model(batch.double()).square().sum().backward()
+    for mine, theirs in zip(ours.parameters(), timms.parameters(), strict=True):
+        torch.testing.assert_close(mine.grad, theirs.grad)
 
 
 def test_parts_fit_together_as_in_the_paper(batch):
@@ -97,7 +79,7 @@ def test_impossible_sizes_are_refused(options, message):
         ConvMixer(**{"d_model": 8, "n_layers": 1, "kernel_size": 3, "patch_size": 2, **options})
 
 
-@pytest.mark.parametrize(("shape", "side"), [((3, 8), "lower"), ((8, 3), "narrower")])
+@pytest.mark.parametrize(("shape", "side"), [((3, 8), "shorter"), ((8, 3), "narrower")])
 def test_an_image_smaller_than_a_patch_is_refused(shape, side):
     with pytest.raises(AssertionError, match=f"the image is {side} than one patch: resize it"):
         ConvMixer(8, 1, 3, patch_size=4)(torch.randn(1, 3, *shape))
@@ -133,12 +115,6 @@ def test_what_is_no_tensor_is_refused_by_torch():
     model = ConvMixer(8, 1, 3, 2)
     with pytest.raises(RuntimeError, match='"patch_emb.conv.weight", expected torch.Tensor'):
         model.load_state_dict({k: t.numpy() for k, t in model.state_dict().items()})
-
-
-def test_only_exact_gelu_is_called_gelu():
-    assert name_activation(ConvMixer(48, 2, 3, 2)) == "gelu"
-    tanh = partial(nn.GELU, approximate="tanh")
-    assert name_activation(ConvMixer(48, 2, 3, 2, act_layer=tanh)) is None
 
 
 def test_reset_classifier_keeps_pooling_type_and_mode(batch):

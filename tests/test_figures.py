@@ -34,13 +34,8 @@ def test_names_that_no_font_has_are_said_to_be_boxes(monkeypatch, caplog):
 def test_long_names_are_drawn_without_a_word_on_fonts(caplog):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # matplotlib's, that there is little room
-        draw_confusion(torch.eye(2, dtype=torch.long), ["a" * 300, "b" * 300])
+        draw_confusion(torch.eye(2, dtype=torch.long), ["a" * 300, "$\\no formula$"])
     assert not caplog.records
-
-
-def test_names_of_classes_are_no_formulas():
-    confusion = torch.eye(2, dtype=torch.long)
-    assert open_image(draw_confusion(confusion, ["cat", "$\\no formula$"])).width > 100
 
 
 def test_kernels_are_drawn_upright_by_layer_red_above_zero():

@@ -45,9 +45,3 @@ def test_an_unknown_source_is_refused(monkeypatch):
     monkeypatch.setenv("CONVMIXER_HUB_SOURCE", "ftp")
     with pytest.raises(CheckpointError, match="unknown source of weights 'ftp'; set .* auto, emb"):
         find_checkpoint(NAME)
-
-
-def test_embedded_only_without_a_copy_is_refused(installed_copy):
-    installed_copy.unlink()
-    with pytest.raises(CheckpointError, match="this installation carries no copy of the weights"):
-        find_checkpoint(NAME, source="embedded")

@@ -71,7 +71,7 @@ def test_a_trained_model_learns_other_classes(split_photos, tmp_path):
     assert run(settings, split_photos, again) == result
 
 
-def test_settings_are_chosen_for_the_data(photos, split_photos):
+def test_settings_are_chosen_for_the_data(photos, split_photos, monkeypatch):
     settings = choose("convmixer_cifar", photos)
     assert settings.held_out == 4 and settings.batch_size == 4
     assert settings.pretrained and settings.keep_best
@@ -82,6 +82,11 @@ def test_settings_are_chosen_for_the_data(photos, split_photos):
     assert choose("convmixer_cifar", split_photos).held_out == 0
     changed = choose("convmixer_cifar", photos, epochs=3, mixup=None, rand_augment="")
     assert (changed.epochs, changed.mixup, changed.rand_augment) == (3, 0.0, "")
+    assert (settings.optimizer, settings.learning_rate) == ("adamw", 0.01)
+    assert (settings.layer_decay, settings.random_erasing) == (0.8, 0.25)
+    monkeypatch.setattr("convmixer_hub.training.finetune.FEW_IMAGES", 16)
+    many = choose("convmixer_cifar", photos)
+    assert (many.rand_augment, many.random_erasing) == ("", 0.0)
 
 
 def test_without_matplotlib_nothing_is_trained_in_vain(split_photos, tmp_path, monkeypatch):
@@ -158,7 +163,7 @@ def test_frozen_statistics_stay(photos, tmp_path):
         ({"layer_decay": 0.0}, TrainingError, "layer_decay is 0.0: must be above 0 and at most 1"),
         ({"batch_size": 0}, TrainingError, "batch_size is 0: must be at least 2"),
         ({"held_out": 0}, TrainingError, "has no validation images to choose the best epoch by; "),
-        ({"batch_size": 30}, DataError, "16 training images are less than one batch of 30; give"),
+        ({"batch_size": 30}, DataError, "16 training images are fewer than one batch of 30; give"),
     ],
 )
 def test_impossible_settings_are_refused(photos, tmp_path, change, error, message):

@@ -343,13 +343,6 @@ def test_a_damaged_file_in_the_cache_is_named_where_no_other_can_be_had(damaged,
         find_checkpoint(NAME)
 
 
-def test_a_cache_that_the_client_filled_without_us_is_used(hub):
-    file = hf_hub_download(REPOSITORY, "model.safetensors", revision=REVISION)
-    hub.requests.clear()
-    assert find_checkpoint(NAME) == Path(file)
-    assert hub.requests == []
-
-
 @pytest.mark.parametrize("cached", [False, True])
 @pytest.mark.parametrize("honest", [0, 1], ids=["liar", "liar when asked again"])
 @pytest.mark.parametrize(
@@ -419,20 +412,11 @@ def test_a_read_only_cache_is_read(hub, tmp_path):
 
 def test_an_empty_read_only_cache_is_one_line(hub, tmp_path):
     (tmp_path / "cache").mkdir(mode=0o555)
-    message = rf"^{NAME}: the Hub's cache cannot be used \(.*Permission denied: '{tmp_path}/cache/"
+    message = (
+        rf"^{NAME}: the Hub's cache cannot be used \(.*Permission denied: '{tmp_path}/cache/.*\); "
+        "make room there, or name another folder with HF_HOME$"
+    )
     with pytest.raises(CheckpointError, match=message):
-        as_ordinary_user(lambda: find_checkpoint(NAME))
-
-
-def test_a_damaged_file_in_a_read_only_cache_is_one_line(hub, tmp_path):
-    find_checkpoint(NAME).resolve().write_bytes(FLIPPED)
-    make_read_only(tmp_path / "cache")
-    with pytest.raises(
-        CheckpointError,
-        match=rf"^{NAME}: the copy in the Hub's cache is damaged \(.*\), and the Hub's cache "
-        rf"cannot be used \(.*Permission denied: '{tmp_path}/cache/.*\); make room there, or name "
-        "another folder with HF_HOME$",
-    ):
         as_ordinary_user(lambda: find_checkpoint(NAME))
 
 

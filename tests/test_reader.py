@@ -141,6 +141,7 @@ FOLDERS = {
             "cat/@eaDir/1.png",
             "cat/._1.png",
             "__MACOSX/cat/._1.png",
+            "__pycache__/1.png",
             ("cat/Thumbs.db", b"thumbnails"),
             ("dog/desktop.ini", b"[.ShellClassInfo]"),
             (".DS_Store", b"x"),
@@ -406,7 +407,7 @@ class TestHoldOut:
 
     def test_a_class_of_one_image_is_named(self, tmp_path):
         dataset = open_dataset(write_tree(tmp_path, "a/1.png", "a/2.png", "b/1.png"))
-        with pytest.raises(DataError, match="the class b has one image alone, which cannot be bot"):
+        with pytest.raises(DataError, match="the class b has only one image, which cannot be bot"):
             hold_out(dataset, 1, seed=0)
 
 

@@ -581,6 +581,11 @@ def test_a_finished_run_stays_as_it_is(finished_run, write_parquet, monkeypatch)
         ({"held_out": -1}, "held_out is -1: must be at least 0"),
         ({"train_images": -1}, "train_images is -1: must be at least 0"),
         ({"flip": "never"}, "flip is never: must be alternating or random or none"),
+        ({"label_smoothing": 1.0}, "label_smoothing is 1.0: must be at least 0 and below 1"),
+        ({"cutmix": -1.0}, "cutmix is -1.0: must be at least 0"),
+        ({"small_crop_size": 0}, "small_crop_size is 0: must be at least 1"),
+        ({"first_crop_size": -1}, "first_crop_size is -1: must be at least 0"),
+        ({"precision": "fp16"}, "precision is fp16: must be auto or fp32 or bf16"),
         ({"seed": -1}, "seed is -1: must be from 0 to 2147483647"),
     ],
 )
@@ -624,7 +629,7 @@ def test_settings_that_do_not_fit_the_model_are_refused(cifar_sample, tmp_path, 
     ("change", "count"), [({"batch_size": 33}, 30), ({"batch_size": 21, "train_images": 20}, 20)]
 )
 def test_fewer_images_than_a_batch_are_refused(cifar_sample, tmp_path, change, count):
-    with pytest.raises(DataError, match=f"{count} training images are less than one batch of"):
+    with pytest.raises(DataError, match=f"{count} training images are fewer than one batch of"):
         run(replace(SETTINGS, **change), cifar_sample, tmp_path / "run")
 
 

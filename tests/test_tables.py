@@ -74,6 +74,11 @@ READ = {
         {"train": PAIR},
         ["left out: 1 × images beside the dataset's own files, the first is samples/1.png"],
     ),
+    "another file beside the tables": (
+        {"train.parquet": TABLE, "test.csv": b"image,label\n", "README.md": b""},
+        {"train": PAIR},
+        ["left out: 1 × files beside the tables (.csv), the first is test.csv"],
+    ),
     "train-validation is neither": (
         {"train.parquet": TABLE, "train-validation.parquet": TABLE},
         {"train": PAIR},
@@ -241,7 +246,7 @@ REFUSED = {
     ),
     "files of which one does not say what its labels mean": (
         {"train-0.parquet": TABLE, "train-1.parquet": make_bare(image=STRUCT, label=[0, 1])},
-        "/train-1.parquet: its labels mean numbers alone, those of .*/train-0.parquet cat, dog; re",
+        "/train-1.parquet: its labels mean only numbers, those of .*/train-0.parquet cat, dog; re",
     ),
     "files with other columns": (
         {
@@ -306,8 +311,8 @@ def test_a_relative_path_is_no_hindrance(tmp_path, monkeypatch):
     assert dataset.get("train")[1][0].size == (32, 32)
 
 
-def make_dataset(split) -> datasets.Dataset:
-    features = datasets.Features({"image": datasets.Image(), "label": NAMED})
+def make_dataset(split, kind=NAMED) -> datasets.Dataset:
+    features = datasets.Features({"image": datasets.Image(), "label": kind})
     return datasets.Dataset.from_dict({"image": STRUCT, "label": [0, 1]}, features, split=split)
 
 
@@ -324,6 +329,22 @@ def test_a_split_that_was_saved_alone_keeps_its_name(name, split, tmp_path):
     assert count_images(dataset) == {"train": PAIR} and dataset.left_out == []
 
 
+@pytest.mark.parametrize("kind", ["arrow", "numpy", "pandas"])
+def test_the_format_in_which_it_was_saved_changes_nothing(kind, tmp_path):
+    make_dataset("train").with_format(kind).save_to_disk(tmp_path)
+    dataset = open_dataset(tmp_path)
+    assert count_images(dataset) == {"train": PAIR}
+    assert dataset.get("train")[1][0].size == (32, 32)
+
+
+def test_saved_splits_whose_labels_mean_other_classes_are_refused(tmp_path):
+    other = make_dataset("test", datasets.ClassLabel(names=["dog", "cat"]))
+    datasets.DatasetDict(train=make_dataset("train"), test=other).save_to_disk(tmp_path)
+    message = "its test labels mean dog, cat, its train labels cat, dog; make them the same$"
+    with pytest.raises(DataError, match=message):
+        open_dataset(tmp_path)
+
+
 def test_several_that_were_saved_are_listed(tmp_path):
     table = make_dataset("train")
     datasets.DatasetDict({"train": table}).save_to_disk(tmp_path / "a")
@@ -333,21 +354,6 @@ def test_several_that_were_saved_are_listed(tmp_path):
         open_dataset(tmp_path)
     for config in ("a", "more/b"):
         assert count_images(open_dataset(tmp_path, config)) == {"train": PAIR}
-
-
-def test_what_is_beside_tables_is_said(tmp_path):
-    files = {"train.parquet": TABLE, "test.csv": b"image,label\n", "README.md": b""}
-    dataset = open_dataset(write_tree(tmp_path, *files.items()))
-    assert dataset.left_out == [
-        "left out: 1 × files beside the tables (.csv), the first is test.csv"
-    ]
-
-
-def test_a_split_that_is_not_there_is_named(tmp_path):
-    (tmp_path / "test.parquet").write_bytes(make_table([0, 1]))
-    dataset = open_dataset(tmp_path)
-    with pytest.raises(DataError, match="has images for test, but none for train; put such ima"):
-        dataset.get("train")
 
 
 def test_an_archive_that_is_gone_is_named(tmp_path):

@@ -208,13 +208,6 @@ def test_a_folder_with_a_bad_configuration_is_refused(section, entry, message, t
         load_trained(folder)
 
 
-def test_a_folder_does_not_shadow_a_known_name(tmp_path, monkeypatch):
-    save_model(timm.create_model(ARCH), tmp_path / "convmixer_cifar", {})
-    monkeypatch.chdir(tmp_path)
-    assert load_trained("convmixer_cifar").num_features == 256
-    assert load_trained("./convmixer_cifar").num_features == 96
-
-
 def test_what_is_saved_may_be_read_by_those_whom_the_umask_lets(tmp_path):
     before = os.umask(0o027)
     try:
