@@ -62,19 +62,25 @@ def prepare_test_images(model: nn.Module, dataset: ImageDataset) -> LabeledImage
     Args:
         model: From `timm.create_model`.
         dataset: Its classes are matched with the model's by name, which may be a number. A model
-            whose classes have no names must have as many.
+            whose classes have no names must have as many, unless they are numbers in order.
 
     Returns:
         Its test images, or else those for validation, as the model's config says.
 
     Raises:
         CheckpointError: If the model has fewer than two classes.
-        DataError: If there are none, or the model does not know one of their classes.
+        DataError: If there are none, or it is not clear which of the model's classes theirs are.
     """
     check_classifies(model)
     images = dataset.get(dataset.test_split)
     known = get_label_names(model)
-    if not known and all(re.fullmatch(r"\d+", name) for name in dataset.classes):
+    if not known and all(re.fullmatch(r"0|[1-9]\d*", name) for name in dataset.classes):
+        if dataset.classes != sorted(dataset.classes, key=int):
+            raise DataError(
+                f"{dataset.source}: its classes are numbers sorted as text "
+                f"({', '.join(dataset.classes[:3])}, …), and the model does not name its own, so "
+                "their order is not known; put label_names into the model's config.json"
+            )
         known = [str(number) for number in range(cast("int", model.num_classes))]
     if not known and len(dataset.classes) == model.num_classes:
         known = dataset.classes

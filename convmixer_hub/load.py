@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import timm
+from timm.data import resolve_data_config
 from torch import nn
 
 from .checkpoints.convert import read_checkpoint
@@ -41,7 +42,7 @@ def load_trained(name: str | Path | Source, label_names: Sequence[str] | None = 
     source = name if isinstance(name, Source) else resolve(name)
     options: dict[str, Any] = {"label_names": label_names} if label_names else {}
     if source.record:  # verified by `resolve`, so timm gets the file
-        overlay = {"file": str(source.file)}
+        overlay = {"file": str(source.file), "label_names": source.record.dataset.classes}
         return timm.create_model(
             source.record.name, pretrained=True, pretrained_cfg_overlay=overlay, **options
         )
@@ -115,4 +116,11 @@ def _load_file(source: Source) -> nn.Module:
     )
     model.load_state_dict(checkpoint.tensors)
     get_config(model)["label_names"] = None
+    try:
+        get_config(model).update(resolve_data_config(checkpoint.preprocessing, model=model))
+    except (AssertionError, TypeError):  # timm's
+        raise CheckpointError(
+            f"{source.file}: says how images are prepared, but timm does not understand it "
+            f"({checkpoint.preprocessing}); save the state dict alone"
+        ) from None
     return model

@@ -23,7 +23,7 @@ from .checkpoints.adapt import adapt_checkpoint
 from .checkpoints.files import check_safetensors
 from .errors import ModelSizeError, UnknownModelError
 from .hub.find import find_checkpoint
-from .hub.records import CIFAR10, RECORDS, REPOSITORIES, WEIGHTS_FILE, CheckpointRecord
+from .hub.records import CIFAR10, DATASETS, RECORDS, REPOSITORIES, WEIGHTS_FILE, CheckpointRecord
 from .model.config import CLASSIFIER, FIRST_CONV, order_names
 from .model.convmixer import ConvMixer
 
@@ -130,6 +130,9 @@ def _create_convmixer(
     """
     # 1. Where the weights come from, as timm resolves it.
     overlay = dict(pretrained_cfg_overlay or {})
+    is_other = overlay.get("hf_hub_id") and overlay["hf_hub_id"] not in REPOSITORIES
+    if is_other or any(overlay.get(key) for key in ("file", "state_dict", "url")):
+        overlay.setdefault("label_names", None)  # the registry knows those of its own weights
     trained = resolve_pretrained_cfg(variant, pretrained_cfg, overlay)
     if overlay.get("url") and not trained.source:
         overlay.setdefault("hf_hub_id", None)  # timm would prefer the registered repository
@@ -154,8 +157,9 @@ def _create_convmixer(
             activation = "gelu"
     # 3. Names of classes, which set the size of the head.
     names = _list_names(label_names)
-    if not (pretrained or names or isinstance(pretrained_cfg, dict)) and kwargs.get("num_classes"):
-        overlay.setdefault("label_names", None)  # as many classes, but maybe other ones
+    is_new = not (pretrained or names or trained.source) and kwargs.get("num_classes")
+    if is_new and order_names(trained.label_names) in [list(known.classes) for known in DATASETS]:
+        overlay["label_names"] = None  # as many classes, but maybe other ones
     label_names = _choose_labels(names, trained, saved, kwargs)
     if label_names:
         overlay.update(num_classes=len(label_names), label_names=tuple(label_names))

@@ -111,9 +111,15 @@ def test_data_with_other_classes_is_refused(cifar_sample, num_classes, names, me
         evaluate_on(model, open_dataset(cifar_sample))
 
 
-@pytest.mark.parametrize(
-    ("names", "labels"), [(None, [0, 1, 10, 11, *range(2, 10)]), ([2, 1, 0], [2, 1, 0])]
-)
+def test_folders_called_by_numbers_have_two_orders(tmp_path):
+    write_tree(tmp_path, *(f"test/{number}/cat.png" for number in range(12)))
+    model = timm.create_model(ARCH, num_classes=12)
+    message = r"its classes are numbers sorted as text \(0, 1, 10, …\), and the model does not na"
+    with pytest.raises(DataError, match=message):
+        prepare_test_images(model, open_dataset(tmp_path))
+
+
+@pytest.mark.parametrize(("names", "labels"), [(None, [0, 1, 2]), ([2, 1, 0], [2, 1, 0])])
 def test_folders_may_be_called_by_numbers(tmp_path, names, labels):
     model = timm.create_model(ARCH, num_classes=len(labels))
     get_config(model)["label_names"] = names

@@ -182,14 +182,22 @@ def test_convert_reads_what_training_programs_save(wrap, part, tmp_path, output)
 
 def test_what_timms_train_py_was_told_is_not_guessed(tmp_path, batch):
     original = timm.create_model(ARCH, act_layer="relu", global_pool="max").eval()
-    args = argparse.Namespace(gp="max", model_kwargs={"act_layer": "relu"})
+    options = {"img_size": 48, "mean": [0.5], "std": None, "interpolation": ""}
+    args = argparse.Namespace(gp="max", model_kwargs={"act_layer": "relu"}, **options)
     content = {"arch": ARCH, "state_dict": original.state_dict(), "args": args}
     torch.save(content, tmp_path / "last.pth.tar")
     convert(str(tmp_path / "last.pth.tar"), tmp_path / "out.safetensors", "timm")
     for file in ("last.pth.tar", "out.safetensors"):
         loaded = load_trained(str(tmp_path / file)).eval()
         torch.testing.assert_close(loaded(batch), original(batch), atol=1e-5, rtol=0)
-    args.gp = "most"
+    config = timm.data.resolve_model_data_config(load_trained(str(tmp_path / "last.pth.tar")))
+    expected = timm.data.resolve_model_data_config(original)
+    assert config == expected | {"input_size": (3, 48, 48), "mean": (0.5, 0.5, 0.5)}
+    args.mean = [0.5, 0.5]
+    torch.save(content, tmp_path / "last.pth.tar")
+    with pytest.raises(CheckpointError, match="says how images are prepared, but timm does not u"):
+        load_trained(str(tmp_path / "last.pth.tar"))
+    args.mean, args.gp = None, "most"
     torch.save(content, tmp_path / "last.pth.tar")
     with pytest.raises(CheckpointError, match="is said to have the pooling 'most', which timm doe"):
         load_trained(str(tmp_path / "last.pth.tar"))

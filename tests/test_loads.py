@@ -264,6 +264,21 @@ class TestLabelNames:
         [(*_, line)] = said()
         assert line.endswith(f"{HEAD} keeps the rows of 0 classes, 2 newly initialized")
 
+    def test_names_of_the_registry_are_not_those_of_another_file(self, saved, batch):
+        model = timm.create_model(ARCH).eval()
+        options = {"pretrained": True, "pretrained_cfg_overlay": saved(model)}
+        names = ["cat", *(f"class {i}" for i in range(9))]
+        named = timm.create_model(ARCH, label_names=names, **options).eval()
+        assert get_label_names(named) == names
+        assert torch.equal(named(batch), model(batch))
+        assert get_label_names(timm.create_model(ARCH, **options)) is None
+
+    @pytest.mark.parametrize("names", [CIFAR10.classes, [f"class {i}" for i in range(10)]])
+    def test_a_new_model_does_not_have_names_of_the_registry(self, names):
+        cfg = timm.get_pretrained_cfg(ARCH).to_dict() | {"label_names": names}  # as timm's scripts
+        model = timm.create_model(ARCH, pretrained_cfg=cfg, num_classes=10)
+        assert get_label_names(model) == (None if names is CIFAR10.classes else names)
+
     def test_classes_without_names_get_these_if_they_are_as_many(self, tmp_path, batch, said):
         model = timm.create_model(ARCH, num_classes=2).eval()
         save_model(model, tmp_path, {})

@@ -39,6 +39,17 @@ SAFE_GLOBALS: list[Any] = [
 ]
 # Where training programs keep the state dict in a file of theirs; like timm, averages first.
 WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model_state_dict", "model", "net")
+# Options of timm's train.py that say how images are prepared.
+PREPROCESSING = (
+    "input_size",
+    "img_size",
+    "in_chans",
+    "mean",
+    "std",
+    "crop_pct",
+    "crop_mode",
+    "interpolation",
+)
 
 
 @dataclass(frozen=True)
@@ -54,6 +65,7 @@ class Checkpoint:
         arch: The architecture, if a name, a configuration, the file or its metadata tells it.
         activation: A key of `ACTIVATIONS`, if metadata or the architecture tells it.
         metadata: The metadata of a safetensors file.
+        preprocessing: How images are prepared, as options of timm's train.py, where it saved them.
     """
 
     source: Source
@@ -64,6 +76,7 @@ class Checkpoint:
     arch: str | None = None
     activation: str | None = None
     metadata: dict[str, str] = field(default_factory=dict)
+    preprocessing: dict[str, Any] = field(default_factory=dict)
 
     @property
     def parameters(self) -> int:
@@ -137,8 +150,11 @@ def read_checkpoint(name: str | Path) -> Checkpoint:
     shapes = {key: tensor.shape for key, tensor in model.state_dict().items()}
     check_fit(converted, shapes, str(file), tensors)
     check_finite(tensors, str(file))
+    known = arch if network else None
+    given = {name: getattr(trained_with, name, None) for name in PREPROCESSING}
+    preprocessing = {name: value for name, value in given.items() if value}
     return Checkpoint(
-        source, tensors, layout, model, part, arch if network else None, activation, metadata
+        source, tensors, layout, model, part, known, activation, metadata, preprocessing
     )
 
 
