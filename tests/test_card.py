@@ -259,6 +259,11 @@ def test_a_grey_model_of_other_classes_without_a_history(tmp_path):
         write_card(tmp_path / "model", tmp_path / "coins", tmp_path / "card")
     assert other.read_text() == "# Coins"
     other.unlink()
+    figure = tmp_path / "card" / "curve.png"
+    figure.touch()
+    with pytest.raises(DataError, match="curve.png: is not of a card; name another --output"):
+        write_card(tmp_path / "model", tmp_path / "coins", tmp_path / "card")
+    figure.unlink()
     card = write_card(tmp_path / "model", tmp_path / "coins", tmp_path / "card")
     text = card.read_text()
     result, _ = ModelCard.load(card).data.eval_results

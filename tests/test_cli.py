@@ -208,6 +208,16 @@ def test_a_file_alone_is_no_model_for(
     assert "cat" in convmixer("predict", IMAGES / "cat.png", "--model", file).stdout
 
 
+def test_a_card_is_not_written_beside_other_weights(untrained, cifar_sample, monkeypatch):
+    monkeypatch.chdir(untrained.parent)
+    untrained.rename(NAME)
+    result = convmixer("card", NAME, "--data", cifar_sample)
+    assert result.stderr == (
+        f"Error: {NAME}/model.safetensors: is of another model; name another --output\n"
+    )
+    assert not Path(NAME, "README.md").exists()
+
+
 @pytest.mark.parametrize("command", [["card", "--data", "DIR"], ["publish", "--repo-id", "a/b"]])
 def test_a_repository_of_the_hub_is_no_model_for(hub, command):
     name = f"hf-hub:convmixer-hub/{NAME}"

@@ -66,6 +66,7 @@ from ..zoo import VARIANTS
 from .golden import write_golden
 
 NOTES_FILE = "NOTES.md"
+FIGURES = ("confusion.png", "curve.png", "kernels.png", "patch_embedding.png", "reliability.png")
 
 
 def write_card(
@@ -95,7 +96,8 @@ def write_card(
         CheckpointError: If the model cannot be loaded or is no ConvMixer of this package, or its
             metrics or notes cannot be read.
         DataError: If the data cannot be read or has other classes than the model, if matplotlib is
-            not installed, if the output cannot be written, or if it has another README.md.
+            not installed, if the output cannot be written, or if it holds another model, card or
+                pictures.
     """
     folder = Path(folder).resolve()
     name = printable(folder.name)
@@ -114,6 +116,12 @@ def write_card(
     with writing(card_file):
         if card_file.is_file() and b"library_name: timm" not in card_file.read_bytes():
             raise DataError(f"{card_file}: was not written by this command; name another --output")
+        weights = output / WEIGHTS_FILE
+        if weights.is_file() and hash_file(weights) != hash_file(source.file):
+            raise DataError(f"{weights}: is of another model; name another --output")
+        others = [output / name for name in FIGURES if (output / name).exists()]
+        if others and not card_file.exists() and output.resolve() != folder:
+            raise DataError(f"{others[0]}: is not of a card; name another --output")
     settings = source.config.get("training") or {}
     chosen_on_validation = settings.get("keep_best") and not settings.get("held_out")
     if chosen_on_validation and "test" not in dataset.splits:

@@ -93,7 +93,7 @@ def publish(name: str, repo_id: str, private: bool = False, tag: str | None = No
     uploads = list_uploads(source, repo_id)
     if tag is None and source.record:
         tag = source.record.revision
-    message = f"Publish {source.folder.resolve().name}"
+    message = f"Publish {repo_id.partition('/')[2]}"
     try:
         if read_token() is None:
             raise PublishError(
