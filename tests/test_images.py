@@ -71,12 +71,16 @@ def test_what_would_be_black_is_refused(tmp_path):
 
 
 def encode_16_bit(colors: np.ndarray) -> bytes:
-    """Encode `[height, width, 3]` as a PNG of 16 bits a color, which Pillow does not write."""
-    height, width, _ = colors.shape
+    """Encode colors, perhaps with alpha, as a PNG of 16 bits, which Pillow does not write."""
+    height, width, channels = colors.shape
+    kind_of_color = {2: 4, 3: 2, 4: 6}[channels]
     rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in colors)
     content = b"\x89PNG\r\n\x1a\n"
     for kind, data in [
-        (b"IHDR", struct.pack(">IIBBBBB", width, height, 16, 2, 0, 0, 0)),
+        (
+            b"IHDR",
+            struct.pack(">IIBBBBB", width, height, 16, kind_of_color, 0, 0, 0),
+        ),
         (b"IDAT", zlib.compress(rows)),
         (b"IEND", b""),
     ]:
@@ -91,6 +95,12 @@ def test_colors_of_16_bits_keep_their_shades_or_are_refused():
     message = "is nearly black, or has fewer than 16 bits a color; save it as 8-bit RGB"
     with pytest.raises(DataError, match=message):
         open_image(encode_16_bit(colors), "from_a_camera.png")
+    for channels in ((0, 1, 2, 0), (0, 0)):  # the last one is the alpha
+        transparent = colors[..., channels] * 16
+        open_image(encode_16_bit(transparent))
+        transparent[..., -1] = 4095
+        with pytest.raises(DataError, match=message):
+            open_image(encode_16_bit(transparent))
     assert not np.asarray(open_image(encode_16_bit(colors * 0))).any()
 
 

@@ -1,9 +1,11 @@
 """What the datasets library reads: parquet files, metadata files, repositories of the Hub."""
 
+import errno
 import io
 import shutil
 import sys
 from types import ModuleType
+from unittest.mock import Mock
 
 import datasets
 import numpy as np
@@ -341,6 +343,15 @@ def test_saved_splits_whose_labels_mean_other_classes_are_refused(tmp_path):
     other = make_dataset("test", datasets.ClassLabel(names=["dog", "cat"]))
     datasets.DatasetDict(train=make_dataset("train"), test=other).save_to_disk(tmp_path)
     message = "its test labels mean dog, cat, its train labels cat, dog; make them the same$"
+    with pytest.raises(DataError, match=message):
+        open_dataset(tmp_path)
+
+
+def test_a_full_cache_is_not_blamed_on_the_dataset(tmp_path, monkeypatch):
+    write_tree(tmp_path, ("train.parquet", TABLE))
+    full = OSError(errno.ENOSPC, "No space left on device")
+    monkeypatch.setattr(datasets, "load_dataset", Mock(side_effect=full))
+    message = "No space left on device.*; if it is about the cache, make room, or name another wi"
     with pytest.raises(DataError, match=message):
         open_dataset(tmp_path)
 

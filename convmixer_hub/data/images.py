@@ -115,8 +115,12 @@ def _check_is_whole(image: Image.Image) -> None:
             raise DataError("has several pages; save each as an image of its own")
     # Of 16 bits a color, Pillow keeps the upper 8: of a camera's 12 bits, 4.
     is_deep = image.format in ("TIFF", "PNG") and ";16" in str(getattr(image, "tile", ""))
-    if is_deep and image.mode == "RGB" and 0 < np.asarray(image).max() < 16:
-        raise DataError("is nearly black, or has fewer than 16 bits a color; save it as 8-bit RGB")
+    if is_deep and image.mode in ("RGB", "RGBA"):
+        *colors, alpha = np.asarray(image.convert("RGBA")).max((0, 1))
+        if 0 < max(colors) < 16 or 0 < alpha < 16:
+            raise DataError(
+                "is nearly black, or has fewer than 16 bits a color; save it as 8-bit RGB"
+            )
 
 
 def eval_transform(

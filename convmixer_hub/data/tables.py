@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import glob
 import os
 import re
@@ -137,9 +138,12 @@ def _raising_data_errors(place: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        cause = first_line(error.__cause__ or error)
+        cause = error.__cause__ or error
+        remedy = "check its name and its files"
+        if getattr(cause, "errno", None) in (errno.ENOSPC, errno.EACCES, errno.EROFS):
+            remedy = "if it is about the cache, make room, or name another with HF_DATASETS_CACHE"
         raise DataError(
-            f"{place} cannot be read as a dataset ({cause}); check its name and its files"
+            f"{place} cannot be read as a dataset ({first_line(cause)}); {remedy}"
         ) from None
 
 
