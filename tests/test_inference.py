@@ -281,7 +281,9 @@ def test_models_that_cannot_be_prepared_are_refused():
         prepared.train()
     assert not prepared.eval().training
     with pytest.raises(ModelSizeError, match="takes no weights: load them into the one it was"):
-        prepared.load_state_dict(prepared.state_dict())
+        prepared.load_state_dict(model.state_dict())
+    with pytest.raises(ModelSizeError, match="cannot be saved: save the one it was made from"):
+        prepared.state_dict()
     with pytest.raises(AssertionError, match="the image is smaller than one patch: resize it, or "):
         prepare_for_inference(make_model("convmixer_cifar"))(torch.randn(1, 3, 1, 9))
     for other in (

@@ -1,3 +1,4 @@
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -44,6 +45,7 @@ def test_fine_tuning_is_compared_on_the_same_images_and_steps(photos, monkeypatc
     assert tuned.pretrained and not fresh.pretrained
     for name in ("epochs", "batch_size", "held_out", "seed", "rand_augment", "keep_best"):
         assert getattr(tuned, name) == getattr(fresh, name)
+    assert fresh.covariance_init and not tuned.covariance_init
 
 
 def test_gains_and_means_are_printed(photos, monkeypatch):
@@ -62,8 +64,13 @@ def test_gains_and_means_are_printed(photos, monkeypatch):
 
 
 def test_too_few_images_to_compare_on_are_named(photos):
+    dataset = open_dataset(photos)
     with pytest.raises(DataError, match="photos: has only 8 training images of machine; give"):
-        next(bench_finetune("convmixer_cifar", open_dataset(photos), 12))
+        next(bench_finetune("convmixer_cifar", dataset, 12))
+    one = dataset.get("train").select([0, 1, -1])
+    some = replace(dataset, splits=dataset.splits | {"train": one})
+    with pytest.raises(DataError, match="only 1 training images of machine; add some, or remove"):
+        next(bench_finetune("convmixer_cifar", some, 2))
     train = open_dataset(photos / "train")
     with pytest.raises(DataError, match="train: has images for train, but none for test; give the"):
         next(bench_finetune("convmixer_cifar", train, 2))

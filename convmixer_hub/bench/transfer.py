@@ -63,6 +63,7 @@ def bench_finetune(
             layer_decay=1.0,
             optimizer=untrained.optimizer,
             learning_rate=untrained.learning_rate,
+            covariance_init=untrained.covariance_init,
         )
         top1: list[float] = []
         with TemporaryDirectory() as scratch:
@@ -80,9 +81,11 @@ def _take_some(dataset: ImageDataset, count: int, seed: int) -> ImageDataset:
     for number, name in enumerate(dataset.classes):
         indices = [i for i, label in enumerate(images.labels) if label == number]
         if len(indices) < count:
+            remedy = "give at most that as --images-per-class"
+            if len(indices) < 2:
+                remedy = "add some, or remove the class"
             raise DataError(
-                f"{dataset.source}: has only {len(indices)} training images of {name}; give at "
-                "most that as --images-per-class"
+                f"{dataset.source}: has only {len(indices)} training images of {name}; {remedy}"
             )
         chosen += choice.sample(indices, count)
     return replace(dataset, splits={"train": images.select(chosen)})

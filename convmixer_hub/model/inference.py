@@ -190,6 +190,18 @@ class InferenceConvMixer(nn.Module):
             )
         return super().train(False)
 
+    def state_dict(self, *args: Any, **options: Any) -> Any:
+        """Refuse to give weights, as it has only those of the head.
+
+        torch's exporters, which ask with `keep_vars`, get these.
+        """
+        if not options.get("keep_vars"):
+            raise ModelSizeError(
+                "a model that is prepared for inference cannot be saved: save the one it was made "
+                "from"
+            )
+        return super().state_dict(*args, **options)
+
     def load_state_dict(self, *args: Any, **options: Any) -> Any:
         """Refuse weights: its state dict holds only the head."""
         raise ModelSizeError(
