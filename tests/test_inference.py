@@ -65,6 +65,11 @@ def test_logits_are_those_of_the_model(prepare, arch, count):
     assert uses_onednn(prepared) != prepare.keywords["cpp"]
 
 
+def test_numbers_far_from_zero(prepare):
+    model = make_model()
+    assert_same(model, prepare(model), 100 * torch.randn(4, 3, 32, 32))
+
+
 @pytest.mark.parametrize("size", [(2, 2), (7, 50), (33, 31), (64, 64)])
 def test_images_of_any_size(prepare, size):
     model = make_model("convmixer_cifar")
