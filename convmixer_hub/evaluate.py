@@ -62,7 +62,7 @@ def prepare_test_images(model: nn.Module, dataset: ImageDataset) -> LabeledImage
     Args:
         model: From `timm.create_model`.
         dataset: Its classes are matched with the model's by name, which may be a number. A model
-            whose classes have no names must have as many, unless they are numbers in order.
+            whose classes have no names must have as many, unless they are numbers.
 
     Returns:
         Its test images, or else those for validation, as the model's config says.
@@ -75,11 +75,11 @@ def prepare_test_images(model: nn.Module, dataset: ImageDataset) -> LabeledImage
     images = dataset.get(dataset.test_split)
     known = get_label_names(model)
     if not known and all(re.fullmatch(r"0|[1-9]\d*", name) for name in dataset.classes):
-        if dataset.classes != sorted(dataset.classes, key=int):
+        if images.raw.files and cast("int", model.num_classes) > 10:
             raise DataError(
-                f"{dataset.source}: its classes are numbers sorted as text "
-                f"({', '.join(dataset.classes[:3])}, …), and the model does not name its own, so "
-                "their order is not known; put label_names into the model's config.json"
+                f"{dataset.source}: its class folders are called by numbers, and the model does "
+                "not name its classes, so that 10 may come after 9 or after 1; call the folders "
+                "00, 01, … in the order of the model's classes"
             )
         known = [str(number) for number in range(cast("int", model.num_classes))]
     if not known and len(dataset.classes) == model.num_classes:

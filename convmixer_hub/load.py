@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import timm
-from timm.data import resolve_data_config
+from timm.data import resolve_input_data_config
 from torch import nn
 
 from .checkpoints.convert import read_checkpoint
@@ -81,7 +81,7 @@ def load_trained(name: str | Path | Source, label_names: Sequence[str] | None = 
 
 
 def _load_file(source: Source) -> nn.Module:
-    """Build the model of a file of weights alone, with the arch's own preprocessing."""
+    """Build the model of a file of weights; it says how images are prepared, or else the arch."""
     if source.config:
         return load_trained(source.folder)
     digest = ""
@@ -117,10 +117,11 @@ def _load_file(source: Source) -> nn.Module:
     model.load_state_dict(checkpoint.tensors)
     get_config(model)["label_names"] = None
     try:
-        get_config(model).update(resolve_data_config(checkpoint.preprocessing, model=model))
-    except (AssertionError, TypeError):  # timm's
+        own = resolve_input_data_config(model, checkpoint.preprocessing)
+    except (AssertionError, TypeError, ValueError):  # timm's
         raise CheckpointError(
             f"{source.file}: says how images are prepared, but timm does not understand it "
             f"({checkpoint.preprocessing}); save the state dict alone"
         ) from None
+    get_config(model).update(own)
     return model

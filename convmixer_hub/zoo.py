@@ -128,14 +128,20 @@ def _create_convmixer(
     With `label_names`, the model is for these classes, and its head keeps the rows of those that
     the checkpoint knows by the same name; see `_list_names` for how they may be given.
     """
-    # 1. Where the weights come from, as timm resolves it.
+    # 1. Where the weights come from, as timm resolves it, and of which classes they are.
     overlay = dict(pretrained_cfg_overlay or {})
-    is_other = overlay.get("hf_hub_id") and overlay["hf_hub_id"] not in REPOSITORIES
-    if is_other or any(overlay.get(key) for key in ("file", "state_dict", "url")):
-        overlay.setdefault("label_names", None)  # the registry knows those of its own weights
     trained = resolve_pretrained_cfg(variant, pretrained_cfg, overlay)
     if overlay.get("url") and not trained.source:
         overlay.setdefault("hf_hub_id", None)  # timm would prefer the registered repository
+        trained = resolve_pretrained_cfg(variant, pretrained_cfg, overlay)
+    known = _find_known(trained, overlay) if pretrained else None
+    of_datasets = [list(dataset.classes) for dataset in DATASETS]
+    if not trained.source and order_names(trained.label_names) in of_datasets:
+        # The registry's own weights are of these classes; others may be of other ones.
+        if known:
+            overlay.setdefault("label_names", RECORDS[known].dataset.classes)
+        elif pretrained or kwargs.get("num_classes"):
+            overlay.setdefault("label_names", None)
         trained = resolve_pretrained_cfg(variant, pretrained_cfg, overlay)
     # `model_args` in config.json, which timm passes on besides spreading them over the keywords.
     saved = kwargs.get("pretrained_model_args") or {}
@@ -150,17 +156,13 @@ def _create_convmixer(
                 f"{variant} has no trained weights; use pretrained=False, "
                 f"or one of: {', '.join(RECORDS)}"
             )
-        elif known := _find_known(trained, overlay):
+        elif known:
             file = find_checkpoint(known, cache_dir=cache_dir)
             # timm takes a file only where there is neither a source nor a state dict.
             overlay.update(file=str(file), source=None, state_dict=None)
             activation = "gelu"
     # 3. Names of classes, which set the size of the head.
-    names = _list_names(label_names)
-    is_new = not (pretrained or names or trained.source) and kwargs.get("num_classes")
-    if is_new and order_names(trained.label_names) in [list(known.classes) for known in DATASETS]:
-        overlay["label_names"] = None  # as many classes, but maybe other ones
-    label_names = _choose_labels(names, trained, saved, kwargs)
+    label_names = _choose_labels(_list_names(label_names), trained, saved, kwargs)
     if label_names:
         overlay.update(num_classes=len(label_names), label_names=tuple(label_names))
     return build_model_with_cfg(

@@ -261,7 +261,7 @@ def test_a_grey_model_of_other_classes_without_a_history(tmp_path):
     other.unlink()
     figure = tmp_path / "card" / "curve.png"
     figure.touch()
-    with pytest.raises(DataError, match="curve.png: is not of a card; name another --output"):
+    with pytest.raises(DataError, match="curve.png: is there without a card; remove it, or na"):
         write_card(tmp_path / "model", tmp_path / "coins", tmp_path / "card")
     figure.unlink()
     card = write_card(tmp_path / "model", tmp_path / "coins", tmp_path / "card")

@@ -287,7 +287,7 @@ def test_models_that_cannot_be_prepared_are_refused():
     assert not prepared.eval().training
     with pytest.raises(ModelSizeError, match="takes no weights: load them into the one it was"):
         prepared.load_state_dict(model.state_dict())
-    with pytest.raises(ModelSizeError, match="cannot be saved: save the one it was made from"):
+    with pytest.raises(ModelSizeError, match="has no state dict to save: save that of the one"):
         prepared.state_dict()
     with pytest.raises(AssertionError, match="the image is smaller than one patch: resize it, or "):
         prepare_for_inference(make_model("convmixer_cifar"))(torch.randn(1, 3, 1, 9))

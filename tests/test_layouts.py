@@ -1,5 +1,6 @@
 import argparse
 
+import numpy as np
 import pytest
 import safetensors.torch
 import timm
@@ -13,7 +14,7 @@ from convmixer_hub import CheckpointError, ConvMixer, DataError
 from convmixer_hub.checkpoints.convert import convert
 from convmixer_hub.checkpoints.files import save_model
 from convmixer_hub.load import load_trained
-from convmixer_hub.model.layouts import PREFIXES, convert_layout, detect_layout
+from convmixer_hub.model.layouts import convert_layout, detect_layout
 
 from .conftest import ARCH, randomise_norms
 
@@ -135,7 +136,16 @@ def test_every_layout_loads_by_itself(layout, way, file, tmp_path, batch):
 @pytest.mark.parametrize("layout", MAKE)
 @pytest.mark.parametrize(
     "prefix",
-    [*PREFIXES, "module._orig_mod.", "_orig_mod.module."],
+    [
+        "module.",
+        "_orig_mod.",
+        "model.",
+        "ema.",
+        "ema_model.",
+        "model_ema.",
+        "module._orig_mod.",
+        "_orig_mod.module.",
+    ],
 )
 def test_prefixes_of_wrappers_go(layout, prefix):
     original = make(layout)
@@ -190,9 +200,14 @@ def test_what_timms_train_py_was_told_is_not_guessed(tmp_path, batch):
     for file in ("last.pth.tar", "out.safetensors"):
         loaded = load_trained(str(tmp_path / file)).eval()
         torch.testing.assert_close(loaded(batch), original(batch), atol=1e-5, rtol=0)
-    config = timm.data.resolve_model_data_config(load_trained(str(tmp_path / "last.pth.tar")))
-    expected = timm.data.resolve_model_data_config(original)
-    assert config == expected | {"input_size": (3, 48, 48), "mean": (0.5, 0.5, 0.5)}
+        config = timm.data.resolve_model_data_config(loaded)
+        expected = timm.data.resolve_model_data_config(original)
+        assert config == expected | {"input_size": (3, 48, 48), "mean": (0.5, 0.5, 0.5)}
+    args.mean, args.input_size = np.array([0.5, 0.5]), 64  # not timm's, and DeiT's
+    torch.save(content, tmp_path / "last.pth.tar")
+    loaded = load_trained(str(tmp_path / "last.pth.tar"))
+    config = timm.data.resolve_model_data_config(loaded)
+    assert config == expected | {"input_size": (3, 64, 64)}
     args.mean = [0.5, 0.5]
     torch.save(content, tmp_path / "last.pth.tar")
     with pytest.raises(CheckpointError, match="says how images are prepared, but timm does not u"):

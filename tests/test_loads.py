@@ -153,6 +153,12 @@ def save_by_number(model, folder, _):
     timm.models.save_for_hf(model, folder, names, model_args=names, safe_serialization=True)
 
 
+def test_a_stem_for_more_channels_repeats_those_it_has_and_scales_them():
+    model = timm.create_model(NAME, pretrained=True, in_chans=4)
+    weight = timm.create_model(NAME, pretrained=True).patch_emb.conv.weight
+    torch.testing.assert_close(model.patch_emb.conv.weight, weight[:, [0, 1, 2, 0]] * 3 / 4)
+
+
 class TestLabelNames:
     """A head for a new task keeps what the checkpoint knows of it."""
 
@@ -272,12 +278,18 @@ class TestLabelNames:
         assert get_label_names(named) == names
         assert torch.equal(named(batch), model(batch))
         assert get_label_names(timm.create_model(ARCH, **options)) is None
+        cfg = timm.get_pretrained_cfg(ARCH).to_dict() | options["pretrained_cfg_overlay"]
+        named = timm.create_model(ARCH, pretrained=True, pretrained_cfg=cfg, label_names=names)
+        assert torch.equal(named.eval()(batch), model(batch))
 
     @pytest.mark.parametrize("names", [CIFAR10.classes, [f"class {i}" for i in range(10)]])
     def test_a_new_model_does_not_have_names_of_the_registry(self, names):
         cfg = timm.get_pretrained_cfg(ARCH).to_dict() | {"label_names": names}  # as timm's scripts
         model = timm.create_model(ARCH, pretrained_cfg=cfg, num_classes=10)
         assert get_label_names(model) == (None if names is CIFAR10.classes else names)
+        overlay = {"label_names": names}
+        model = timm.create_model(ARCH, pretrained_cfg_overlay=overlay, num_classes=10)
+        assert get_label_names(model) == list(names)
 
     def test_classes_without_names_get_these_if_they_are_as_many(self, tmp_path, batch, said):
         model = timm.create_model(ARCH, num_classes=2).eval()

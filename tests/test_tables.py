@@ -1,11 +1,10 @@
 """What the datasets library reads: parquet files, metadata files, repositories of the Hub."""
 
-import errno
 import io
+import resource
 import shutil
 import sys
 from types import ModuleType
-from unittest.mock import Mock
 
 import datasets
 import numpy as np
@@ -17,7 +16,7 @@ from convmixer_hub import DataError
 from convmixer_hub.data.images import open_image
 from convmixer_hub.data.reader import open_dataset
 
-from .conftest import CAT, DOG, NAME, convmixer, count_images, write_tree
+from .conftest import CAT, DOG, NAME, convmixer, count_images, limited, write_tree
 from .hub_server import HubServer
 
 PAIR = {"cat": 1, "dog": 1}
@@ -347,12 +346,10 @@ def test_saved_splits_whose_labels_mean_other_classes_are_refused(tmp_path):
         open_dataset(tmp_path)
 
 
-def test_a_full_cache_is_not_blamed_on_the_dataset(tmp_path, monkeypatch):
+def test_a_full_cache_is_not_blamed_on_the_dataset(tmp_path):
     write_tree(tmp_path, ("train.parquet", TABLE))
-    full = OSError(errno.ENOSPC, "No space left on device")
-    monkeypatch.setattr(datasets, "load_dataset", Mock(side_effect=full))
-    message = "No space left on device.*; if it is about the cache, make room, or name another wi"
-    with pytest.raises(DataError, match=message):
+    message = r"File too large.*; make its files readable, or, if it is about the cache, make room "
+    with limited(resource.RLIMIT_FSIZE, 1000), pytest.raises(DataError, match=message):
         open_dataset(tmp_path)
 
 

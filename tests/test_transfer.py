@@ -65,11 +65,11 @@ def test_gains_and_means_are_printed(photos, monkeypatch):
 
 def test_too_few_images_to_compare_on_are_named(photos):
     dataset = open_dataset(photos)
-    with pytest.raises(DataError, match="photos: has only 8 training images of machine; give"):
+    with pytest.raises(DataError, match="photos: has 8 training images of machine; give"):
         next(bench_finetune("convmixer_cifar", dataset, 12))
     one = dataset.get("train").select([0, 1, -1])
     some = replace(dataset, splits=dataset.splits | {"train": one})
-    with pytest.raises(DataError, match="only 1 training images of machine; add some, or remove"):
+    with pytest.raises(DataError, match="has 1 training images of machine; add some, or remove"):
         next(bench_finetune("convmixer_cifar", some, 2))
     train = open_dataset(photos / "train")
     with pytest.raises(DataError, match="train: has images for train, but none for test; give the"):

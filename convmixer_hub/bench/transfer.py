@@ -85,7 +85,7 @@ def _take_some(dataset: ImageDataset, count: int, seed: int) -> ImageDataset:
             if len(indices) < 2:
                 remedy = "add some, or remove the class"
             raise DataError(
-                f"{dataset.source}: has only {len(indices)} training images of {name}; {remedy}"
+                f"{dataset.source}: has {len(indices)} training images of {name}; {remedy}"
             )
         chosen += choice.sample(indices, count)
     return replace(dataset, splits={"train": images.select(chosen)})

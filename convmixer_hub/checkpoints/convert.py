@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -40,16 +41,7 @@ SAFE_GLOBALS: list[Any] = [
 # Where training programs keep the state dict in a file of theirs; like timm, averages first.
 WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model_state_dict", "model", "net")
 # Options of timm's train.py that say how images are prepared.
-PREPROCESSING = (
-    "input_size",
-    "img_size",
-    "in_chans",
-    "mean",
-    "std",
-    "crop_pct",
-    "crop_mode",
-    "interpolation",
-)
+PREPROCESSING = ("input_size", "img_size", "mean", "std", "crop_pct", "crop_mode", "interpolation")
 
 
 @dataclass(frozen=True)
@@ -65,7 +57,7 @@ class Checkpoint:
         arch: The architecture, if a name, a configuration, the file or its metadata tells it.
         activation: A key of `ACTIVATIONS`, if metadata or the architecture tells it.
         metadata: The metadata of a safetensors file.
-        preprocessing: How images are prepared, as options of timm's train.py, where it saved them.
+        preprocessing: How images are prepared, as options of timm's train.py, if that is known.
     """
 
     source: Source
@@ -150,12 +142,33 @@ def read_checkpoint(name: str | Path) -> Checkpoint:
     shapes = {key: tensor.shape for key, tensor in model.state_dict().items()}
     check_fit(converted, shapes, str(file), tensors)
     check_finite(tensors, str(file))
-    known = arch if network else None
-    given = {name: getattr(trained_with, name, None) for name in PREPROCESSING}
-    preprocessing = {name: value for name, value in given.items() if value}
     return Checkpoint(
-        source, tensors, layout, model, part, known, activation, metadata, preprocessing
+        source,
+        tensors,
+        layout,
+        model,
+        part,
+        arch if network else None,
+        activation,
+        metadata,
+        _read_preprocessing(file, trained_with, metadata),
     )
+
+
+def _read_preprocessing(file: Path, options: object, metadata: dict[str, str]) -> dict[str, Any]:
+    """Read how images are prepared, from the options of a training program or from metadata."""
+    given = {name: getattr(options, name, None) for name in PREPROCESSING}
+    if isinstance(given["input_size"], int):  # as in DeiT's program
+        given["img_size"], given["input_size"] = given["input_size"], None
+    kinds = (int, float, str, list, tuple)
+    try:
+        saved = dict(json.loads(metadata.get("preprocessing", "{}")))
+    except (ValueError, TypeError) as error:
+        raise CheckpointError(
+            f"{file}: the preprocessing in its metadata is no JSON object ({first_line(error)}); "
+            "convert the checkpoint again"
+        ) from None
+    return saved | {k: value for k, value in given.items() if isinstance(value, kinds) and value}
 
 
 def _build_convmixer(arch: str) -> nn.Module | None:
@@ -262,7 +275,8 @@ def _choose_activation(checkpoint: Checkpoint, activation: str | None) -> str:
 def convert(name: str, output: Path, layout: str, activation: str | None = None) -> Checkpoint:
     """Write the weights of any ConvMixer as a safetensors file in the layout wanted.
 
-    The file's metadata says the activation, the layout and, where it is known, the architecture.
+    The file's metadata says the activation, the layout and, where they are known, the architecture
+    and how images are prepared.
 
     Args:
         name: As in `read_checkpoint`.
@@ -290,6 +304,8 @@ def convert(name: str, output: Path, layout: str, activation: str | None = None)
     }
     if checkpoint.arch:
         metadata["arch"] = checkpoint.arch
+    if checkpoint.preprocessing:
+        metadata["preprocessing"] = json.dumps(checkpoint.preprocessing)
     if checkpoint.model.global_pool != "avg":
         metadata["global_pool"] = checkpoint.model.global_pool
     tensors = {

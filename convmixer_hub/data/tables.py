@@ -22,6 +22,7 @@ from .images import open_image
 from .layout import LeftOut, RawSplit, choose_splits, find_split, find_tables, is_metadata
 
 IMAGE_COLUMNS = ("image", "img")
+NOT_OF_THE_DATA = (errno.EACCES, errno.EDQUOT, errno.EFBIG, errno.ENOSPC, errno.EROFS)
 LABEL_COLUMNS = ("label", "labels", "fine_label")  # the last one in CIFAR-100
 
 
@@ -140,8 +141,11 @@ def _raising_data_errors(place: str) -> Iterator[None]:
     except Exception as error:
         cause = error.__cause__ or error
         remedy = "check its name and its files"
-        if getattr(cause, "errno", None) in (errno.ENOSPC, errno.EACCES, errno.EROFS):
-            remedy = "if it is about the cache, make room, or name another with HF_DATASETS_CACHE"
+        if getattr(cause, "errno", None) in NOT_OF_THE_DATA or "disk space" in str(cause):
+            remedy = (
+                "make its files readable, or, if it is about the cache, make room there, or name "
+                "another with HF_HOME"
+            )
         raise DataError(
             f"{place} cannot be read as a dataset ({first_line(cause)}); {remedy}"
         ) from None

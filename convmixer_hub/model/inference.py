@@ -193,12 +193,12 @@ class InferenceConvMixer(nn.Module):
     def state_dict(self, *args: Any, **options: Any) -> Any:
         """Refuse to give weights, as it has only those of the head.
 
-        torch's exporters, which ask with `keep_vars`, get these.
+        torch's exporters get these, which ask with `keep_vars`, and so do modules around it.
         """
-        if not options.get("keep_vars"):
+        if not options.get("keep_vars") and options.get("destination") is None:
             raise ModelSizeError(
-                "a model that is prepared for inference cannot be saved: save the one it was made "
-                "from"
+                "a model that is prepared for inference has no state dict to save: save that of "
+                "the one it was made from"
             )
         return super().state_dict(*args, **options)
 

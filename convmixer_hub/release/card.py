@@ -66,6 +66,7 @@ from ..zoo import VARIANTS
 from .golden import write_golden
 
 NOTES_FILE = "NOTES.md"
+# Those that a card draws: predictions.png is there before it.
 FIGURES = ("confusion.png", "curve.png", "kernels.png", "patch_embedding.png", "reliability.png")
 
 
@@ -97,7 +98,7 @@ def write_card(
             metrics or notes cannot be read.
         DataError: If the data cannot be read or has other classes than the model, if matplotlib is
             not installed, if the output cannot be written, or if it holds another model, card or
-                pictures.
+            pictures.
     """
     folder = Path(folder).resolve()
     name = printable(folder.name)
@@ -121,7 +122,9 @@ def write_card(
             raise DataError(f"{weights}: is of another model; name another --output")
         others = [output / name for name in FIGURES if (output / name).exists()]
         if others and not card_file.exists() and output.resolve() != folder:
-            raise DataError(f"{others[0]}: is not of a card; name another --output")
+            raise DataError(
+                f"{others[0]}: is there without a card; remove it, or name another --output"
+            )
     settings = source.config.get("training") or {}
     chosen_on_validation = settings.get("keep_best") and not settings.get("held_out")
     if chosen_on_validation and "test" not in dataset.splits:

@@ -75,8 +75,8 @@ def _load(name: str) -> _Choice:
             f"test images of {record.dataset.name}."
         )
     file = source.file.with_name(CARD_FILE)
-    has_card = source.name and file.is_file()  # beside a file of weights may be anything
-    return _Choice(model, text, _read_card(file) if has_card else "")
+    is_whole = source.name or source.config  # beside weights alone may be anything
+    return _Choice(model, text, _read_card(file) if is_whole and file.is_file() else "")
 
 
 def _read_card(file: Path) -> str:

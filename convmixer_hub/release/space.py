@@ -62,7 +62,7 @@ def write_space(names: Sequence[str], output: Path) -> None:
         ConvMixerHubError: If gradio 6 or this package itself is not installed.
         UnknownModelError: If a model does not exist.
         CheckpointError: If one cannot be loaded.
-        DataError: If the folder is there already or cannot be written, or two models would get the
+        DataError: If the folder already exists or cannot be written, or two models would get the
             same name.
     """
     gradio = check_gradio()
