@@ -82,7 +82,7 @@ def test_settings_are_chosen_for_the_data(photos, split_photos, monkeypatch):
     assert choose("convmixer_cifar", split_photos).held_out == 0
     changed = choose("convmixer_cifar", photos, epochs=3, mixup=None, rand_augment="")
     assert (changed.epochs, changed.mixup, changed.rand_augment) == (3, 0.0, "")
-    assert (settings.optimizer, settings.learning_rate) == ("adamw", 0.01)
+    assert (settings.optimizer, settings.learning_rate) == ("adamw", 0.005)
     assert (settings.layer_decay, settings.random_erasing) == (0.8, 0.25)
     monkeypatch.setattr("convmixer_hub.training.finetune.FEW_IMAGES", 16)
     many = choose("convmixer_cifar", photos)

@@ -87,7 +87,7 @@ def choose_settings(name: str, dataset: ImageDataset, **changes: Any) -> Trainin
         "final_share": 1.0,  # the learning rate falls from the start, and images are seen whole
         "whole_share": 1.0,
         "optimizer": "adamw",
-        "learning_rate": 0.01,
+        "learning_rate": 0.005,
         "layer_decay": 0.8,
         "rand_augment": "rand-m5-n1-mstd0.5-inc1" if few else "",
         "random_erasing": 0.25 if few else 0.0,
