@@ -109,22 +109,8 @@ def write_card(
             f"{folder}: holds a {type(model).__name__}; name a ConvMixer of this package"
         )
     output = Path(output or folder)
-    with writing(output):
-        output.mkdir(parents=True, exist_ok=True)
-        if not os.access(output, os.W_OK):
-            raise PermissionError("it is read-only")
+    _check_output(output, source.file)
     card_file = output / CARD_FILE
-    with writing(card_file):
-        if card_file.is_file() and b"library_name: timm" not in card_file.read_bytes():
-            raise DataError(f"{card_file}: was not written by this command; name another --output")
-        weights = output / WEIGHTS_FILE
-        if weights.is_file() and hash_file(weights) != hash_file(source.file):
-            raise DataError(f"{weights}: is of another model; name another --output")
-        others = [output / name for name in FIGURES if (output / name).exists()]
-        if others and not card_file.exists() and output.resolve() != folder:
-            raise DataError(
-                f"{others[0]}: is there without a card; remove it, or name another --output"
-            )
     settings = source.config.get("training") or {}
     chosen_on_validation = settings.get("keep_best") and not settings.get("held_out")
     if chosen_on_validation and "test" not in dataset.splits:
@@ -192,6 +178,26 @@ def write_card(
     text = re.sub(r"\n{3,}", "\n\n", str(card)).strip()
     write_file(card_file, f"{text}\n\n{notes}".strip().encode() + b"\n")
     return card_file
+
+
+def _check_output(output: Path, weights: Path) -> None:
+    """Make the folder if it is missing; refuse one that holds files of another model or card."""
+    with writing(output):
+        output.mkdir(parents=True, exist_ok=True)
+        if not os.access(output, os.W_OK):
+            raise PermissionError("it is read-only")
+    card_file = output / CARD_FILE
+    with writing(card_file):
+        if card_file.is_file() and b"library_name: timm" not in card_file.read_bytes():
+            raise DataError(f"{card_file}: was not written by this command; name another --output")
+        there = output / WEIGHTS_FILE
+        if there.is_file() and hash_file(there) != hash_file(weights):
+            raise DataError(f"{there}: is of another model; name another --output")
+        others = [output / name for name in FIGURES if (output / name).exists()]
+        if others and not card_file.exists() and output.resolve() != weights.parent:
+            raise DataError(
+                f"{others[0]}: is there without a card; remove it, or name another --output"
+            )
 
 
 def propose_record(card: Path) -> str:
