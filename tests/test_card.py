@@ -14,7 +14,7 @@ from PIL import Image
 
 from convmixer_hub import CheckpointError, DataError
 from convmixer_hub.checkpoints.files import save_model
-from convmixer_hub.cli.train import finetune_command, train_command
+from convmixer_hub.cli.train import train_command
 from convmixer_hub.data.images import eval_transform
 from convmixer_hub.data.reader import open_dataset
 from convmixer_hub.files import hash_file
@@ -24,7 +24,7 @@ from convmixer_hub.release import card as card_module
 from convmixer_hub.release.card import propose_record
 from convmixer_hub.release.golden import TOLERANCE, verify
 from convmixer_hub.release.publish import list_uploads
-from convmixer_hub.training.finetune import FINETUNE_OPTIONS, choose_settings
+from convmixer_hub.training.finetune import choose_settings
 from convmixer_hub.training.settings import TrainingSettings
 
 from .conftest import ARCH, encode, write_tree
@@ -143,16 +143,13 @@ def test_only_the_weights_on_record_are_loaded_by_name(run, cifar_sample, same):
     assert ModelCard.load(card).data.license == ("mit" if same else None)
 
 
-def test_the_card_of_a_fine_tuned_model_gives_its_command(run, cifar_sample):
+@pytest.mark.parametrize("gone", [{}, {"keep_best": False}], ids=["now", "an earlier version"])
+def test_the_card_of_a_fine_tuned_model_gives_a_command_for_the_same(run, cifar_sample, gone):
     dataset = open_dataset(cifar_sample)
     settings = choose_settings("convmixer_cifar", dataset, freeze_batch_norm=True)
-    change_config(run, training=asdict(settings))
+    change_config(run, training=asdict(settings) | gone)
     text = write_card(run, cifar_sample).read_text()
-    [line] = re.findall(r"^convmixer finetune .*", text, re.M)
-    given = finetune_command.make_context("finetune", shlex.split(line)[2:]).params
-    again = {name: given[name] for name in FINETUNE_OPTIONS}
-    assert choose_settings(given["name"], dataset, **again) == settings
-    assert "training images: 35.00 %, by which the epoch was chosen" in text
+    assert read_command(text) == settings and "keep_best" not in text
     start = "- Start: the trained weights of [convmixer-hub/convmixer_cifar.cifar10](https://"
     assert start in text
 
@@ -170,7 +167,7 @@ def test_the_card_of_a_fine_tuned_model_serves_others(run, cifar_sample):
         card = ModelCard.load(write_card(run, cifar_sample, license="cc-by-4.0"))
         assert (card.data.base_model, card.data.license) == (base, "cc-by-4.0")
         assert (model in card.text) == (base is not None)
-        assert ("convmixer finetune MODEL --data" in card.text) == (base is None)
+        assert ("convmixer train MODEL --data" in card.text) == (base is None)
     [card] = [u for u in list_uploads(str(run), "me/birds") if u.path_in_repo == "README.md"]
     assert b'timm.create_model("hf-hub:me/birds", pretrained=True)' in card.path_or_fileobj
 

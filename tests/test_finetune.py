@@ -12,14 +12,12 @@ from convmixer_hub import CheckpointError, DataError, TrainingError
 from convmixer_hub.checkpoints.files import save_model
 from convmixer_hub.data.images import open_image
 from convmixer_hub.data.reader import open_dataset
-from convmixer_hub.evaluate import Evaluation, evaluate_on
+from convmixer_hub.evaluate import evaluate_on
 from convmixer_hub.load import load_trained
 from convmixer_hub.model.config import get_label_names
 from convmixer_hub.predict import predict
-from convmixer_hub.release.card import write_card
 from convmixer_hub.release.publish import list_uploads
 from convmixer_hub.training import finetune as finetune_module
-from convmixer_hub.training import run as run_module
 from convmixer_hub.training.finetune import choose_settings, finetune
 
 from .conftest import CHECKOUT, IMAGES, KINDS, NAME, convmixer, weights_of, write_photos
@@ -74,7 +72,7 @@ def test_a_trained_model_learns_other_classes(split_photos, tmp_path):
 def test_settings_are_chosen_for_the_data(photos, split_photos, monkeypatch):
     settings = choose("convmixer_cifar", photos)
     assert settings.held_out == 4 and settings.batch_size == 4
-    assert settings.pretrained and settings.keep_best
+    assert settings.pretrained
     assert settings.rand_augment and settings.epochs * 16 >= 4 * settings.batch_size
     assert settings.model == NAME
     assert choose("convmixer_cifar", photos, held_out=10).held_out == 10
@@ -95,20 +93,6 @@ def test_without_matplotlib_nothing_is_trained_in_vain(split_photos, tmp_path, m
     with pytest.raises(DataError, match="drawing needs matplotlib: pip install matplotlib"):
         run(settings, split_photos, tmp_path / "run")
     assert not (tmp_path / "run").exists()
-
-
-def test_the_best_epoch_is_kept(split_photos, tmp_path, monkeypatch):
-    seen = []
-
-    def evaluate(model, *_):
-        seen.append({name: value.clone() for name, value in model.state_dict().items()})
-        return Evaluation([10, 15, 12][len(seen) - 1], 20)
-
-    monkeypatch.setattr(run_module, "evaluate", evaluate)
-    settings = choose("convmixer_cifar", split_photos, **QUICK | {"epochs": 3})
-    run(settings, split_photos, tmp_path / "run")
-    assert len(seen) == 3
-    torch.testing.assert_close(weights_of(tmp_path / "run"), seen[1], atol=0, rtol=0)
 
 
 def test_pictures_show_what_is_still_wrong(split_photos, tmp_path, monkeypatch):
@@ -162,7 +146,7 @@ def test_frozen_statistics_stay(photos, tmp_path):
     [
         ({"layer_decay": 0.0}, TrainingError, "layer_decay is 0.0: must be above 0 and at most 1"),
         ({"batch_size": 0}, TrainingError, "batch_size is 0: must be at least 2"),
-        ({"held_out": 0}, TrainingError, "has no validation images to choose the best epoch by; "),
+        ({"held_out": 0}, TrainingError, "has no validation images to measure the model on; give"),
         ({"batch_size": 30}, DataError, "16 training images are fewer than one batch of 30; give"),
     ],
 )
@@ -207,10 +191,6 @@ def test_damaged_images_are_named_or_skipped(split_photos, tmp_path, split, coun
 def test_other_validation_images_are_another_run(split_photos, tmp_path):
     settings = choose("convmixer_cifar", split_photos, **QUICK)
     folder = tmp_path / "run"
-    run(settings, split_photos, folder)
-    state = torch.load(folder / "training_state.pt", weights_only=True)
-    state.pop("held_out_images")  # as in a run of an earlier version
-    torch.save(state, folder / "training_state.pt")
     run(settings, split_photos, folder)
     (split_photos / "val" / "animal" / "cat 32.jpg").unlink()
     with pytest.raises(TrainingError, match="holds a run with other validation images; give the"):
@@ -264,13 +244,6 @@ def test_images_may_have_another_shape_than_the_weights_were_trained_on(photos, 
     assert loaded.pretrained_cfg["input_size"] == (3, *size)
     side = "×".join(map(str, size)) if size[0] != size[1] else str(size[0])
     assert f"\n1,{side}," in (folder / "metrics.csv").read_text()
-
-
-def test_a_card_does_not_call_the_images_that_chose_the_epoch_test_images(split_photos, tmp_path):
-    settings = choose("convmixer_cifar", split_photos, **QUICK)
-    run(settings, split_photos, tmp_path / "run")
-    with pytest.raises(DataError, match="split: has no test images but those for validation, by"):
-        write_card(tmp_path / "run", open_dataset(split_photos))
 
 
 @pytest.mark.slow

@@ -43,7 +43,7 @@ def test_fine_tuning_is_compared_on_the_same_images_and_steps(photos, monkeypatc
     (tuned, images), (fresh, same_images) = runs
     assert len(images) == 10 and images == same_images
     assert tuned.pretrained and not fresh.pretrained
-    for name in ("epochs", "batch_size", "held_out", "seed", "rand_augment", "keep_best"):
+    for name in ("epochs", "batch_size", "held_out", "seed", "rand_augment"):
         assert getattr(tuned, name) == getattr(fresh, name)
     assert fresh.covariance_init and not tuned.covariance_init
 

@@ -36,8 +36,8 @@ def bench_finetune(
     """Fine-tune a trained model on a few images of each class, and train one from scratch on them.
 
     Both take the same images, chosen by the seed, with the same augmentation and in batches of the
-    same size, for as many epochs, of which both keep the one that does best on a fifth of these
-    images. Training from scratch takes the optimizer and the learning rate of `convmixer train`.
+    same size, for as many epochs, and hold out a fifth of them. Training from scratch takes the
+    optimizer and the learning rate of `convmixer train`.
 
     Args:
         name: The trained model, `arch.tag`, or an arch alone for its first tag.

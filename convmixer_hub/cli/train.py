@@ -19,8 +19,6 @@ from ..training.settings import TrainingSettings, option_name
 from .options import OpenData, data_options
 
 _SETTINGS = {setting.name: setting for setting in fields(TrainingSettings)[1:]}
-_ONLY_FOR_FINETUNING = ("layer_decay", "freeze_batch_norm", "keep_best")
-TRAIN_OPTIONS = tuple(name for name in _SETTINGS if name not in _ONLY_FOR_FINETUNING)
 
 
 def _settings_options(names: Sequence[str], with_defaults: bool) -> Callable[[Callable], Callable]:
@@ -76,7 +74,7 @@ def _stopping_at(run: Path) -> Iterator[None]:
 @click.argument("model")
 @data_options
 @_output_option
-@_settings_options(TRAIN_OPTIONS, with_defaults=True)
+@_settings_options(list(_SETTINGS), with_defaults=True)
 @_skip_damaged_option
 def train_command(
     model: str, open_data: OpenData, output: Path, skip_damaged: bool, **settings: Any
@@ -107,9 +105,8 @@ def finetune_command(
 ) -> None:
     """Fine-tune a trained model on other images; the same command resumes a stopped run.
 
-    The output folder gets the weights of the epoch that did best on the validation images, their
-    confusion matrix, and a picture of the most confident mistakes. Settings that are not given are
-    chosen for the data.
+    The output folder gets the weights, the confusion matrix of the validation images, and a
+    picture of the most confident mistakes. Settings that are not given are chosen for the data.
     """
     with _stopping_at(output):
         dataset = open_data()

@@ -59,9 +59,8 @@ from ..load import load_trained
 from ..machine import describe_machine
 from ..model.config import get_config, get_label_names
 from ..model.convmixer import ConvMixer
-from ..training.finetune import FINETUNE_OPTIONS
 from ..training.folder import METRICS_FILE, read_metrics
-from ..training.settings import TrainingSettings, option_name
+from ..training.settings import TrainingSettings, leave_out_gone, option_name
 from ..zoo import VARIANTS
 from .golden import write_golden
 
@@ -111,13 +110,7 @@ def write_card(
     output = Path(output or folder)
     _check_output(output, source.file)
     card_file = output / CARD_FILE
-    settings = source.config.get("training") or {}
-    chosen_on_validation = settings.get("keep_best") and not settings.get("held_out")
-    if chosen_on_validation and "test" not in dataset.splits:
-        raise DataError(
-            f"{dataset.source}: has no test images but those for validation, by which the epoch "
-            "was chosen; give data with test images"
-        )
+    settings = leave_out_gone(source.config.get("training") or {})
     metrics = read_metrics(folder / METRICS_FILE)
     notes = _read_notes(folder / NOTES_FILE)
 
@@ -162,7 +155,7 @@ def write_card(
         metrics=metrics,
         machine=source.config.get("machine"),
         validation_images="held-out training" if settings.get("held_out", 1) else "validation",
-        validation_top1=max(validation_top1) if settings.get("keep_best") else validation_top1[-1],
+        validation_top1=validation_top1[-1],
         temperature=source.config.get("temperature", 1.0),
         by_class=zip(classes, confusion.diagonal().tolist(), confusion.sum(dim=1).tolist()),
         result=result,
@@ -328,19 +321,14 @@ def _read_plan(settings: Mapping[str, Any]) -> TrainingSettings | None:
 def _write_command(plan: TrainingSettings) -> str:
     """Write the command that trains with these settings."""
     settings = asdict(plan)
-    if plan.pretrained and plan.keep_best:
-        verb = "finetune"
-        names = [name for name in FINETUNE_OPTIONS if settings[name] is not False]
-    else:
-        defaults = asdict(TrainingSettings(plan.model, pretrained=plan.pretrained))
-        defaults["pretrained"] = False
-        verb, names = "train", [name for name in settings if settings[name] != defaults[name]]
-    command = ["convmixer", verb, settings["model"], "--data", "DIR", "--output", "RUN"]
-    for name in names:
+    defaults = asdict(TrainingSettings(plan.model, pretrained=plan.pretrained))
+    defaults["pretrained"] = False
+    command = ["convmixer", "train", settings["model"], "--data", "DIR", "--output", "RUN"]
+    for name in [name for name in settings if settings[name] != defaults[name]]:
         option = option_name(name)
         if isinstance(settings[name], bool):
             command.append(option if settings[name] else f"--no-{option[2:]}")
-        elif name != "model":
+        else:
             command += [option, str(settings[name])]
     return shlex.join(command)
 

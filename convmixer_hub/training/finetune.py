@@ -19,6 +19,7 @@ from torchvision.transforms.functional import to_pil_image
 from ..checkpoints.resolve import resolve
 from ..data.images import eval_transform
 from ..data.reader import ImageDataset, read_images
+from ..errors import TrainingError
 from ..evaluate import Evaluation, collect_logits, count_confusions
 from ..figures import check_matplotlib, draw_confusion, draw_predictions
 from ..files import write_file
@@ -65,7 +66,7 @@ def choose_settings(name: str, dataset: ImageDataset, **changes: Any) -> Trainin
 
     Raises:
         DataError: If there are no training images.
-        TrainingError: If a setting is out of its range.
+        TrainingError: If a setting is out of its range, or there is nothing to measure on.
         UnknownModelError: If there is no such model.
         CheckpointError: If it cannot be found or downloaded, or is a file alone.
     """
@@ -78,6 +79,10 @@ def choose_settings(name: str, dataset: ImageDataset, **changes: Any) -> Trainin
     count = len(labels)
     fifth = 0 if "validation" in dataset.splits else max(len(set(labels)), round(count / 5))
     held_out = changes.setdefault("held_out", fifth)
+    if not held_out and "validation" not in dataset.splits:
+        raise TrainingError(
+            f"{dataset.source}: has no validation images to measure the model on; give --held-out"
+        )
     kept = max(1, count - held_out)
     few = kept < FEW_IMAGES
     # Even, as mixup and cutmix take pairs.
@@ -93,7 +98,7 @@ def choose_settings(name: str, dataset: ImageDataset, **changes: Any) -> Trainin
         "random_erasing": 0.25 if few else 0.0,
         "late_augmentation": False,
     }
-    return TrainingSettings(model, **settings | changes, pretrained=True, keep_best=True)
+    return TrainingSettings(model, **settings | changes, pretrained=True)
 
 
 def finetune(
@@ -114,7 +119,7 @@ def finetune(
         skip_damaged: Leave out images that cannot be read, naming them on stderr.
 
     Returns:
-        How good the model is on the images for validation, by which its best epoch was chosen.
+        How good the model is on the images for validation.
 
     Raises:
         UnknownModelError: If there is no such model.

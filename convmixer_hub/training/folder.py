@@ -3,9 +3,9 @@
 It holds
 
 - `training_state.pt`: all that the next step needs, and what the epochs before it gave;
-- `config.json`, `model.safetensors`: the model after the last whole epoch (the best one, if that is
-  kept; calibrated at the end, if images are held out), as timm takes it; written at most once a
-  minute on a GPU, where epochs are short;
+- `config.json`, `model.safetensors`: the model after the last whole epoch, as timm takes it,
+  calibrated at the end if there are images for validation; written at most once a minute on a GPU,
+  where epochs are short;
 - `metrics.csv`: one line an epoch.
 
 The state is written first and the others follow from it, each replaced whole or not at all.
@@ -30,7 +30,7 @@ from ..errors import CheckpointError, TrainingError, first_line, printable
 from ..files import is_utf8, replacing
 from ..hub.repository import Repository
 from ..model.config import order_names
-from .settings import TrainingSettings
+from .settings import TrainingSettings, leave_out_gone
 
 STATE_FILE = "training_state.pt"
 METRICS_FILE = "metrics.csv"
@@ -45,8 +45,7 @@ class RunState:
         classes: Names of its classes.
         images: Number of its training images, with those held out.
         image_digest: What tells them from others, see `images.RunImages`; empty in older runs.
-        held_out_images: What tells the images for validation from others; empty if there are none,
-            and in older runs whose images for validation are a split.
+        held_out_images: What tells the images for validation from others; empty if there are none.
         readable_images: Number of those that it is trained on, damaged ones left out; 0 in older
             runs.
         epoch: Number of completed epochs.
@@ -58,8 +57,6 @@ class RunState:
         model: State dict of the model.
         optimizer: State dict of the optimizer.
         average: State dict of the moving average (EMA), if there is one.
-        best: State dict of the best epoch, if that is kept.
-        best_top1: Its top-1 on the validation images, in percent.
         temperature: What the logits of a finished run are divided by, see
             `evaluate.fit_temperature`.
     """
@@ -79,8 +76,6 @@ class RunState:
     model: dict[str, Tensor] | None = None
     optimizer: dict[str, Any] | None = None
     average: dict[str, Tensor] | None = None
-    best: dict[str, Tensor] | None = None
-    best_top1: float = 0.0
     temperature: float = 1.0
 
     @property
@@ -160,8 +155,6 @@ def open_run(folder: Path, new: RunState) -> RunState:
         )
     state = read_state(folder / STATE_FILE)
     state.image_digest = state.image_digest or new.image_digest
-    if not new.settings["held_out"]:
-        state.held_out_images = state.held_out_images or new.held_out_images
     _check_same(folder, state.identity, new.identity)
     return state
 
@@ -176,7 +169,7 @@ def read_state(file: Path) -> RunState:
         content: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
         # A setting that is missing is younger than the run; its default changes nothing.
         plain = asdict(TrainingSettings(content["settings"]["model"]))
-        content["settings"] = plain | content["settings"]
+        content["settings"] = plain | leave_out_gone(content["settings"])
         content["classes"] = order_names(content["classes"])
         known = {field.name for field in fields(RunState)}
         return RunState(**{name: content[name] for name in content.keys() & known})
@@ -190,8 +183,8 @@ def _check_same(folder: Path, found: dict[str, Any], wanted: dict[str, Any]) -> 
     for name in found:
         if name not in wanted:
             raise TrainingError(
-                f"{folder}: holds a run of a version with the setting {name}, which this one "
-                "lacks; upgrade convmixer-hub, or name another run folder"
+                f"{folder}: holds a run of another version, with the setting {name}, which this "
+                "one lacks; resume it with that version, or name another run folder"
             )
         if name == "model" and _has_moved(found[name], wanted[name]):
             continue  # the state has its weights

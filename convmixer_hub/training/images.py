@@ -46,8 +46,7 @@ def choose_images(settings: TrainingSettings, dataset: ImageDataset) -> RunImage
 
     Raises:
         DataError: If there are no training images, or so many cannot be held out.
-        TrainingError: If more are to be used than are not held out, or the best epoch is to be
-            kept and there is nothing to choose it by.
+        TrainingError: If more are to be used than are not held out.
     """
     images = dataset.get("train")
     kept, held_out = hold_out(dataset, settings.held_out, settings.seed)
@@ -61,12 +60,7 @@ def choose_images(settings: TrainingSettings, dataset: ImageDataset) -> RunImage
         order = torch.randperm(len(kept), generator=generator)[: settings.train_images]
         kept = [kept[i] for i in sorted(order.tolist())]
     validation, validation_digest = images.select(held_out), _hash(held_out) if held_out else ""
-    if settings.keep_best and not held_out:
-        if "validation" not in dataset.splits:
-            raise TrainingError(
-                f"{dataset.source}: has no validation images to choose the best epoch by; give "
-                "--held-out"
-            )
+    if not held_out and "validation" in dataset.splits:
         validation = dataset.get("validation")
         validation_digest = _hash_images(validation)
     return RunImages(images.select(kept), validation, _hash_images(images), validation_digest)

@@ -260,9 +260,8 @@ class _Run:
                 )
 
     def _measure(self, sums: dict[str, float]) -> dict[str, Any]:
-        """Return the metrics of the epoch, and keep its weights if they are the best."""
-        settings, state = self.settings, self.state
-        epoch = state.epoch
+        """Return the metrics of the epoch."""
+        settings, epoch = self.settings, self.state.epoch
         count = self.steps * settings.batch_size
         crop_size = settings.choose_crop_size(epoch, self.images.image_size)
         metrics: dict[str, Any] = {
@@ -275,10 +274,6 @@ class _Run:
         if self.validation is not None:
             result = evaluate(self.network.result, self.validation)
             metrics["held_out_top1"] = round(result.top1, 2)
-            if settings.keep_best and result.top1 >= state.best_top1:
-                state.best_top1 = result.top1
-                weights = self.network.result.state_dict()
-                state.best = {name: value.clone() for name, value in weights.items()}
         return metrics
 
     def _train_on_next_batch(self, epoch: int, step: int, learning_rate_factor: float) -> Tensor:
@@ -307,10 +302,8 @@ class _Run:
         self.state_saved_at = self.all_saved_at = time.monotonic()
 
     def _make_result(self) -> nn.Module:
-        """Copy what the run gives: the last or the best weights, calibrated at its end."""
+        """Copy what the run gives, calibrated at its end."""
         model = copy.deepcopy(self.network.result)
-        if self.state.best is not None:
-            model.load_state_dict(self.state.best)
         for parameter in model.get_submodule("classification.linear").parameters():
             parameter.data /= self.state.temperature
         return model

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -11,6 +11,9 @@ from ..data.augment import FLIPS, is_rand_augment
 from ..errors import TrainingError
 
 PRECISIONS = ("auto", "fp32", "bf16")
+
+# Settings of earlier versions, with what they did unless told otherwise. This one does the same.
+GONE = [("keep_best", False)]
 
 OPTIMIZERS: dict[str, dict[str, Any]] = {
     "muon": {"fallback_lr_scale": 0.5},
@@ -45,6 +48,11 @@ _AT_LEAST_0 = ("at least 0", lambda value: 0 <= value < math.inf)
 _AT_LEAST_1 = ("at least 1", lambda value: value >= 1)
 _SHARE = ("from 0 to 1", lambda value: 0 <= value <= 1)
 _BELOW_1 = ("at least 0 and below 1", lambda value: 0 <= value < 1)
+
+
+def leave_out_gone(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Leave out settings of an earlier version that make no difference, see `GONE`."""
+    return {name: value for name, value in settings.items() if (name, value) not in GONE}
 
 
 def option_name(setting: str) -> str:
@@ -129,7 +137,10 @@ class TrainingSettings:
         *_BELOW_1,
     )
     held_out: int = _setting(
-        0, "Training images kept back to measure accuracy after each epoch.", *_AT_LEAST_0
+        0,
+        "Training images kept back to measure accuracy after each epoch; with 0, the dataset's "
+        "validation images serve, if there are any.",
+        *_AT_LEAST_0,
     )
     train_images: int = _setting(
         0,
@@ -171,11 +182,6 @@ class TrainingSettings:
         lambda value: 0 < value <= 1,
     )
     freeze_batch_norm: bool = _setting(False, "Keep BatchNorm's means and variances as they are.")
-    keep_best: bool = _setting(
-        False,
-        "Keep the weights of the epoch that did best on the validation images: those held out, or "
-        "else those of the dataset.",
-    )
 
     # Precision and seed
     precision: str = _setting(
