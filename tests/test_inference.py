@@ -20,9 +20,11 @@ from convmixer_hub import (
     speed_up_on_cpu,
 )
 from convmixer_hub.data.images import open_image
+from convmixer_hub.hub.records import RECORDS
 from convmixer_hub.load import load_trained
 from convmixer_hub.model import inference
 from convmixer_hub.predict import predict
+from convmixer_hub.release.golden import make_golden_input
 from convmixer_hub.zoo import VARIANTS
 
 from .conftest import ARCH, CHECKOUT, PICTURES, randomise_norms, uses_cpp
@@ -53,6 +55,12 @@ def prepare(request):
 
 def uses_onednn(prepared):
     return prepared.stem._packed is not None
+
+
+@pytest.mark.parametrize("name", RECORDS)
+def test_logits_of_trained_models(prepare, name):
+    model = load_trained(name).eval()  # in which some BatchNorms multiply by hundreds
+    assert_same(model, prepare(model), make_golden_input((3, 32, 32)).float())
 
 
 @pytest.mark.parametrize("arch", VARIANTS)
