@@ -8,15 +8,13 @@ import json
 import os
 import re
 import resource
-import socket
 import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import TypeVar
@@ -125,26 +123,14 @@ def weights_of(folder: Path) -> dict[str, torch.Tensor]:
     return safetensors.torch.load_file(folder / "model.safetensors")
 
 
-def write_split(
-    folder: Path,
-    split: str,
-    images: list[bytes],
-    labels: list,
-    column: str = "img",
-    classes: Sequence[str] | None = CIFAR10.classes,
-    label_column: str = "label",
-) -> Path:
+def write_split(folder: Path, split: str, images: list[bytes], labels: list[int]) -> Path:
     """Write images and labels as the Hub keeps CIFAR-10; give the folder."""
-    place = folder / "plain_text"
-    place.mkdir(parents=True, exist_ok=True)
-    table = pyarrow.table(
-        {column: [{"bytes": image, "path": None} for image in images], label_column: labels}
-    )
-    if classes:
-        label = {"names": list(classes), "_type": "ClassLabel"}
-        info = {"info": {"features": {label_column: label}}}
-        table = table.replace_schema_metadata({"huggingface": json.dumps(info)})
-    parquet.write_table(table, place / f"{split}-00000-of-00001.parquet")
+    table = pyarrow.table({"img": [{"bytes": i, "path": None} for i in images], "label": labels})
+    classes = {"names": list(CIFAR10.classes), "_type": "ClassLabel"}
+    info = {"huggingface": json.dumps({"info": {"features": {"label": classes}}})}
+    file = folder / "plain_text" / f"{split}-00000-of-00001.parquet"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    parquet.write_table(table.replace_schema_metadata(info), file)
     return folder
 
 
@@ -190,12 +176,6 @@ def write_photos(folder: Path, *splits: str) -> Path:
     return folder
 
 
-@pytest.fixture
-def write_parquet(tmp_path):
-    """Write a split into a folder called data, see `write_split`."""
-    return partial(write_split, tmp_path / "data")
-
-
 def encode(image: Image.Image, format: str = "PNG", **options) -> bytes:
     """Encode an image in memory."""
     buffer = io.BytesIO()
@@ -220,15 +200,11 @@ def run_python(tmp_path):
     """Run Python code in a fresh process, offline, in another folder; give what it printed."""
 
     def run(code: str, *options: str, **environment: str) -> str:
-        defaults = {
-            "HF_HUB_OFFLINE": "1",
-            "HF_HOME": str(tmp_path / "hf"),
-            "PYTHONPATH": str(CHECKOUT),
-        }
+        own = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hf"), "PYTHONPATH": str(CHECKOUT)}
         result = subprocess.run(
             [sys.executable, *options, "-c", code],
             cwd=tmp_path,
-            env={**os.environ, **defaults, **environment},
+            env={**os.environ, **own, **environment},
             capture_output=True,
             text=True,
         )
@@ -283,25 +259,12 @@ def offline(hub: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
 
 
-def forbid_sockets(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let a test fail that opens a socket."""
-
-    def fail(*_, **__):
-        raise AssertionError("a socket was opened")
-
-    monkeypatch.setattr(socket, "socket", fail)
-
-
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
     """A Hub on 127.0.0.1 with the shipped model, an empty cache, no token, and no other source."""
-    use_hub = {
-        "HF_HUB_CACHE": str(tmp_path / "cache"),
-        "HF_HUB_OFFLINE": False,
-        "HF_TOKEN_PATH": str(tmp_path / "token"),
-    }
-    for name, value in use_hub.items():
-        monkeypatch.setattr(constants, name, value)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
     for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("CONVMIXER_HUB_SOURCE", "hub")
@@ -309,9 +272,6 @@ def hub(tmp_path, monkeypatch):
         use_endpoint(monkeypatch, server.url)
         for folder in (CHECKOUT / "weights").iterdir():
             files = {file.name: file.read_bytes() for file in folder.iterdir()}
-            revision = get_record(folder.name).revision
-            server.repositories[f"convmixer-hub/{folder.name}"] = {
-                "main": files,
-                revision: dict(files),
-            }
+            revisions = {"main": files, get_record(folder.name).revision: dict(files)}
+            server.repositories[f"convmixer-hub/{folder.name}"] = revisions
         yield server

@@ -194,34 +194,27 @@ class HubServer(ThreadingHTTPServer):
     def _look_up(self, request: Request, answer: Answer) -> None:
         token = request.headers.get("Authorization", "").removeprefix("Bearer ")
         if token and token not in self.tokens:
-            error(401, X_Error_Message="Invalid credentials in Authorization header")(answer)
-            return
+            return error(401, X_Error_Message="Invalid credentials in Authorization header")(answer)
         if request.path == "/":
             return
         if listed := _LIST.fullmatch(request.path):
-            self._list(request, answer, *map(unquote, listed.groups()))
-            return
+            return self._list(request, answer, *map(unquote, listed.groups()))
         if request.method in ("POST", "PUT"):
-            self._take(request, answer, token)
-            return
+            return self._take(request, answer, token)
         look = _LOOK.fullmatch(request.path)
         asked = look or _RESOLVE.fullmatch(request.path)
         repository, revision, path = map(unquote, asked.groups("main")) if asked else ("", "", "")
         if repository not in self.repositories or (repository in self.private and not token):
             # Like the Hub, tell nobody without a token whether a private repository exists.
-            error(404 if token else 401, X_Error_Code="RepoNotFound")(answer)
-            return
+            return error(404 if token else 401, X_Error_Code="RepoNotFound")(answer)
         files = self._find_files(repository, revision)
         if files is None:
-            error(404, X_Error_Code="RevisionNotFound")(answer)
-            return
+            return error(404, X_Error_Code="RevisionNotFound")(answer)
         if look:
             private = repository in self.private
-            reply(answer, {"id": repository, "sha": commit_of(files), "private": private})
-            return
+            return reply(answer, {"id": repository, "sha": commit_of(files), "private": private})
         if path not in files:
-            error(404, X_Error_Code="EntryNotFound", X_Repo_Commit=commit_of(files))(answer)
-            return
+            return error(404, X_Error_Code="EntryNotFound", X_Repo_Commit=commit_of(files))(answer)
         answer.body = files[path]
         answer.headers = {
             "ETag": f'"{hashlib.sha256(files[path]).hexdigest()}"',
@@ -232,8 +225,7 @@ class HubServer(ThreadingHTTPServer):
         if wanted:
             first, size = int(wanted[1]), len(answer.body)
             if first >= size:
-                error(416, Content_Range=f"bytes */{size}")(answer)
-                return
+                return error(416, Content_Range=f"bytes */{size}")(answer)
             answer.status, answer.body = 206, answer.body[first:]
             answer.headers["Content-Range"] = f"bytes {first}-{size - 1}/{size}"
 
@@ -243,25 +235,19 @@ class HubServer(ThreadingHTTPServer):
         """Describe files and folders of a dataset: those in a folder, or those that are asked."""
         files = self._find_files(repository, revision) if repository in self.repositories else None
         if files is None:
-            error(404, X_Error_Code="RepoNotFound")(answer)
-            return
-        folders = {
-            str(parent) for file in files for parent in list(PurePosixPath(file).parents)[:-1]
-        }
+            return error(404, X_Error_Code="RepoNotFound")(answer)
+        folders = {str(parent) for file in files for parent in PurePosixPath(file).parents} - {"."}
         entries = [
             {"type": "file", "path": name, "size": len(content), "oid": commit_of({name: content})}
             for name, content in files.items()
         ] + [{"type": "directory", "path": name, "oid": "0" * 40} for name in folders]
+        asked = parse_qs(request.body.decode()).get("paths", [])
         if how == "tree":
-            wanted = {
-                entry["path"]
-                for entry in entries
-                if "recursive=True" in request.path
-                or str(PurePosixPath(entry["path"]).parent) == (path or ".")
-            }
-        else:
-            wanted = set(parse_qs(request.body.decode())["paths"])
-        reply(answer, [entry for entry in entries if entry["path"] in wanted])
+            whole, folder = "recursive=True" in request.path, PurePosixPath(path)
+            asked = [
+                e["path"] for e in entries if whole or PurePosixPath(e["path"]).parent == folder
+            ]
+        reply(answer, [entry for entry in entries if entry["path"] in asked])
 
     def _find_files(self, repository: str, revision: str) -> Files | None:
         revisions = self.repositories[repository]
@@ -274,12 +260,10 @@ class HubServer(ThreadingHTTPServer):
             self.large_files[hashlib.sha256(request.body).hexdigest()] = request.body
             return
         if not token:
-            error(401)(answer)
-            return
+            return error(401)(answer)
         sent = [json.loads(line) for line in request.body.splitlines()]
         if request.path == "/api/validate-yaml":
-            reply(answer, {})
-            return
+            return reply(answer, {})
         if request.path == "/api/repos/create":
             repository = f"{sent[0]['organization']}/{sent[0]['name']}"
             if repository in self.repositories:
@@ -288,8 +272,7 @@ class HubServer(ThreadingHTTPServer):
                 self.repositories[repository] = {"main": {}}
                 if sent[0].get("visibility") == "private":
                     self.private.add(repository)
-            reply(answer, {"url": f"{self.url}/{repository}"})
-            return
+            return reply(answer, {"url": f"{self.url}/{repository}"})
         asked = _UPLOAD.fullmatch(request.path) or _BATCH.fullmatch(request.path)
         repository, action, revision = map(unquote, asked.groups()) if asked else ("", "", "")
         if repository not in self.repositories:

@@ -118,7 +118,7 @@ def test_a_card_says_what_the_files_and_the_test_images_say(run, cifar_sample):
         assert fact in text
     assert "8 layers × 96 channels, kernel 5, patch 1, 99,082 parameters" in text
     assert "`convmixer card RUN --data DIR` on 2026-01-02, on the 10 test images" in text
-    assert "a_run" not in text
+    assert "a_run" not in text and "Temperature" not in text
     assert text.endswith("\n## Limits\n\nNever trained.\n")
 
     pictures = {"confusion", "curve", "kernels", "patch_embedding", "reliability"}
@@ -216,22 +216,14 @@ def test_the_record_of_a_model_is_proposed(run, cifar_sample, monkeypatch):
     assert propose_record(card) == ""
 
 
-def test_the_card_says_how_probabilities_were_fitted(run, cifar_sample):
-    assert "Temperature" not in write_card(run, cifar_sample).read_text()
-    change_config(run, temperature=0.66)
-    text = write_card(run, cifar_sample).read_text()
-    assert (
-        "- Temperature scaling: the head (weight and bias) is divided by 0.660, fitted "
-        "on the held-out training images\n"
-    ) in text
-
-
 def test_the_card_of_a_model_trained_further_gives_its_command(run, cifar_sample):
     settings = replace(SETTINGS, model="first_run", pretrained=True, small_crop_size=32)
     settings = replace(settings, teacher=f"{ARCH}, first_run,./another")
-    change_config(run, training=asdict(settings))
+    change_config(run, training=asdict(settings), temperature=0.66)
     text = write_card(run, cifar_sample).read_text()
     assert read_command(text) == replace(settings, model="MODEL", teacher=f"{ARCH},MODEL,TEACHER3")
+    fitted = "is divided by 0.660, fitted on the held-out training images\n"
+    assert f"- Temperature scaling: the head (weight and bias) {fitted}" in text
     assert "- Start: the trained weights of `MODEL`\n" in text
 
 

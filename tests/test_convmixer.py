@@ -3,13 +3,8 @@ import torch
 from timm.models.convmixer import ConvMixer as TimmConvMixer
 from torch import nn
 
-from convmixer_hub import (
-    ClassificationHead,
-    ConvMixer,
-    ConvMixerLayer,
-    ModelSizeError,
-    PatchEmbeddings,
-)
+from convmixer_hub import ClassificationHead, ConvMixer, ConvMixerLayer, PatchEmbeddings
+from convmixer_hub.errors import ModelSizeError
 
 from .conftest import randomise_norms
 
@@ -100,15 +95,11 @@ def test_scripted_and_traced_models_give_the_same_logits(act_layer, batch):
 
 
 @pytest.mark.filterwarnings("ignore:torch.ao.quantization:DeprecationWarning")
-def test_a_quantized_model_loads_its_own_state():
-    model = torch.ao.quantization.quantize_dynamic(ConvMixer(48, 2, 3, 2), {nn.Linear})
-    model.load_state_dict(model.state_dict())
-
-
-def test_a_model_with_a_counter_loads_its_own_state():
-    model = ConvMixer(8, 1, 3, 2)
+def test_a_model_with_a_counter_and_a_quantized_one_load_their_own_states():
+    model = ConvMixer(48, 2, 3, 2)
     model.register_buffer("steps", torch.tensor(7))
-    model.load_state_dict(model.state_dict())
+    for each in (model, torch.ao.quantization.quantize_dynamic(model, {nn.Linear})):
+        each.load_state_dict(each.state_dict())
 
 
 def test_what_is_no_tensor_is_refused_by_torch():

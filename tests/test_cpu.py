@@ -113,14 +113,10 @@ def convolve_fast(x, conv):
     return y
 
 
-def convolve(x, conv):
-    return conv(x)
-
-
-def result_and_gradients(run, x, conv):
+def result_and_gradients(x, conv, fast):
     """The output, and what input, weight and bias get for one fixed gradient of it."""
     x = x.detach().requires_grad_()
-    y = run(x, conv)
+    y = convolve_fast(x, conv) if fast else conv(x)
     direction = torch.arange(y.numel(), dtype=torch.float32).sin().to(y.dtype).view_as(y)
     return y, *torch.autograd.grad(y, [x, conv.weight, conv.bias], direction)
 
@@ -133,7 +129,7 @@ def result_and_gradients(run, x, conv):
 def test_depthwise_gradients_are_those_of_the_plain_convolution(kernel_size, shape, memory_format):
     conv = make_conv(shape[1], kernel_size)
     x = torch.randn(shape).contiguous(memory_format=memory_format)
-    found, expected = (result_and_gradients(run, x, conv) for run in (convolve_fast, convolve))
+    found, expected = (result_and_gradients(x, conv, fast) for fast in (True, False))
     torch.testing.assert_close(found, expected, atol=2e-5, rtol=2e-5)
 
 
@@ -141,9 +137,9 @@ def test_depthwise_gradients_are_those_of_the_plain_convolution(kernel_size, sha
 def test_under_autocast_depthwise_gradients_are_as_exact(kernel_size):
     conv = make_conv(16, kernel_size)
     x = torch.randn(16, 16, 12, 12)
-    exact = result_and_gradients(convolve, x, conv)
+    exact = result_and_gradients(x, conv, fast=False)
     with torch.autocast("cpu", torch.bfloat16):
-        found, expected = (result_and_gradients(run, x, conv) for run in (convolve_fast, convolve))
+        found, expected = (result_and_gradients(x, conv, fast) for fast in (True, False))
     for ours, plain_one, reference in zip(found, expected, exact):
         assert ours.dtype == plain_one.dtype
         errors = [(each.float() - reference).norm() for each in (ours, plain_one)]
@@ -233,45 +229,20 @@ def test_a_fused_model_trains_as_the_plain_one(options):
     torch.testing.assert_close(fast.eval()(x), plain.eval()(x), atol=1e-4, rtol=1e-4)
 
 
-def use_relu(model):
-    model.conv_mixer_layers[0].act1 = nn.ReLU()
-
-
-def use_group_norm(model):
-    model.conv_mixer_layers[0].norm2 = nn.GroupNorm(4, 16)
-
-
-def average_all_batches(model):
-    model.patch_emb.norm.momentum = None  # as torch.optim.swa_utils.update_bn does
-
-
-def mix_channels(model):
-    torch.manual_seed(1)
-    model.conv_mixer_layers[1].depth_wise_conv = nn.Conv2d(16, 16, 3, padding=1)
-
-
-def reflect(model):
-    model.conv_mixer_layers[1].depth_wise_conv.padding_mode = "reflect"
-
-
-def leave_bias_out(model):
-    model.conv_mixer_layers[1].depth_wise_conv.bias = None
-
-
-def freeze_stem(model):
-    timm.utils.freeze(model, ["patch_emb"])
+def replacing(part, name, value):
+    return lambda model: setattr(model.get_submodule(part), name, copy.deepcopy(value))
 
 
 @pytest.mark.parametrize(
     "change",
     [
-        use_relu,
-        use_group_norm,
-        average_all_batches,
-        mix_channels,
-        reflect,
-        leave_bias_out,
-        freeze_stem,
+        replacing("conv_mixer_layers.0", "act1", nn.ReLU()),
+        replacing("conv_mixer_layers.0", "norm2", nn.GroupNorm(4, 16)),
+        replacing("conv_mixer_layers.1", "depth_wise_conv", nn.Conv2d(16, 16, 3, padding=1)),
+        replacing("conv_mixer_layers.1.depth_wise_conv", "padding_mode", "reflect"),
+        replacing("conv_mixer_layers.1.depth_wise_conv", "bias", None),
+        replacing("patch_emb.norm", "momentum", None),  # as torch.optim.swa_utils.update_bn does
+        lambda model: timm.utils.freeze(model, ["patch_emb"]),
         nn.Module.double,
         nn.Module.bfloat16,
         nn.Module.eval,
@@ -284,26 +255,17 @@ def test_other_parts_and_types_are_computed_as_before(change):
     assert_same_step(fast, plain, torch.randn(4, 3, 16, 16))
 
 
-def use_float16(model, x):
-    with torch.autocast("cpu", torch.float16):
-        return model(x)
-
-
-def use_compiled(model, x):
-    return torch.compile(model, backend="eager", fullgraph=True)(x)
-
-
-def use_traced(model, x):
-    return torch.jit.trace(model, x, check_trace=False)(x)
-
-
-def use_checkpoints(model, x):
-    model.set_grad_checkpointing()
-    return model(x)
-
-
 @pytest.mark.filterwarnings("ignore")  # torch's own, of tracing
-@pytest.mark.parametrize("use", [use_float16, use_compiled, use_traced, use_checkpoints])
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda model, x: torch.autocast("cpu", torch.float16)(model.forward)(x),
+        lambda model, x: torch.compile(model, backend="eager", fullgraph=True)(x),
+        lambda model, x: torch.jit.trace(model, x, check_trace=False)(x),
+        lambda model, x: model.set_grad_checkpointing() or model(x),
+    ],
+    ids=["float16", "compiled", "traced", "checkpoints"],
+)
 def test_it_is_used_as_the_plain_model(use):
     plain, fast = make_pair()
     x = torch.randn(4, 3, 16, 16)

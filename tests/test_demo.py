@@ -92,10 +92,7 @@ def test_a_visitor_clicks_an_example_and_drops_a_broken_file(page, tmp_path_fact
 def test_what_cannot_be_served_is_one_line(port, monkeypatch):
     monkeypatch.setattr(demo, "version", lambda name: "6.0")
     in_use = f"^port {port} of 127.0.0.1 cannot be used .*; give another port$"
-    with (
-        socket.create_server(("127.0.0.1", port)),
-        pytest.raises(ConvMixerHubError, match=in_use),
-    ):
+    with socket.create_server(("127.0.0.1", port)), pytest.raises(ConvMixerHubError, match=in_use):
         demo.run_demo(["convmixer_cifar"], port)
     monkeypatch.setattr(demo, "version", lambda name: "5.9")
     with pytest.raises(ConvMixerHubError, match=r"^the demo needs gradio 6: pip install 'gradio>"):

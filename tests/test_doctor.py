@@ -10,7 +10,7 @@ from huggingface_hub import constants
 from convmixer_hub import find_checkpoint
 
 from .conftest import CHECKOUT, NAME, as_ordinary_user, convmixer, no_network, offline
-from .hub_server import headers, other_body
+from .hub_server import headers, ordered, other_body
 
 TOKEN = "hf_secret"
 PULL = ["HEAD", "HEAD", "GET"]  # what is there, by us and by the client, and then the file
@@ -141,6 +141,9 @@ def bad_namespace(hub, monkeypatch):
     monkeypatch.setenv("CONVMIXER_HUB_NAMESPACE", "a/b")
 
 
+OTHER_FILE = "hub: http://127.0.0.1:.*: its model.safetensors is not the recorded file; "
+
+
 @pytest.mark.parametrize(
     ("arrange", "subject", "result"),
     [
@@ -156,16 +159,8 @@ def bad_namespace(hub, monkeypatch):
         (no_cache, "cache", "/dev/null/cache, .* GB free, not writable; name another with HF_HOME"),
         (full_disk, "cache", "/.*/cache, 0.0 GB free; make room, or name another with HF_HOME$"),
         (bad_namespace, NAME, f"{NAME}: no repository is named 'a/b/{NAME}'; check CONVMIXER_HU"),
-        (
-            lambda hub, _: hub.order(other_body(lambda _: b"other")),
-            NAME,
-            "hub: http://127.0.0.1:.*: its model.safetensors is not the recorded file; ",
-        ),
-        (
-            lambda hub, _: hub.order(headers(ETag='"' + 64 * "a" + '"')),
-            NAME,
-            "hub: http://127.0.0.1:.*: its model.safetensors is not the recorded file; ",
-        ),
+        (ordered(other_body(lambda _: b"other")), NAME, OTHER_FILE),
+        (ordered(headers(ETag='"' + 64 * "a" + '"')), NAME, OTHER_FILE),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )

@@ -5,10 +5,7 @@ from convmixer_hub.errors import first_line, printable
 
 @pytest.mark.parametrize(
     ("text", "expected"),
-    [
-        ("\n\x1b[1;31mstep 3/3\x1b[0m failed.\nNext steps:", "step 3/3 failed"),
-        ("", "ValueError"),
-    ],
+    [("\n\x1b[1;31mstep 3/3\x1b[0m failed.\nNext steps:", "step 3/3 failed"), ("", "ValueError")],
 )
 def test_an_error_of_another_library_becomes_one_line(text, expected):
     assert first_line(ValueError(text)) == expected

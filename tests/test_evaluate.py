@@ -26,7 +26,7 @@ from convmixer_hub.hub.records import CIFAR10
 from convmixer_hub.load import load_trained
 from convmixer_hub.model.config import get_config
 
-from .conftest import ARCH, CAT, IMAGES, uses_cpp, write_tree
+from .conftest import ARCH, CAT, IMAGES, uses_cpp, write_split, write_tree
 
 
 def test_top1_counts_every_image_once(cifar_sample):
@@ -67,8 +67,8 @@ def test_evaluation_does_not_change_the_model(cifar_sample):
     torch.testing.assert_close(dict(model.state_dict()), before, atol=0, rtol=0)
 
 
-def test_a_damaged_image_is_one_line_from_a_worker_too(write_parquet):
-    folder = write_parquet("test", [CAT, CAT[:-900]], [3, 3])
+def test_a_damaged_image_is_one_line_from_a_worker_too(tmp_path):
+    folder = write_split(tmp_path / "data", "test", [CAT, CAT[:-900]], [3, 3])
     model = timm.create_model(ARCH)
     message = rf"^{folder}, row 1 of its test images: damaged image \(.*\); replace the file"
     for workers in (0, 1):

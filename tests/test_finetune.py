@@ -117,43 +117,25 @@ def test_pictures_show_what_is_still_wrong(split_photos, tmp_path, monkeypatch):
             assert image.format == "PNG"
 
 
-def test_layers_near_the_image_learn_less(photos, tmp_path):
-    settings = choose("convmixer_cifar", photos, **QUICK, layer_decay=1e-3, weight_decay=0.0)
-    run(settings, photos, tmp_path / "run")
-    before, after = load_trained("convmixer_cifar").state_dict(), weights_of(tmp_path / "run")
-
-    def change(name):
-        return (after[name] - before[name]).abs().max()
-
-    assert change("patch_emb.conv.weight") < 1e-9
-    assert change("conv_mixer_layers.7.norm2.weight") > 1e-7
-
-
-def test_frozen_statistics_stay(photos, tmp_path):
-    settings = choose("convmixer_cifar", photos, **QUICK, freeze_batch_norm=True)
-    run(settings, photos, tmp_path / "run")
+def test_layers_near_the_image_learn_less_and_frozen_statistics_nothing(photos, tmp_path):
+    options = {"layer_decay": 1e-3, "weight_decay": 0.0, "freeze_batch_norm": True}
+    run(choose("convmixer_cifar", photos, **QUICK, **options), photos, tmp_path / "run")
     before, after = load_trained("convmixer_cifar").state_dict(), weights_of(tmp_path / "run")
     for name, value in before.items():
         if "running" in name or "num_batches" in name:
             assert torch.equal(after[name], value), name
-    assert not torch.equal(
-        after["conv_mixer_layers.7.norm2.weight"], before["conv_mixer_layers.7.norm2.weight"]
-    )
+    for name, least, most in [
+        ("patch_emb.conv.weight", 0, 1e-9),
+        ("conv_mixer_layers.7.norm2.weight", 1e-7, 1),
+    ]:
+        assert least <= (after[name] - before[name]).abs().max() < most
 
 
-@pytest.mark.parametrize(
-    ("change", "error", "message"),
-    [
-        ({"layer_decay": 0.0}, TrainingError, "layer_decay is 0.0: must be above 0 and at most 1"),
-        ({"batch_size": 0}, TrainingError, "batch_size is 0: must be at least 2"),
-        ({"held_out": 0}, TrainingError, "has no validation images to measure the model on; give"),
-        ({"batch_size": 30}, DataError, "16 training images are fewer than one batch of 30; give"),
-    ],
-)
-def test_impossible_settings_are_refused(photos, tmp_path, change, error, message):
-    with pytest.raises(error, match=message):
-        settings = choose(**{"name": "convmixer_cifar", "data": photos} | change)
-        run(settings, photos, tmp_path / "run")
+def test_impossible_settings_are_refused(photos):
+    with pytest.raises(TrainingError, match="batch_size is 0: must be at least 2"):
+        choose("convmixer_cifar", photos, batch_size=0)
+    with pytest.raises(TrainingError, match="has no validation images to measure the model on; gi"):
+        choose("convmixer_cifar", photos, held_out=0)
 
 
 def test_a_run_is_not_gone_on_with_on_images_that_it_held_out(photos, tmp_path):

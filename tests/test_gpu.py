@@ -16,7 +16,7 @@ from convmixer_hub.training.network import _has_room, build_network
 from convmixer_hub.training.settings import TrainingSettings
 from convmixer_hub.training.step import TrainingStep
 
-from .conftest import on_gpu
+from .conftest import on_gpu, randomise_norms
 
 
 def train_step(network, model, images, labels):
@@ -50,13 +50,15 @@ def test_gives_logits_gradients_and_statistics_of_the_model(options):
 
 
 def test_frozen_kernels_are_turned_into_matrices_once(monkeypatch):
-    model = ConvMixer(16, 3, 5, 2, num_classes=5).eval()
-    fast, images = FastOnGPU(model.requires_grad_(False)).eval(), torch.randn(2, 3, 16, 12)
+    model = ConvMixer(16, 3, 5, 2, num_classes=5).double().eval()
+    randomise_norms(model)
+    images = torch.randn(2, 3, 16, 12).double()
+    fast = FastOnGPU(model.requires_grad_(False)).eval()
     expected = model(images)
     made, make = [], gpu._make_toeplitz
     monkeypatch.setattr(gpu, "_make_toeplitz", lambda *args: made.append(args) or make(*args))
     for _ in range(2):
-        torch.testing.assert_close(fast(images), expected, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(fast(images), expected)
     assert len(made) == 3
 
 
@@ -72,13 +74,6 @@ def test_under_autocast_computes_in_bfloat16():
     for name, grad in grads.items():
         if name.endswith("weight"):
             assert (grad - exact_grads[name]).norm() < 0.1 * exact_grads[name].norm(), name
-
-
-def test_evaluates_as_the_model_does():
-    model = timm.create_model("convmixer_cifar", pretrained=True).double().eval()
-    images = torch.randn(4, 3, 32, 32).double()
-    with torch.no_grad():
-        assert torch.allclose(FastOnGPU(model).eval()(images), model(images), atol=1e-10)
 
 
 def test_computes_gelu_in_fp32_as_exactly_as_torch():

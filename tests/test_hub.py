@@ -9,18 +9,16 @@ import re
 import resource
 import shutil
 import signal
-import socket
 import threading
 import time
 from pathlib import Path
+from time import sleep as pause  # also where `time.sleep` is replaced
 
-import huggingface_hub
 import pytest
 import safetensors.torch
 import timm
 import torch
 from huggingface_hub import constants, hf_hub_download
-from packaging.version import Version
 
 from convmixer_hub import CheckpointError, find_checkpoint, get_record
 from convmixer_hub.hub.find import locate
@@ -30,7 +28,6 @@ from .conftest import (
     NAME,
     REVISION,
     as_ordinary_user,
-    forbid_sockets,
     limited,
     no_network,
     offline,
@@ -58,26 +55,9 @@ def with_token(token, arrange=lambda hub, monkeypatch: None):
     return arranged
 
 
-def no_dns(hub, monkeypatch):
-    def fail(*_, **__):
-        raise socket.gaierror(-2, "Name or service not known")
-
-    monkeypatch.setattr(socket, "getaddrinfo", fail)
-
-
-def pause(seconds):
-    """Wait, also where `time.sleep` does not."""
-    threading.Event().wait(seconds)
-
-
 def stall(hub, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", 1)
     hub.order(drip(1, lambda: pause(3)), "GET", times=1)
-
-
-def delete_cache(hub, monkeypatch):
-    cache = constants.HF_HUB_CACHE  # looked up now: after the test it is the user's own
-    hub.order(drip(2, lambda: shutil.rmtree(cache, ignore_errors=True)), "GET")
 
 
 def rename(hub, monkeypatch):
@@ -97,10 +77,6 @@ FAULTS = {
         no_network,
         rf"http://127.0.0.1:1/{REPOSITORY} cannot be read \(.*Connection refused\); check the "
         f"network and HF_ENDPOINT, or {OWN_COPY}",
-    ),
-    "DNS failure": (
-        no_dns,
-        r"cannot be read \(.*Name or service not known\); check the network and HF_ENDPOINT, or ",
     ),
     "offline": (
         offline,
@@ -144,10 +120,6 @@ FAULTS = {
         rf"/{REPOSITORY} cannot be read \(HTTP 404 Not Found\); check CONVMIXER_HUB_NAMESPACE and "
         f"HF_ENDPOINT, or {OWN_COPY}",
     ),
-    "416": (
-        ordered(error(416), "GET"),
-        r"cannot be read \(HTTP 416 .*Range Not Satisfiable\); check CONVMIXER_HUB_NAMESPACE and ",
-    ),
     "429 twice": (ordered(error(429, Retry_After="7"), "HEAD", times=2), THE_WEIGHTS),
     "429 always": (
         ordered(error(429, Retry_After="7")),
@@ -170,10 +142,6 @@ FAULTS = {
     "slow drip": (ordered(drip(20, lambda: pause(0.01)), "GET"), THE_WEIGHTS),
     "stalled once": (stall, THE_WEIGHTS),
     "cut once": (ordered(cut(len(WEIGHTS) // 2), "GET", times=1), THE_WEIGHTS),
-    "cut always": (
-        ordered(cut(len(WEIGHTS) // 2), "GET"),
-        r"cannot be read \(peer closed connection .*\); check the network and HF_ENDPOINT, or ",
-    ),
     "length promised wrongly": (
         ordered(headers(Content_Length="1000"), "HEAD"),
         r"cannot be read \(Consistency check failed: file should be of size 1000 but has size ",
@@ -189,10 +157,6 @@ FAULTS = {
     "not a Hub": (ordered(headers(X_Repo_Commit=None)), NOT_A_HUB),
     "ETag that leads elsewhere": (ordered(headers(ETag='"../../../elsewhere"')), NOT_A_HUB),
     "commit that leads elsewhere": (ordered(headers(X_Repo_Commit="../../..")), NOT_A_HUB),
-    "cache deleted meanwhile": (
-        delete_cache,
-        rf"^{NAME}: the Hub's cache cannot be used \(.*No such file .*\); ",
-    ),
     "cache in a file": (
         lambda hub, mp: mp.setattr(constants, "HF_HUB_CACHE", f"{__file__}/cache"),
         rf"^{NAME}: the Hub's cache cannot be used \(.*Not a directory: .*\); make room",
@@ -214,27 +178,17 @@ def test_a_user_gets_the_weights_or_one_clear_line(arrange, message, hub, monkey
     assert "hf_" not in str(refused.value)
 
 
-@pytest.mark.parametrize("host", ["localhost", "127.0.0.1"])
-def test_a_token_is_not_sent_on_to_another_host(hub, monkeypatch, host):
-    if host == "127.0.0.1" and Version(huggingface_hub.__version__) < Version("2.2"):
-        pytest.skip("huggingface_hub before 2.2 sends a token on to another port of a host")
+def test_a_token_is_not_sent_on_to_another_host(hub, monkeypatch):
     with_token("hf_right")(hub, monkeypatch)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1,localhost")
     with HubServer() as storage:
         storage.repositories = hub.repositories
-        hub.order(redirect(storage.url.replace("127.0.0.1", host) + FILE))
+        hub.order(redirect(storage.url.replace("127.0.0.1", "localhost") + FILE))
         assert find_checkpoint(NAME).read_bytes() == WEIGHTS
         assert {request.headers.get("Authorization") for request in storage.requests} == {None}
     # The client's first request, once a day, is one of its own.
     asked = next(request for request in hub.requests if request.method == "HEAD")
     assert asked.headers["Authorization"] == "Bearer hf_right"
-
-
-def test_a_squatted_namespace_is_refused(hub, monkeypatch):
-    monkeypatch.setenv("CONVMIXER_HUB_NAMESPACE", "squatter")
-    hub.repositories[f"squatter/{NAME}"] = {REVISION: {"model.safetensors": FLIPPED}}
-    with pytest.raises(CheckpointError, match=rf"/squatter/{NAME} gives another .*\({DIGESTS}\);"):
-        timm.create_model(NAME, pretrained=True)
 
 
 def test_timm_says_where_the_cache_is(hub, tmp_path):
@@ -309,7 +263,7 @@ def list_files(folder):
 
 def test_cached_weights_are_loaded_without_a_socket_and_without_writing(hub, tmp_path, monkeypatch):
     find_checkpoint(NAME)
-    forbid_sockets(monkeypatch)
+    monkeypatch.delattr("socket.socket")
     before = list_files(tmp_path)
     timm.create_model(NAME, pretrained=True)
     assert list_files(tmp_path) == before
@@ -398,15 +352,10 @@ def test_a_cache_may_be_moved(hub, tmp_path, monkeypatch):
     assert find_checkpoint(NAME, cache_dir=tmp_path / "moved").read_bytes() == WEIGHTS
 
 
-def make_read_only(folder):
-    for path in [folder, *folder.rglob("*")]:
-        if not path.is_symlink():
-            path.chmod(0o555 if path.is_dir() else 0o444)
-
-
 def test_a_read_only_cache_is_read(hub, tmp_path):
     find_checkpoint(NAME)
-    make_read_only(tmp_path / "cache")
+    for path in [tmp_path / "cache", *(tmp_path / "cache").rglob("*")]:
+        path.chmod(0o555)
     assert as_ordinary_user(lambda: find_checkpoint(NAME)).read_bytes() == WEIGHTS
 
 

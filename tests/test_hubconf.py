@@ -36,7 +36,7 @@ def test_every_arch_and_timms_own_have_an_entry_point():
 
 @pytest.mark.parametrize("arch", [*default_cfgs, *TIMM_ARCHS])
 def test_an_entry_point_builds_what_timm_does_by_its_name(arch):
-    ours = getattr(hubconf, arch)(device="meta", num_classes=3)
+    ours = getattr(hubconf, arch)(False, device="meta", num_classes=3)
     theirs = timm.create_model(arch, device="meta", num_classes=3)
     assert type(ours) is type(theirs)
     assert repr(ours) == repr(theirs)
@@ -66,11 +66,6 @@ def test_torch_hub_loads_from_a_plain_checkout(plain_checkout, run_python, argum
         for file in (tmp_path / "loaded.safetensors", find_checkpoint("convmixer_cifar"))
     )
     torch.testing.assert_close(found, expected, atol=0, rtol=0)
-
-
-def test_pretrained_may_be_given_by_position():
-    weight = hubconf.convmixer_cifar(True).get_classifier().weight
-    assert torch.equal(weight, hubconf.convmixer_cifar(pretrained=True).get_classifier().weight)
 
 
 @pytest.mark.slow

@@ -93,11 +93,7 @@ def test_a_plain_load_says_nothing(arguments, said):
             119,
             "patch_emb.conv.weight adapted from 3 to 4 channels",
         ),
-        (
-            {"label_names": ANIMALS},
-            121,
-            f"{HEAD} keeps the rows of 2 classes, 1 newly initialized",
-        ),
+        ({"label_names": ANIMALS}, 121, f"{HEAD} keeps the rows of 2 classes, 1 newly initialized"),
         ({"dtype": torch.bfloat16}, 121, "torch.float32 turned into torch.bfloat16"),
     ],
     ids=["head and stem", "no head", "features", "labels", "dtype"],
@@ -151,12 +147,6 @@ def test_a_head_that_fits_is_not_thrown_away(saved, said):
 def save_by_number(model, folder, _):
     names = {"label_names": {2: ANIMALS[2], 0: ANIMALS[0], 1: ANIMALS[1]}}
     timm.models.save_for_hf(model, folder, names, model_args=names, safe_serialization=True)
-
-
-def test_a_stem_for_more_channels_repeats_those_it_has_and_scales_them():
-    model = timm.create_model(NAME, pretrained=True, in_chans=4)
-    weight = timm.create_model(NAME, pretrained=True).patch_emb.conv.weight
-    torch.testing.assert_close(model.patch_emb.conv.weight, weight[:, [0, 1, 2, 0]] * 3 / 4)
 
 
 class TestLabelNames:
@@ -332,13 +322,6 @@ def test_a_state_dict_is_named_as_such(tmp_path, said, monkeypatch):
     timm.create_model(ARCH, pretrained=True, pretrained_cfg_overlay=overlay)
     [(*_, line)] = said()
     assert line.startswith(f"{ARCH}: loading 121 tensors from the state dict; ")
-
-
-@pytest.mark.parametrize("pretrained", [False, True])
-@pytest.mark.parametrize("argument", ["kernel", "numclasses", "pretrained_strct"])
-def test_an_unknown_argument_is_refused(argument, pretrained):
-    with pytest.raises(TypeError, match=f"unexpected keyword argument '{argument}'"):
-        timm.create_model(NAME, pretrained=pretrained, **{argument: 3})
 
 
 @settings(

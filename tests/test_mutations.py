@@ -91,11 +91,7 @@ def test_a_mutated_file_is_refused_and_harms_nobody(tmp_path):
     refused, loaded = 0, 0
 
     @settings(
-        max_examples=500,
-        deadline=None,
-        database=None,
-        derandomize=True,
-        phases=[Phase.generate],
+        max_examples=500, deadline=None, database=None, derandomize=True, phases=[Phase.generate]
     )
     @given(mutations_of_bytes(content) | mutations_of_header(content))
     def check(mutated):

@@ -111,9 +111,7 @@ def test_a_file_of_weights_alone_answers(tmp_path):
         as_ordinary_user(lambda: describe(closed))
     closed.chmod(0o700)
     shutil.copy(find_checkpoint("convmixer_cifar"), tmp_path / "blob")
-    with pytest.raises(
-        CheckpointError, match=r"blob: cannot be read with weights_only=True \(.*\)"
-    ):
+    with pytest.raises(CheckpointError, match=r"blob: cannot be read with weights_only=True \("):
         load_trained(tmp_path / "blob")
 
     # Not on record: its sizes tell the model, its metadata the activation, nothing the classes.

@@ -24,7 +24,6 @@ from .conftest import (
     REVISION,
     as_ordinary_user,
     convmixer,
-    forbid_sockets,
     no_network,
     offline,
 )
@@ -117,7 +116,7 @@ def test_a_second_publication_says_that_nothing_changed(writable, run):
 
 
 def test_a_dry_run_asks_no_network_and_no_token(run, monkeypatch):
-    forbid_sockets(monkeypatch)
+    monkeypatch.delattr("socket.socket")
     monkeypatch.delenv("HF_TOKEN", raising=False)
     for name in (run, NAME):
         result = convmixer("publish", name, "--repo-id", TARGET, "--dry-run")
@@ -304,4 +303,5 @@ def test_what_does_not_load_is_not_published(writable, run):
     Path(run, "model.safetensors").write_bytes(b"damaged")
     result = convmixer("publish", run, "--repo-id", TARGET)
     assert "not a whole safetensors file" in result.output and result.output.count("\n") == 1
+    assert "; copy it again; pickles are not opened, " in result.output
     assert writable.requests == []

@@ -3,17 +3,13 @@ import errno
 import json
 import math
 import multiprocessing
-import os
 import random
 import re
 import resource
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from dataclasses import asdict, replace
-from functools import partial
 
 import pytest
 import torch
@@ -31,20 +27,10 @@ from convmixer_hub.training.images import choose_images, hold_out, load_images, 
 from convmixer_hub.training.run import train
 from convmixer_hub.training.settings import TrainingSettings
 
-from .conftest import (
-    ARCH,
-    CHECKOUT,
-    CONFIG,
-    NAME,
-    PICTURES,
-    convmixer,
-    limited,
-    weights_of,
-    write_tree,
-)
+from .conftest import CONFIG, PICTURES, convmixer, limited, weights_of, write_split, write_tree
 
 SETTINGS = TrainingSettings(
-    ARCH,
+    "convmixer_96_8_ks5_p1",
     epochs=2,
     final_share=0.5,
     small_crop_size=16,
@@ -57,11 +43,8 @@ SETTINGS = TrainingSettings(
     covariance_init=False,
     precision="fp32",  # which is faster here, two runs might answer differently
 )
-# The same, as a command that lacks --data and --output.
-TRAIN = ["train", SETTINGS.model, "--epochs=2", "--final-share=0.5", "--small-crop-size=16"]
-TRAIN += ["--batch-size=10", "--held-out=10", "--precision=fp32"]
-TRAIN += ["--whole-share=1", "--rand-augment=", "--random-erasing=0"]
-TRAIN += ["--no-late-augmentation", "--no-covariance-init"]
+SHARES = "whole_share random_erasing label_smoothing ema_decay layer_decay".split()
+NUMBERS = [name for name, value in asdict(SETTINGS).items() if type(value) in (int, float)]
 
 
 def run(settings, data, output, **options):
@@ -81,13 +64,8 @@ def finished_run(first_run, tmp_path):
 
 
 def test_a_run_folder_tells_everything(first_run, cifar_sample):
-    assert {file.name for file in first_run.iterdir()} == {
-        ".lock",
-        "config.json",
-        "metrics.csv",
-        "model.safetensors",
-        "training_state.pt",
-    }
+    files = {".lock", "config.json", "metrics.csv", "model.safetensors", "training_state.pt"}
+    assert {file.name for file in first_run.iterdir()} == files
     config = json.loads((first_run / "config.json").read_text())
     assert config["training"] == asdict(SETTINGS)
     assert re.fullmatch(r"(1 × .+|\d+ CPU cores \(.+\)), fp32", config["machine"])
@@ -106,12 +84,6 @@ def test_a_model_learns(cifar_sample, tmp_path):
     folder = run(settings, cifar_sample, tmp_path / "run")
     losses = [float(row["train_loss"]) for row in read_metrics(folder)]
     assert losses[-1] < losses[0] - 0.5
-
-
-def test_another_seed_gives_other_weights(first_run, cifar_sample, tmp_path):
-    other = run(replace(SETTINGS, seed=1), cifar_sample, tmp_path / "other")
-    name = "conv_mixer_layers.7.depth_wise_conv.weight"
-    assert not torch.equal(weights_of(other)[name], weights_of(first_run)[name])
 
 
 def test_a_run_may_start_from_trained_weights(first_run, cifar_sample, tmp_path):
@@ -140,30 +112,24 @@ def test_a_run_gives_probabilities_fitted_to_its_held_out_images(cifar_sample, t
 
 
 def test_a_run_from_a_repository_keeps_its_owner(cifar_sample, tmp_path, hub):
-    name = f"hf-hub:convmixer-hub/{NAME}"
+    name = "hf-hub:convmixer-hub/convmixer_cifar.cifar10"
     settings = replace(SETTINGS, model=name, pretrained=True, epochs=1)
     folder = run(settings, cifar_sample, tmp_path / "run")
     assert json.loads((folder / "config.json").read_text())["training"]["model"] == name
 
 
-@pytest.fixture
-def run_until(monkeypatch):
+def run_until(saves: int, *arguments) -> None:
     """Begin a run, and stop it when it has saved its state so many times."""
+    save_state, count = run_module.save_state, iter(range(saves - 1))
 
-    def begin(saves: int, *arguments) -> None:
-        save_state = run_module.save_state
-        count = iter(range(saves - 1))
+    def save_and_stop(folder, state):
+        save_state(folder, state)
+        if next(count, None) is None:
+            raise KeyboardInterrupt
 
-        def save_and_stop(folder, state):
-            save_state(folder, state)
-            if next(count, None) is None:
-                raise KeyboardInterrupt
-
-        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            patch.setattr(run_module, "save_state", save_and_stop)
-            run(*arguments)
-
-    return begin
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(run_module, "save_state", save_and_stop)
+        run(*arguments)
 
 
 def read_metrics(folder):
@@ -185,7 +151,7 @@ def read_metrics(folder):
     ids=["defaults", "bf16", "ema and adamw", "all augmentations", "as in fine-tuning", "others"],
 )
 def test_a_run_stopped_at_every_save_goes_on_as_if_nothing_had_happened(
-    cifar_sample, tmp_path, monkeypatch, run_until, change
+    cifar_sample, tmp_path, monkeypatch, change
 ):
     settings = replace(SETTINGS, **change)
     whole = run(settings, cifar_sample, tmp_path / "whole")
@@ -201,9 +167,7 @@ def test_a_run_stopped_at_every_save_goes_on_as_if_nothing_had_happened(
     assert read_metrics(parts) == read_metrics(whole)
 
 
-def test_a_run_goes_on_here_that_began_on_a_gpu(
-    first_run, cifar_sample, tmp_path, monkeypatch, run_until
-):
+def test_a_run_goes_on_here_that_began_on_a_gpu(first_run, cifar_sample, tmp_path, monkeypatch):
     monkeypatch.setattr(run_module, "SECONDS_BETWEEN_SAVES", math.inf)
     run_until(1, SETTINGS, cifar_sample, tmp_path / "parts")
     state = torch.load(tmp_path / "parts" / "training_state.pt", weights_only=True)
@@ -228,9 +192,7 @@ def test_batches_from_other_processes_are_the_same(cifar_sample):
     torch.testing.assert_close(there, here, atol=0, rtol=0)
 
 
-def test_a_run_keeps_the_precision_it_began_with(
-    cifar_sample, tmp_path, monkeypatch, run_until, capsys
-):
+def test_a_run_keeps_the_precision_it_began_with(cifar_sample, tmp_path, monkeypatch, capsys):
     def choose(precision):
         choice = (precision, "it is faster")
         monkeypatch.setattr(run_module, "choose_precision", lambda *_: choice)
@@ -316,7 +278,7 @@ def test_augmentation_and_whole_images_come_late(cifar_sample, tmp_path):
 
 
 def test_a_run_goes_on_when_the_folder_that_it_began_with_has_moved(
-    finished_run, cifar_sample, tmp_path, run_until
+    finished_run, cifar_sample, tmp_path
 ):
     settings = replace(SETTINGS, model=str(finished_run), pretrained=True)
     run_until(1, settings, cifar_sample, tmp_path / "second")
@@ -346,20 +308,20 @@ def test_two_processes_do_not_train_in_one_folder(cifar_sample, tmp_path):
 
 @pytest.mark.parametrize(("before", "now"), [(30, 29), (29, 30)])
 def test_a_run_does_not_go_on_with_fewer_or_more_images(
-    cifar_sample, write_parquet, change_state, finished_run, before, now
+    cifar_sample, tmp_path, finished_run, before, now
 ):
-    change_state(lambda state: state.update(epoch=1, step=0, readable_images=before))
+    change_state(finished_run, lambda state: state.update(epoch=1, readable_images=before))
     images = [*PICTURES.values()] * 4
     kept, _ = hold_out(open_dataset(cifar_sample), 10, seed=0)
     if now < 30:
         images[kept[0]] = b"damaged"
-    data = write_parquet("train", images, list(range(10)) * 4)
+    data = write_split(tmp_path / "data", "train", images, list(range(10)) * 4)
     message = f"run: holds a run on {before} training images, now {now} can be read; give the same"
     with pytest.raises(TrainingError, match=message):
         run(SETTINGS, data, finished_run, skip_damaged=True)
 
 
-def test_a_full_disk_loses_nothing(first_run, cifar_sample, tmp_path, run_until):
+def test_a_full_disk_loses_nothing(first_run, cifar_sample, tmp_path):
     run_until(1, SETTINGS, cifar_sample, tmp_path / "parts")
     message = r"parts: cannot be written \(.+\); it keeps what was saved before, so free .+$"
     with limited(resource.RLIMIT_FSIZE, 100_000), pytest.raises(TrainingError, match=message):
@@ -377,11 +339,12 @@ def test_several_processes_are_refused(cifar_sample, tmp_path, monkeypatch):
     refuse_torchrun()
 
 
-def test_the_last_line_names_the_dataset_as_it_was_given(finished_run, cifar_sample):
+def test_the_last_line_names_the_dataset_as_it_was_given(cifar_sample, tmp_path, monkeypatch):
+    monkeypatch.setattr("convmixer_hub.cli.train.train", lambda *_: None)
     data = ["--data", str(cifar_sample.parent), "--config", "data", "--label-column", "label"]
-    result = convmixer(*TRAIN, *data, "--output", finished_run)
-    command = f"convmixer evaluate {finished_run} {' '.join(data)}"
-    assert result.output == f"{finished_run}: finished; measure it with: {command}\n"
+    result = convmixer("train", SETTINGS.model, *data, "--output", tmp_path)
+    command = f"convmixer evaluate {tmp_path} {' '.join(data)}"
+    assert result.output == f"{tmp_path}: finished; measure it with: {command}\n"
 
 
 def test_a_worker_that_outlives_a_run_does_not_keep_it_locked(tmp_path):
@@ -396,72 +359,48 @@ def test_a_worker_that_outlives_a_run_does_not_keep_it_locked(tmp_path):
         worker.join()
 
 
-def test_ctrl_c_before_the_first_save_keeps_nothing(cifar_sample, tmp_path, monkeypatch):
-    def interrupt(*_):
-        raise KeyboardInterrupt
+@pytest.mark.parametrize(
+    ("epoch", "kept"),
+    [
+        (0, "has nothing yet; the same command begins again"),
+        (1, "keeps all but the last minute; the same command resumes it"),
+    ],
+)
+def test_ctrl_c_keeps_the_last_epoch(cifar_sample, tmp_path, monkeypatch, epoch, kept):
+    train_epoch = run_module._Run.train_epoch
 
-    monkeypatch.setattr(run_module, "load_images", interrupt)
+    def interrupt(run):
+        if run.state.epoch == epoch:
+            raise KeyboardInterrupt
+        train_epoch(run)
+
+    monkeypatch.setattr(run_module._Run, "train_epoch", interrupt)
     output = tmp_path / "run"
-    result = convmixer(*TRAIN, f"--data={cifar_sample}", f"--output={output}")
+    options = ["--data", cifar_sample, "--output", output, "--epochs=2", "--batch-size=10"]
+    result = convmixer("train", SETTINGS.model, *options)
     assert result.exit_code == 130
-    last_line = result.stderr.splitlines()[-1]
-    assert last_line == f"stopped; {output} has nothing yet; the same command begins again"
-
-
-@pytest.mark.slow
-def test_ctrl_c_keeps_the_last_epoch(cifar_sample, tmp_path):
-    output = tmp_path / "run"
-    options = ["--data", str(cifar_sample), "--output", str(output)]
-    options += ["--epochs", "500", "--batch-size", "10"]
-    errors = tmp_path / "errors"
-    with errors.open("w") as stderr:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "convmixer_hub", "train", SETTINGS.model, *options],
-            stderr=stderr,
-            env={**os.environ, "PYTHONPATH": str(CHECKOUT)},
-            # A shell lets what it starts in the background ignore Ctrl-C.
-            preexec_fn=partial(signal.signal, signal.SIGINT, signal.default_int_handler),
-        )
-    try:
-        deadline = time.monotonic() + 300
-        while not (output / "metrics.csv").exists():
-            assert process.poll() is None and time.monotonic() < deadline
-            time.sleep(0.1)
-        process.send_signal(signal.SIGINT)
-        process.wait(timeout=60)
-    finally:
-        process.kill()
-    assert process.returncode == 130
-    last_line = errors.read_text().strip().splitlines()[-1]
-    assert last_line.startswith(f"stopped; {output} keeps all but the last minute; the same")
-    assert "Traceback" not in errors.read_text()
-    load_trained(str(output))
+    assert result.stderr.splitlines()[-1] == f"stopped; {output} {kept}"
+    assert not epoch or load_trained(output)
 
 
 def test_a_loss_that_is_no_number_stops_the_run(cifar_sample, tmp_path):
     settings = replace(SETTINGS, learning_rate=1e30, warmup_epochs=0.0, epochs=3)
-    with pytest.raises(
-        TrainingError,
-        match=r"the .* is (nan|inf) in epoch 1, by step \d; .*run keeps what was saved",
-    ):
+    message = r"the .* is (nan|inf) in epoch 1, by step \d; .*run keeps what was saved"
+    with pytest.raises(TrainingError, match=message):
         run(settings, cifar_sample, tmp_path / "run")
 
 
-@pytest.fixture
-def change_state(finished_run):
-    """Apply a function to the state of the finished run."""
-
-    def change(function) -> None:
-        state = torch.load(finished_run / "training_state.pt")
-        function(state)
-        torch.save(state, finished_run / "training_state.pt")
-
-    return change
+def change_state(folder, change) -> None:
+    """Apply a function to the state of a run."""
+    state = torch.load(folder / "training_state.pt")
+    change(state)
+    torch.save(state, folder / "training_state.pt")
 
 
-def test_a_run_goes_on_under_another_version(finished_run, change_state, cifar_sample):
-    change_state(lambda state: (state["settings"].pop("layer_decay"), state.pop("image_digest")))
-    change_state(lambda state: state["settings"].update(keep_best=False))  # which is gone
+def test_a_run_goes_on_under_another_version(finished_run, cifar_sample):
+    change_state(finished_run, lambda state: state.pop("image_digest"))
+    change_state(finished_run, lambda state: state["settings"].pop("layer_decay"))
+    change_state(finished_run, lambda state: state["settings"].update(keep_best=False))  # now gone
     before = weights_of(finished_run)
     with pytest.raises(TrainingError, match="holds a run with layer_decay 1.0, not 0.5; give the"):
         run(replace(SETTINGS, layer_decay=0.5), cifar_sample, finished_run)
@@ -472,26 +411,14 @@ def test_a_run_goes_on_under_another_version(finished_run, change_state, cifar_s
 @pytest.mark.parametrize(
     ("difference", "message"),
     [
-        (
-            lambda state: state.pop("held_out_images"),
-            "holds a run with other validation images; give the same settings",
-        ),
-        (
-            lambda state: state["settings"].update(not_yet_known=3),
-            "another version, with the setting not_yet_known, which this one lacks; resume it wi",
-        ),
-        (lambda state: state.update(images=30), "holds a run with images 30, not 40; give the"),
-        (
-            lambda state: state.update(classes=["cat", "dog"]),
-            r"holds a run with classes \['cat', 'dog'\], not \['airplane'",
-        ),
+        ({"settings": asdict(SETTINGS) | {"new": 3}}, "another version, with the setting new, whi"),
+        ({"images": 30}, "holds a run with images 30, not 40; give the"),
+        ({"classes": ["cat", "dog"]}, r"holds a run with classes \['cat', 'dog'\], not \['airpla"),
     ],
-    ids=["other validation images", "more settings", "other images", "other classes"],
+    ids=["more settings", "other images", "other classes"],
 )
-def test_another_run_is_not_gone_on_with(
-    finished_run, change_state, cifar_sample, difference, message
-):
-    change_state(difference)
+def test_another_run_is_not_gone_on_with(finished_run, cifar_sample, difference, message):
+    change_state(finished_run, lambda state: state.update(difference))
     with pytest.raises(TrainingError, match=message):
         run(SETTINGS, cifar_sample, finished_run)
 
@@ -500,10 +427,7 @@ def test_another_run_is_not_gone_on_with(
     ("damage", "message"),
     [
         (lambda state: state.unlink(), "holds files but no training_state.pt, so it is no run to"),
-        (
-            lambda state: state.write_bytes(b"x"),
-            "training_state.pt: cannot be read .*; name another --output",
-        ),
+        (lambda state: state.write_bytes(b"x"), "_state.pt: cannot be read .*; name another --ou"),
     ],
     ids=["missing", "damaged"],
 )
@@ -545,9 +469,7 @@ def test_what_is_derived_from_the_state_is_restored(first_run, finished_run, cif
     ("first", "machines"),
     [("2 cores", "2 cores, fp32"), ("12 cores", "12 cores, fp32, then 2 cores, fp32")],
 )
-def test_each_machine_of_a_run_is_named(
-    run_until, cifar_sample, tmp_path, monkeypatch, first, machines
-):
+def test_each_machine_of_a_run_is_named(cifar_sample, tmp_path, monkeypatch, first, machines):
     names = [first, "2 cores"]
     monkeypatch.setattr(run_module, "describe_machine", lambda device: names.pop(0))
     run_until(1, SETTINGS, cifar_sample, tmp_path / "run")
@@ -555,9 +477,9 @@ def test_each_machine_of_a_run_is_named(
     assert json.loads((tmp_path / "run" / "config.json").read_text())["machine"] == machines
 
 
-def test_a_finished_run_stays_as_it_is(finished_run, write_parquet, monkeypatch):
+def test_a_finished_run_stays_as_it_is(finished_run, tmp_path, monkeypatch):
     config = (finished_run / "config.json").read_text()
-    unreadable = write_parquet("train", [b"no image"] * 40, list(range(10)) * 4)
+    unreadable = write_split(tmp_path / "data", "train", [b"no image"] * 40, list(range(10)) * 4)
     monkeypatch.setattr(run_module, "describe_machine", lambda device: "another machine")
     assert run(SETTINGS, unreadable, finished_run) == finished_run
     assert (finished_run / "config.json").read_text() == config
@@ -566,27 +488,20 @@ def test_a_finished_run_stays_as_it_is(finished_run, write_parquet, monkeypatch)
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        *(({name: -1}, f"{name} is -1: must be ") for name in NUMBERS),
         ({"epochs": 0}, "epochs is 0: must be at least 1"),
+        *(({name: 1.5}, f"{name} is 1.5: must be ") for name in SHARES),
         ({"final_share": 1.5}, "final_share is 1.5: must be from 0 to 1"),
-        ({"whole_share": 1.5}, "whole_share is 1.5: must be from 0 to 1"),
         ({"optimizer": "sgd"}, "optimizer is sgd: must be muon or adamw"),
         ({"rand_augment": "m9"}, "rand_augment is m9: must be one like rand-m9-n2-inc1"),
-        ({"random_erasing": 2.0}, "random_erasing is 2.0: must be from 0 to 1"),
-        ({"mixup": -1.0}, "mixup is -1.0: must be at least 0"),
         ({"ema_decay": 1.0}, "ema_decay is 1.0: must be at least 0 and below 1"),
         ({"batch_size": 1}, "batch_size is 1: must be at least 2"),
+        ({"layer_decay": 0.0}, "layer_decay is 0.0: must be above 0 and at most 1"),
         ({"learning_rate": 0.0}, "learning_rate is 0.0: must be above 0"),
-        ({"weight_decay": -1.0}, "weight_decay is -1.0: must be at least 0"),
         ({"clip_grad": 0.0}, "clip_grad is 0.0: must be above 0"),
-        ({"warmup_epochs": -1.0}, "warmup_epochs is -1.0: must be at least 0"),
-        ({"held_out": -1}, "held_out is -1: must be at least 0"),
-        ({"train_images": -1}, "train_images is -1: must be at least 0"),
         ({"flip": "never"}, "flip is never: must be alternating or random or none"),
-        ({"label_smoothing": 1.0}, "label_smoothing is 1.0: must be at least 0 and below 1"),
-        ({"cutmix": -1.0}, "cutmix is -1.0: must be at least 0"),
-        ({"small_crop_size": 0}, "small_crop_size is 0: must be at least 1"),
-        ({"first_crop_size": -1}, "first_crop_size is -1: must be at least 0"),
         ({"precision": "fp16"}, "precision is fp16: must be auto or fp32 or bf16"),
+        ({"mixup": -1.0}, "mixup is -1.0: must be at least 0"),
         ({"seed": -1}, "seed is -1: must be from 0 to 2147483647"),
     ],
 )
@@ -600,29 +515,16 @@ def test_settings_that_cannot_be_are_refused(change, message):
     [
         (
             {"small_crop_size": 48},
-            "small_crop_size is 48: convmixer_96_8_ks5_p1 takes images of 32 pixels in patches of "
-            "1; give a number between them",
+            "is 48: convmixer_96_8_ks5_p1 takes .* 32 pixels in patches of 1;",
         ),
-        (
-            {"model": "convmixer_cifar", "small_crop_size": 1},
-            "small_crop_size is 1: convmixer_cifar takes images of 32 pixels in patches of 2; giv",
-        ),
-        (
-            {"first_crop_size": 17},
-            "first_crop_size is 17: must be 0, or a number from the patch size, 1, to small_cr",
-        ),
-        (
-            {"train_images": 33},
-            "train_images is 33: only 30 training images are not held out; give at most 30",
-        ),
-        (
-            {"cutmix": 0.5, "batch_size": 9},
-            "batch_size is 9: must be even, as images are mixed in pairs",
-        ),
+        ({"model": "convmixer_cifar", "small_crop_size": 1}, "is 1: .* 32 pixels in patches of 2;"),
+        ({"first_crop_size": 17}, "is 17: must be 0, or a number from the patch size, 1, to small"),
+        ({"train_images": 33}, "is 33: only 30 training images are not held out; give at most 30"),
+        ({"cutmix": 0.5, "batch_size": 9}, "is 9: must be even, as images are mixed in pairs"),
     ],
 )
 def test_settings_that_do_not_fit_the_model_are_refused(cifar_sample, tmp_path, change, message):
-    with pytest.raises(TrainingError, match=message):
+    with pytest.raises(TrainingError, match=f"^{list(change)[-1]} {message}"):
         run(replace(SETTINGS, **change), cifar_sample, tmp_path / "run")
 
 
@@ -630,7 +532,9 @@ def test_settings_that_do_not_fit_the_model_are_refused(cifar_sample, tmp_path, 
     ("change", "count"), [({"batch_size": 33}, 30), ({"batch_size": 21, "train_images": 20}, 20)]
 )
 def test_fewer_images_than_a_batch_are_refused(cifar_sample, tmp_path, change, count):
-    with pytest.raises(DataError, match=f"{count} training images are fewer than one batch of"):
+    with pytest.raises(
+        DataError, match=f"{count} training .* are fewer than one batch of .*; give"
+    ):
         run(replace(SETTINGS, **change), cifar_sample, tmp_path / "run")
 
 

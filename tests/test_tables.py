@@ -20,6 +20,7 @@ from .conftest import CAT, DOG, NAME, convmixer, count_images, limited, write_tr
 from .hub_server import HubServer
 
 PAIR = {"cat": 1, "dog": 1}
+TRAIN = {"train": PAIR}
 INT = datasets.Value("int64")
 NAMED = datasets.ClassLabel(names=["cat", "dog"])
 
@@ -53,7 +54,6 @@ READ = {
         f"files called {train} and {test}": (
             {train: TABLE, test: TABLE},
             {"train": PAIR, "test": PAIR},
-            [],
         )
         for train, test in [
             ("train-00000-of-00001.parquet", "test-00000-of-00001.parquet"),
@@ -64,51 +64,41 @@ READ = {
             ("training.parquet", "testing.parquet"),
         ]
     },
-    "one file of no split": ({"photos.parquet": TABLE}, {"train": PAIR}, []),
+    "one file of no split": ({"photos.parquet": TABLE}, TRAIN),
     "a split of another name": (
         {"train.parquet": TABLE, "extra.parquet": TABLE},
-        {"train": PAIR},
-        ["left out: 1 × tables named after no split, the first is extra.parquet"],
+        TRAIN,
+        "left out: 1 × tables named after no split, the first is extra.parquet",
     ),
     "images beside the tables": (
         {"train.parquet": TABLE, "samples/1.png": CAT},
-        {"train": PAIR},
-        ["left out: 1 × images beside the dataset's own files, the first is samples/1.png"],
+        TRAIN,
+        "left out: 1 × images beside the dataset's own files, the first is samples/1.png",
     ),
     "another file beside the tables": (
         {"train.parquet": TABLE, "test.csv": b"image,label\n", "README.md": b""},
-        {"train": PAIR},
-        ["left out: 1 × files beside the tables (.csv), the first is test.csv"],
+        TRAIN,
+        "left out: 1 × files beside the tables (.csv), the first is test.csv",
     ),
     "train-validation is neither": (
         {"train.parquet": TABLE, "train-validation.parquet": TABLE},
-        {"train": PAIR},
-        ["left out: 1 × tables named after no split, the first is train-validation.parquet"],
+        TRAIN,
+        "left out: 1 × tables named after no split, the first is train-validation.parquet",
     ),
     "names in numbers": (
         {"a.parquet": make_bare(image=STRUCT, label=[3, 10])},
         {"train": {"3": 1, "10": 1}},
-        [],
     ),
-    "names as strings": (
-        {"a.parquet": make_bare(image=STRUCT[::-1], label=["dog", "cat"])},
-        {"train": PAIR},
-        [],
-    ),
+    "names as strings": ({"a.parquet": make_bare(image=STRUCT[::-1], label=["dog", "cat"])}, TRAIN),
     "truth values": (
         {"a.parquet": make_bare(image=STRUCT, label=[True, False])},
         {"train": {"False": 1, "True": 1}},
-        [],
     ),
-    "bare images": (
-        {"a.parquet": make_bare(image=[CAT, DOG], label=["cat", "dog"])},
-        {"train": PAIR},
-        [],
-    ),
+    "bare images": ({"a.parquet": make_bare(image=[CAT, DOG], label=["cat", "dog"])}, TRAIN),
     "a test split without labels": (
         {"train.parquet": TABLE, "test.parquet": make_table([-1, -1, -1])},
-        {"train": PAIR},
-        ["left out: 3 × test images without labels, the first is row 0"],
+        TRAIN,
+        "left out: 3 × test images without labels, the first is row 0",
     ),
     "names of files": (
         {
@@ -116,18 +106,15 @@ READ = {
             "pictures/1.png": CAT,
             "2.png": DOG,
         },
-        {"train": PAIR},
-        [],
+        TRAIN,
     ),
     "columns of CIFAR-100": (
         {"a.parquet": make_table([0, 1], "fine_label", "img", coarse_label=([0, 0], NAMED))},
-        {"train": PAIR},
-        [],
+        TRAIN,
     ),
     "columns of other names": (
         {"a.parquet": make_table([0, 1], "animal", "picture", id=([7, 8], INT))},
-        {"train": PAIR},
-        [],
+        TRAIN,
     ),
     "metadata.csv beside images": (
         {
@@ -139,7 +126,7 @@ READ = {
             "valid/1.png": CAT,
         },
         {"train": PAIR, "validation": {"cat": 1}},
-        ["left out: 1 × files that no metadata lists, the first is train/3.png"],
+        "left out: 1 × files that no metadata lists, the first is train/3.png",
     ),
     "metadata.csv of files named like splits": (
         {
@@ -147,8 +134,7 @@ READ = {
             "a train.png": CAT,
             "test tubes.png": DOG,
         },
-        {"train": PAIR},
-        [],
+        TRAIN,
     ),
     "metadata.jsonl with numbers": (
         {
@@ -158,14 +144,13 @@ READ = {
             "2.png": DOG,
         },
         {"train": {"0": 1, "1": 1}},
-        [],
     ),
 }
 
 
 @pytest.mark.parametrize("situation", READ)
 def test_tables(tmp_path, situation):
-    files, splits, left_out = READ[situation]
+    files, splits, *left_out = READ[situation]
     dataset = open_dataset(write_tree(tmp_path / "data", *files.items()))
     assert count_images(dataset) == splits
     assert dataset.left_out == left_out
@@ -300,15 +285,11 @@ def test_an_image_that_is_not_there_is_named(tmp_path):
 
 
 def test_a_relative_path_is_no_hindrance(tmp_path, monkeypatch):
-    files = {
-        "metadata.csv": b"picture_file_name,label\n1.png,cat\n2.png,dog\n",
-        "1.png": CAT,
-        "2.png": DOG,
-    }
-    write_tree(tmp_path / "data", *files.items())
+    table = b"picture_file_name,label\n1.png,cat\n2.png,dog\n"
+    write_tree(tmp_path / "data", ("metadata.csv", table), "1.png", ("2.png", DOG))
     monkeypatch.chdir(tmp_path)
     dataset = open_dataset("data")
-    assert count_images(dataset) == {"train": PAIR} and dataset.left_out == []
+    assert count_images(dataset) == TRAIN and dataset.left_out == []
     assert dataset.get("train")[1][0].size == (32, 32)
 
 
@@ -327,14 +308,14 @@ def test_a_split_that_was_saved_alone_keeps_its_name(name, split, tmp_path):
     assert count_images(open_dataset(tmp_path / "alone")) == {split: PAIR}
     datasets.DatasetDict({"full": table}).save_to_disk(tmp_path / "dict")
     dataset = open_dataset(tmp_path / "dict")
-    assert count_images(dataset) == {"train": PAIR} and dataset.left_out == []
+    assert count_images(dataset) == TRAIN and dataset.left_out == []
 
 
 @pytest.mark.parametrize("kind", ["arrow", "numpy", "pandas"])
 def test_the_format_in_which_it_was_saved_changes_nothing(kind, tmp_path):
     make_dataset("train").with_format(kind).save_to_disk(tmp_path)
     dataset = open_dataset(tmp_path)
-    assert count_images(dataset) == {"train": PAIR}
+    assert count_images(dataset) == TRAIN
     assert dataset.get("train")[1][0].size == (32, 32)
 
 
@@ -361,7 +342,7 @@ def test_several_that_were_saved_are_listed(tmp_path):
     with pytest.raises(DataError, match=message):
         open_dataset(tmp_path)
     for config in ("a", "more/b"):
-        assert count_images(open_dataset(tmp_path, config)) == {"train": PAIR}
+        assert count_images(open_dataset(tmp_path, config)) == TRAIN
 
 
 def test_an_archive_that_is_gone_is_named(tmp_path):
@@ -407,21 +388,17 @@ def test_a_split_of_more_than_2_gib_is_read(tmp_path, monkeypatch):
 
 # Options of evaluate that name a dataset of the Hub, and the line that they give.
 OF_THE_HUB = {
-    "--data someone/several": (
-        "Error: someone/several: holds a, b; choose one of them with --config"
-    ),
-    "--data someone/several --config b": (
-        "Error: someone/several: has images for train, but none for test; put such images into "
+    "--data me/several": "Error: me/several: holds a, b; choose one of them with --config",
+    "--data me/several --config b": (
+        "Error: me/several: has images for train, but none for test; put such images into "
         "a folder or file named test"
     ),
-    "--data someone/nothing": (
-        "Error: someone/nothing: no such folder, and what the Hub has by that name cannot be read "
-        "as a dataset (Dataset 'someone/nothing' doesn't exist on the Hub or cannot be accessed); "
+    "--data me/nothing": (
+        "Error: me/nothing: no such folder, and what the Hub has by that name cannot be read "
+        "as a dataset (Dataset 'me/nothing' doesn't exist on the Hub or cannot be accessed); "
         "check its name and its files"
     ),
-    "--data someone/one": (
-        "convmixer_cifar: top-1 100.00 % (2 of 2 test images in 2 classes correct)"
-    ),
+    "--data me/one": "convmixer_cifar: top-1 100.00 % (2 of 2 test images in 2 classes correct)",
 }
 EVALUATE_EACH = f"""
 import sys
@@ -445,13 +422,10 @@ def test_a_data_set_of_the_hub_is_measured_by_its_id(run_python):
     )
     one = {f"data/{split}-00000-of-00001.parquet": TABLE for split in ("train", "test")}
     with HubServer() as server:
-        server.repositories = {
-            "datasets/someone/one": {"main": one},
-            "datasets/someone/several": {"main": several},
-        }
+        server.repositories["datasets/me/one"] = {"main": one}
+        server.repositories["datasets/me/several"] = {"main": several}
         # The libraries read the address of the Hub when they are imported.
-        environment = {"HF_ENDPOINT": server.url}
-        printed = run_python(EVALUATE_EACH, HF_HUB_OFFLINE="0", **environment)
+        printed = run_python(EVALUATE_EACH, HF_HUB_OFFLINE="0", HF_ENDPOINT=server.url)
     assert printed.splitlines() == list(OF_THE_HUB.values())
 
 

@@ -60,11 +60,7 @@ def test_gives_the_mean_logits_of_models_for_other_images(resnet, batch, device,
 
 @pytest.mark.parametrize(
     ("whole", "crop", "expected"),
-    [
-        ((32, 32), (24, 24), (48, 48)),
-        ((32, 64), (24, 48), (48, 48)),
-        ((128, 64), (64, 64), (32, 64)),
-    ],
+    [((32, 32), (8, 8), (16, 16)), ((32, 64), (24, 48), (48, 48)), ((128, 64), (64, 64), (32, 64))],
 )
 def test_resizes_crops_as_much_as_whole_images(resnet, whole, crop, expected):
     teacher = Teacher([str(resnet[1])], CLASSES, OURS | {"input_size": (3, *whole)}, CPU)

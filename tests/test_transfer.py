@@ -49,10 +49,7 @@ def test_fine_tuning_is_compared_on_the_same_images_and_steps(photos, monkeypatc
 
 
 def test_gains_and_means_are_printed(photos, monkeypatch):
-    results = [
-        Comparison(0, finetuned=90.0, from_scratch=60.0),
-        Comparison(1, finetuned=70.0, from_scratch=75.0),
-    ]
+    results = [Comparison(0, 90.0, 60.0), Comparison(1, 70.0, 75.0)]
     monkeypatch.setattr(measure, "bench_finetune", lambda *_: iter(results))
     _, *table = compare(photos)
     assert table == [

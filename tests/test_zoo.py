@@ -155,13 +155,6 @@ def test_a_state_dict_that_does_not_fit_is_refused(tampered_folder, change, mess
         timm.create_model(f"local-dir:{folder}", pretrained=True, **adapted)
 
 
-def test_a_pickle_is_refused_by_name(tampered_folder, tmp_path):
-    folder = tampered_folder(lambda tensors: None)
-    torch.save(load_trained(NAME).state_dict(), tmp_path / NAME / "model.safetensors")
-    with pytest.raises(CheckpointError, match="not a whole safetensors file .* pickles are not op"):
-        timm.create_model(f"local-dir:{folder}", pretrained=True)
-
-
 def test_an_arch_without_weights_says_so():
     overlay = {"hf_hub_id": None}
     with pytest.raises(UnknownModelError, match="has no trained weights; use pretrained=False, or"):
