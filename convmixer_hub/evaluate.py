@@ -39,20 +39,8 @@ class Evaluation:
         return 100.0 * self.correct / self.count
 
 
-def evaluate(model: nn.Module, loader: DataLoader) -> Evaluation:
-    """Compare the top-1 prediction of the model with the label of every image.
-
-    Args:
-        model: Maps images to logits; left in evaluation mode.
-        loader: Serves `(images, labels)`.
-
-    Raises:
-        DataError: If an image cannot be read.
-    """
-    return _count_correct(*collect_logits(model, loader))
-
-
-def _count_correct(logits: Tensor, labels: Tensor) -> Evaluation:
+def count_correct(logits: Tensor, labels: Tensor) -> Evaluation:
+    """Compare the largest of logits `[count, num_classes]` with labels `[count]`."""
     return Evaluation(int((logits.argmax(dim=1) == labels).sum()), len(labels))
 
 
@@ -114,7 +102,7 @@ def evaluate_on(
         DataError: As `prepare_test_images` does, and if an image cannot be read.
     """
     model = model.to(find_device())
-    return _count_correct(*collect_test_logits(model, dataset, batch_size, workers))
+    return count_correct(*collect_test_logits(model, dataset, batch_size, workers))
 
 
 def collect_test_logits(

@@ -6,7 +6,6 @@ Every function raises a DataError if matplotlib, an extra of this package, is no
 from __future__ import annotations
 
 import io
-import logging
 import os
 import re
 import warnings
@@ -32,10 +31,7 @@ FILTERS_PER_ROW = 32
 KERNELS_PER_LAYER = 24
 # Fonts that have what DejaVu Sans, matplotlib's own, lacks: scripts of East Asia, for one.
 WIDE_FONTS = "Noto Sans|CJK|Arial Unicode|WenQuanYi|YaHei|Malgun|Yu Gothic|PingFang|Hiragino|Nanum"
-MISSING_GLYPH = "Glyph .* missing from font"
 BLUE, ORANGE = "#3f72a6", "#d9772b"
-
-_logger = logging.getLogger(__name__)
 
 
 def check_matplotlib() -> None:
@@ -212,13 +208,7 @@ def _to_png(figure: Figure) -> bytes:
         if not text.get_text().isascii():
             text.set_fontfamily(["sans-serif", *fonts])
     content = io.BytesIO()
-    with warnings.catch_warnings(record=True) as boxes:
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # such as that there is little room
-        warnings.filterwarnings("always", MISSING_GLYPH)
         figure.savefig(content, format="png", dpi="figure")
-    if boxes:
-        _logger.warning(
-            "no font here has all characters of the names in a figure, so some are boxes; install "
-            "Noto Sans CJK, or another font that has them"
-        )
     return content.getvalue()

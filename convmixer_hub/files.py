@@ -33,15 +33,6 @@ def replacing(file: Path) -> Iterator[Path]:
         os.replace(temporary, target)
 
 
-def is_utf8(path: Path) -> bool:
-    """Return whether a path is UTF-8, which safetensors needs."""
-    try:
-        str(path).encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
 def hash_file(file: Path) -> str:
     """Return the SHA-256 of a file, in hexadecimal."""
     return hashlib.sha256(file.read_bytes()).hexdigest()

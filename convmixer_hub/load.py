@@ -18,7 +18,7 @@ from .checkpoints.files import check_safetensors
 from .checkpoints.resolve import Source, resolve
 from .errors import CheckpointError, ConvMixerHubError, first_line
 from .files import hash_file
-from .hub.records import CONFIG_FILE, RECORDS, WEIGHTS_FILE, suggest
+from .hub.records import CONFIG_FILE, RECORDS, WEIGHTS_FILE
 from .hub.repository import PREFIX
 from .model.config import get_config
 from .zoo import VARIANTS, Variant
@@ -55,11 +55,6 @@ def load_trained(name: str | Path | Source, label_names: Sequence[str] | None = 
         raise CheckpointError(
             f"{config_file}: missing, or not a model's configuration; "
             "name a folder that `convmixer train` or timm wrote"
-        )
-    if not isinstance(arch, str) or not timm.is_model(arch):
-        raise CheckpointError(
-            f"{config_file}: neither timm nor this package has the architecture {arch!r}; "
-            f"{suggest(str(arch), VARIANTS)}"
         )
     if label_names and arch not in VARIANTS:
         raise CheckpointError(

@@ -20,7 +20,7 @@ from timm.optim import create_optimizer_v2
 
 import convmixer_hub  # noqa: F401  (registers the models)
 from convmixer_hub.data.reader import open_dataset
-from convmixer_hub.evaluate import evaluate
+from convmixer_hub.evaluate import collect_logits, count_correct
 from convmixer_hub.machine import count_workers, find_device
 from convmixer_hub.training.images import choose_images, load_images, serve_batches
 from convmixer_hub.training.muon import fast_muon
@@ -109,7 +109,8 @@ def main() -> None:
             parser.error(f"the loss is {loss} in epoch {epoch + 1}; give a smaller --lr")
         line = f"epoch {epoch + 1}  train_loss {loss:.4f}  train_top1 {100 * correct:.2f}"
         if held_out is not None:
-            line += f"  held_out_top1 {evaluate(network, held_out).top1:.2f}"
+            result = count_correct(*collect_logits(network, held_out))
+            line += f"  held_out_top1 {result.top1:.2f}"
         print(f"{line}  seconds {time.monotonic() - start:.1f}", flush=True)
     model.to(memory_format=torch.contiguous_format)
     save_for_hf(model, options.output, safe_serialization=True)

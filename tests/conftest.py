@@ -115,7 +115,7 @@ def randomise_norms(model: nn.Module) -> None:
 
 
 def uses_cpp(prepared: nn.Module) -> bool:
-    return prepared._parameters_in_panels is not None
+    return prepared._cpp and prepared.stem._packed is None  # else oneDNN computes
 
 
 def weights_of(folder: Path) -> dict[str, torch.Tensor]:

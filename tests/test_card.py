@@ -143,13 +143,12 @@ def test_only_the_weights_on_record_are_loaded_by_name(run, cifar_sample, same):
     assert ModelCard.load(card).data.license == ("mit" if same else None)
 
 
-@pytest.mark.parametrize("gone", [{}, {"keep_best": False}], ids=["now", "an earlier version"])
-def test_the_card_of_a_fine_tuned_model_gives_a_command_for_the_same(run, cifar_sample, gone):
+def test_the_card_of_a_fine_tuned_model_gives_a_command_for_the_same(run, cifar_sample):
     dataset = open_dataset(cifar_sample)
     settings = choose_settings("convmixer_cifar", dataset, freeze_batch_norm=True)
-    change_config(run, training=asdict(settings) | gone)
+    change_config(run, training=asdict(settings))
     text = write_card(run, cifar_sample).read_text()
-    assert read_command(text) == settings and "keep_best" not in text
+    assert read_command(text) == settings
     start = "- Start: the trained weights of [convmixer-hub/convmixer_cifar.cifar10](https://"
     assert start in text
 

@@ -58,26 +58,13 @@ def test_each_layer_is_initialized_on_its_own():
     ("options", "message"),
     [
         ({"kernel_size": 4}, "kernel_size is 4: an even kernel has no center, give an odd one"),
-        ({"kernel_size": 0}, "kernel_size is 0: give a whole number of at least 1"),
-        ({"d_model": -8}, "d_model is -8: give a whole number of at least 1"),
-        ({"patch_size": 2.0}, "patch_size is 2.0: give a whole number of at least 1"),
-        ({"n_layers": 0}, "n_layers is 0: give a whole number of at least 1"),
-        ({"in_chans": 0}, "in_channels is 0: give a whole number of at least 1"),
         ({"num_classes": -1}, "n_classes is -1: give 0 \\(no head\\) or more"),
         ({"act_layer": "swish"}, "act_layer is 'swish': give gelu or relu, or a c"),
-        ({"drop_path_rate": -0.1}, "^drop_path_rate is -0.1: give at least 0, less than 1$"),
-        ({"drop_path_rate": 1}, "^drop_path_rate is 1: give at least 0, less than 1$"),
     ],
 )
 def test_impossible_sizes_are_refused(options, message):
     with pytest.raises(ModelSizeError, match=message):
         ConvMixer(**{"d_model": 8, "n_layers": 1, "kernel_size": 3, "patch_size": 2, **options})
-
-
-@pytest.mark.parametrize(("shape", "side"), [((3, 8), "shorter"), ((8, 3), "narrower")])
-def test_an_image_smaller_than_a_patch_is_refused(shape, side):
-    with pytest.raises(AssertionError, match=f"the image is {side} than one patch: resize it"):
-        ConvMixer(8, 1, 3, patch_size=4)(torch.randn(1, 3, *shape))
 
 
 @pytest.mark.parametrize("act_layer", [nn.GELU, nn.ReLU])

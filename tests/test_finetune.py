@@ -175,7 +175,7 @@ def test_other_validation_images_are_another_run(split_photos, tmp_path):
     folder = tmp_path / "run"
     run(settings, split_photos, folder)
     (split_photos / "val" / "animal" / "cat 32.jpg").unlink()
-    with pytest.raises(TrainingError, match="holds a run with other validation images; give the"):
+    with pytest.raises(TrainingError, match="holds a run on other images; give the same settings"):
         run(settings, split_photos, folder)
 
 

@@ -201,18 +201,9 @@ def test_a_pointer_of_git_lfs_is_named(untrained, name):
                 load(untrained)
 
 
-def test_weights_in_several_files_are_named(untrained):
-    (untrained / "model.safetensors").rename(untrained / "model-00001-of-00001.safetensors")
-    (untrained / "model.safetensors.index.json").write_text("{}")
-    message = "no such file, but model.safetensors.index.json beside it: the weights are in several"
-    for load in (load_trained, lambda f: timm.create_model(f"local-dir:{f}", pretrained=True)):
-        with pytest.raises(CheckpointError, match=message):
-            load(untrained)
-
-
 def test_a_path_that_is_not_utf8_is_named(untrained):
     folder = untrained.rename(untrained.with_name("a\udcff"))
-    with pytest.raises(CheckpointError, match="its path is not UTF-8, as safetensors needs it"):
+    with pytest.raises(CheckpointError, match=r"safetensors file \(.* is not valid UTF-8\)"):
         load_trained(folder)
 
 

@@ -40,7 +40,8 @@ FOLDERS = {
     },
     "class folders alone are for training": (
         ["cat/1.png", "dog/1.jpg", "dog/2.PNG", "dog/3"],
-        {"train": {"cat": 1, "dog": 3}},
+        {"train": {"cat": 1, "dog": 2}},
+        "left out: 1 × files that are not images (no suffix), the first is dog/3",
     ),
     "an archive in folders of its own": (
         ["archive/photos/cat/1.png", "archive/photos/dog/1.png", ("archive/LICENSE.txt", b"x")],

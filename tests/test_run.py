@@ -23,11 +23,11 @@ from convmixer_hub.machine import refuse_torchrun
 from convmixer_hub.training import network as network_module
 from convmixer_hub.training import run as run_module
 from convmixer_hub.training.folder import lock_run
-from convmixer_hub.training.images import choose_images, hold_out, load_images, serve_batches
+from convmixer_hub.training.images import choose_images, load_images, serve_batches
 from convmixer_hub.training.run import train
 from convmixer_hub.training.settings import TrainingSettings
 
-from .conftest import CONFIG, PICTURES, convmixer, limited, weights_of, write_split, write_tree
+from .conftest import CONFIG, convmixer, limited, weights_of, write_split, write_tree
 
 SETTINGS = TrainingSettings(
     "convmixer_96_8_ks5_p1",
@@ -277,20 +277,6 @@ def test_augmentation_and_whole_images_come_late(cifar_sample, tmp_path):
         assert (row == plain_row) == (epoch < 2)
 
 
-def test_a_run_goes_on_when_the_folder_that_it_began_with_has_moved(
-    finished_run, cifar_sample, tmp_path
-):
-    settings = replace(SETTINGS, model=str(finished_run), pretrained=True)
-    run_until(1, settings, cifar_sample, tmp_path / "second")
-    moved = tmp_path / "moved" / finished_run.name
-    shutil.copytree(finished_run, moved)  # another one of its name
-    with pytest.raises(TrainingError, match="second: holds a run with model .*run', not .*moved/"):
-        run(replace(settings, model=str(moved)), cifar_sample, tmp_path / "second")
-    shutil.rmtree(finished_run)
-    run(replace(settings, model=str(moved)), cifar_sample, tmp_path / "second")
-    assert len(read_metrics(tmp_path / "second")) == 2
-
-
 def test_a_file_system_without_locks_is_no_hindrance(cifar_sample, tmp_path, monkeypatch):
     def refuse(*_):
         raise OSError(errno.ENOLCK, "No locks available")
@@ -304,21 +290,6 @@ def test_two_processes_do_not_train_in_one_folder(cifar_sample, tmp_path):
     message = "run: another process trains in it; wait for that, or name another --output"
     with lock_run(tmp_path / "run"), pytest.raises(TrainingError, match=message):
         run(SETTINGS, cifar_sample, tmp_path / "run")
-
-
-@pytest.mark.parametrize(("before", "now"), [(30, 29), (29, 30)])
-def test_a_run_does_not_go_on_with_fewer_or_more_images(
-    cifar_sample, tmp_path, finished_run, before, now
-):
-    change_state(finished_run, lambda state: state.update(epoch=1, readable_images=before))
-    images = [*PICTURES.values()] * 4
-    kept, _ = hold_out(open_dataset(cifar_sample), 10, seed=0)
-    if now < 30:
-        images[kept[0]] = b"damaged"
-    data = write_split(tmp_path / "data", "train", images, list(range(10)) * 4)
-    message = f"run: holds a run on {before} training images, now {now} can be read; give the same"
-    with pytest.raises(TrainingError, match=message):
-        run(SETTINGS, data, finished_run, skip_damaged=True)
 
 
 def test_a_full_disk_loses_nothing(first_run, cifar_sample, tmp_path):
@@ -385,7 +356,7 @@ def test_ctrl_c_keeps_the_last_epoch(cifar_sample, tmp_path, monkeypatch, epoch,
 
 def test_a_loss_that_is_no_number_stops_the_run(cifar_sample, tmp_path):
     settings = replace(SETTINGS, learning_rate=1e30, warmup_epochs=0.0, epochs=3)
-    message = r"the .* is (nan|inf) in epoch 1, by step \d; .*run keeps what was saved"
+    message = r"loss or gradient is not finite in epoch 1, by step \d; .*run keeps what was saved"
     with pytest.raises(TrainingError, match=message):
         run(settings, cifar_sample, tmp_path / "run")
 
@@ -397,10 +368,8 @@ def change_state(folder, change) -> None:
     torch.save(state, folder / "training_state.pt")
 
 
-def test_a_run_goes_on_under_another_version(finished_run, cifar_sample):
-    change_state(finished_run, lambda state: state.pop("image_digest"))
+def test_a_run_goes_on_under_a_version_with_more_settings(finished_run, cifar_sample):
     change_state(finished_run, lambda state: state["settings"].pop("layer_decay"))
-    change_state(finished_run, lambda state: state["settings"].update(keep_best=False))  # now gone
     before = weights_of(finished_run)
     with pytest.raises(TrainingError, match="holds a run with layer_decay 1.0, not 0.5; give the"):
         run(replace(SETTINGS, layer_decay=0.5), cifar_sample, finished_run)
@@ -411,11 +380,11 @@ def test_a_run_goes_on_under_another_version(finished_run, cifar_sample):
 @pytest.mark.parametrize(
     ("difference", "message"),
     [
-        ({"settings": asdict(SETTINGS) | {"new": 3}}, "another version, with the setting new, whi"),
-        ({"images": 30}, "holds a run with images 30, not 40; give the"),
+        ({"settings": asdict(SETTINGS) | {"new": 3}}, "holds a run with new 3, not None; give the"),
+        ({"image_digest": "another"}, "holds a run on other images; give the same settings and"),
         ({"classes": ["cat", "dog"]}, r"holds a run with classes \['cat', 'dog'\], not \['airpla"),
     ],
-    ids=["more settings", "other images", "other classes"],
+    ids=["of another version", "other images", "other classes"],
 )
 def test_another_run_is_not_gone_on_with(finished_run, cifar_sample, difference, message):
     change_state(finished_run, lambda state: state.update(difference))
@@ -444,8 +413,6 @@ def test_a_folder_that_cannot_be_made_is_named_at_once(cifar_sample, tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(TrainingError, match=r"file/run: cannot be made or written to \(.*\); n"):
         run(SETTINGS, cifar_sample, tmp_path / "file" / "run")
-    with pytest.raises(TrainingError, match=r"a\\udcff: is not UTF-8, as files of weights need it"):
-        run(SETTINGS, cifar_sample, tmp_path / "a\udcff")
 
 
 def test_leftovers_of_a_process_killed_in_its_first_save_are_no_hindrance(cifar_sample, tmp_path):
@@ -513,18 +480,15 @@ def test_settings_that_cannot_be_are_refused(change, message):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (
-            {"small_crop_size": 48},
-            "is 48: convmixer_96_8_ks5_p1 takes .* 32 pixels in patches of 1;",
-        ),
-        ({"model": "convmixer_cifar", "small_crop_size": 1}, "is 1: .* 32 pixels in patches of 2;"),
-        ({"first_crop_size": 17}, "is 17: must be 0, or a number from the patch size, 1, to small"),
+        ({"small_crop_size": 48}, "48: must be from 1, the patch size, to 32, the image's, the "),
+        ({"model": "convmixer_cifar", "small_crop_size": 1}, "1: must be from 2, the patch size,"),
+        ({"small_crop_size": 16, "first_crop_size": 17}, "is 17, small_crop_size 16: must be"),
         ({"train_images": 33}, "is 33: only 30 training images are not held out; give at most 30"),
         ({"cutmix": 0.5, "batch_size": 9}, "is 9: must be even, as images are mixed in pairs"),
     ],
 )
 def test_settings_that_do_not_fit_the_model_are_refused(cifar_sample, tmp_path, change, message):
-    with pytest.raises(TrainingError, match=f"^{list(change)[-1]} {message}"):
+    with pytest.raises(TrainingError, match=f"{list(change)[-1]} {message}"):
         run(replace(SETTINGS, **change), cifar_sample, tmp_path / "run")
 
 

@@ -329,7 +329,7 @@ def test_saved_splits_whose_labels_mean_other_classes_are_refused(tmp_path):
 
 def test_a_full_cache_is_not_blamed_on_the_dataset(tmp_path):
     write_tree(tmp_path, ("train.parquet", TABLE))
-    message = r"File too large.*; make its files readable, or, if it is about the cache, make room "
+    message = r"File too large.*; check its name and its files, and whether there is room in the ca"
     with limited(resource.RLIMIT_FSIZE, 1000), pytest.raises(DataError, match=message):
         open_dataset(tmp_path)
 

@@ -16,14 +16,13 @@ from timm.models import save_for_hf
 from torch import Tensor, nn
 
 from ..errors import CheckpointError, first_line
-from ..files import is_utf8, replacing
+from ..files import replacing
 from ..hub.records import CONFIG_FILE, MODEL_FILES, WEIGHTS_FILE
 from ..model.config import get_label_names
 from ..model.convmixer import ConvMixer
 from ..model.parts import name_activation
 
 POINTER = b"version https://git-lfs."
-INDEX_FILE = "model.safetensors.index.json"
 PICKLE_FILE = "pytorch_model.bin"  # of older versions of transformers
 
 
@@ -63,14 +62,9 @@ def check_safetensors(path: Path) -> dict[str, str]:
             reason = f"no such file, but {PICKLE_FILE} beside it"
             paths = shlex.join(map(str, [pickle, path]))
             remedy = f"convert that: convmixer convert {paths} --layout ours"
-        elif os.path.exists(index := path.with_name(INDEX_FILE)):
-            reason = f"no such file, but {index.name} beside it: the weights are in several files"
-            remedy = "save them as one, as save_pretrained does with max_shard_size='10GB'"
     except (SafetensorError, OSError) as error:
         reason = f"not a whole safetensors file ({first_line(error)})"
         remedy = "copy it again; pickles are not opened, `convmixer convert` rewrites them"
-    if not is_utf8(path):
-        reason, remedy = "its path is not UTF-8, as safetensors needs it", "rename it"
     raise CheckpointError(f"{path}: {reason}; {remedy}")
 
 

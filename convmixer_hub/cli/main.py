@@ -136,27 +136,16 @@ class _Group(click.Group):
         return super().main(*args, **extra)
 
 
-def _print_version(ctx: click.Context, parameter: click.Parameter, wanted: bool) -> None:
-    if not wanted or ctx.resilient_parsing:
-        return
+def _find_version() -> str:
     try:
-        found = version("convmixer-hub")
-    except PackageNotFoundError:  # a checkout that was never installed
-        found = import_module("convmixer_hub.version").__version__
-    click.echo(f"convmixer, version {found}")
-    ctx.exit()
+        return version("convmixer-hub")
+    except PackageNotFoundError:  # a clone that was never installed
+        return str(import_module("convmixer_hub.version").__version__)
 
 
 @click.group(
     cls=_Group, context_settings={"help_option_names": ["-h", "--help"], "show_default": True}
 )
-@click.option(
-    "--version",
-    is_flag=True,
-    is_eager=True,
-    expose_value=False,
-    callback=_print_version,
-    help="Show the version and exit.",
-)
+@click.version_option(_find_version(), prog_name="convmixer")
 def main() -> None:
     """Trained ConvMixers by name."""

@@ -12,12 +12,14 @@ from typing import Any
 
 import click
 
-from ..training.finetune import FINETUNE_OPTIONS, choose_settings, finetune
+from ..training.finetune import choose_settings, finetune
 from ..training.folder import STATE_FILE
 from ..training.run import train
 from ..training.settings import TrainingSettings, option_name
 from .options import OpenData, data_options
 
+# What `finetune` does not leave open.
+FIXED = ("pretrained", "covariance_init")
 _SETTINGS = {setting.name: setting for setting in fields(TrainingSettings)[1:]}
 
 
@@ -98,7 +100,7 @@ def train_command(
 @click.argument("name")
 @data_options
 @_output_option
-@_settings_options(FINETUNE_OPTIONS, with_defaults=False)
+@_settings_options([n for n in _SETTINGS if n not in FIXED], with_defaults=False)
 @_skip_damaged_option
 def finetune_command(
     name: str, open_data: OpenData, output: Path, skip_damaged: bool, **changes: Any

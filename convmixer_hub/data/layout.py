@@ -22,6 +22,7 @@ SPLITS = {
     "validation": ("validation", "valid", "val", "dev"),
     "test": ("test", "testing", "eval", "evaluation"),
 }
+# Files that list images and what they show, as the datasets library knows them.
 METADATA_FILES = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 STUBS = ("BUFR", "GRIB", "HDF5", "MPEG")  # which Pillow knows, but cannot decode
 CLUTTER = ("thumbs.db", "desktop.ini", "@eadir", "__macosx", "__pycache__", "readme.md")
@@ -148,22 +149,6 @@ def is_named_like_image(file: PurePath) -> bool:
     return kind in Image.OPEN and kind not in STUBS
 
 
-def is_image(file: Path) -> bool:
-    """Return whether Pillow can read a file, by its suffix, or else by how it begins."""
-    if is_named_like_image(file):
-        return True
-    try:
-        with Image.open(file) as image:
-            return image.format not in STUBS
-    except Exception:  # each of Pillow's decoders fails in its own way
-        return False
-
-
-def is_metadata(file: PurePath) -> bool:
-    """Return whether a file lists images and what they show, as the datasets library knows it."""
-    return file.name in METADATA_FILES
-
-
 def find_tables(
     root: Path, files: Iterable[PurePath], left_out: LeftOut
 ) -> dict[str, list[PurePath]]:
@@ -267,7 +252,7 @@ def find_class_folders(
     folders = set(empty)
     for file in files:
         folders.update(list(file.parents)[:-1])
-        if is_image(root / file):
+        if is_named_like_image(file):
             images.append(file)
         else:
             left_out[f"files that are not images ({file.suffix or 'no suffix'})"].append(file)

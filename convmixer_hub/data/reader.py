@@ -28,12 +28,12 @@ from tqdm import tqdm
 
 from ..errors import DataError, first_line, printable
 from .layout import (
+    METADATA_FILES,
     SPLITS,
     LeftOut,
     RawSplit,
     describe_left_out,
     find_class_folders,
-    is_metadata,
     is_named_like_image,
     list_files,
 )
@@ -162,8 +162,8 @@ def _read_folder(folder: Path, label_column: str | None, left_out: LeftOut) -> d
     if len(found) > 1:
         raise DataError(f"{folder}: holds {' and '.join(TORCHVISION)}; choose one with --config")
     files, empty = list_files(folder, left_out)
-    tables = [file for file in files if file.suffix.lower() == ".parquet" and not is_metadata(file)]
-    metadata = [file for file in files if is_metadata(file)]
+    metadata = [file for file in files if file.name in METADATA_FILES]
+    tables = [f for f in files if f.suffix.lower() == ".parquet" and f not in metadata]
     saved = {file.parent for file in files if file.name in ("dataset_dict.json", "state.json")}
     is_saved = PurePath() in saved
     if found:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import glob
 import os
 import re
@@ -19,10 +18,9 @@ from PIL import Image
 
 from ..errors import DataError, first_line
 from .images import open_image
-from .layout import LeftOut, RawSplit, choose_splits, find_split, find_tables, is_metadata
+from .layout import METADATA_FILES, LeftOut, RawSplit, choose_splits, find_split, find_tables
 
 IMAGE_COLUMNS = ("image", "img")
-NOT_OF_THE_DATA = (errno.EACCES, errno.EDQUOT, errno.EFBIG, errno.ENOSPC, errno.EROFS)
 LABEL_COLUMNS = ("label", "labels", "fine_label")  # the last one in CIFAR-100
 
 
@@ -79,7 +77,7 @@ def load_metadata(
                 "put a metadata file into the folder of each"
             )
         listed.update(paths)
-    unlisted = [file for file in files if file not in listed and not is_metadata(file)]
+    unlisted = [file for file in files if file not in listed and file.name not in METADATA_FILES]
     left_out["files that no metadata lists"] += unlisted
     return loaded
 
@@ -140,14 +138,9 @@ def _raising_data_errors(place: str) -> Iterator[None]:
         yield
     except Exception as error:
         cause = error.__cause__ or error
-        remedy = "check its name and its files"
-        if getattr(cause, "errno", None) in NOT_OF_THE_DATA or "disk space" in str(cause):
-            remedy = (
-                "make its files readable, or, if it is about the cache, make room there, or name "
-                "another with HF_HOME"
-            )
         raise DataError(
-            f"{place} cannot be read as a dataset ({first_line(cause)}); {remedy}"
+            f"{place} cannot be read as a dataset ({first_line(cause)}); check its name and its "
+            "files, and whether there is room in the cache, which HF_HOME moves"
         ) from None
 
 

@@ -27,12 +27,6 @@ from .layouts import check_fit, convert_layout
 ACTIVATIONS: dict[str, type[nn.Module]] = {"gelu": nn.GELU, "relu": nn.ReLU}
 
 
-def _check_positive(**sizes: int) -> None:
-    for name, value in sizes.items():
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ModelSizeError(f"{name} is {value!r}: give a whole number of at least 1")
-
-
 def _get_activation(act_layer: type[nn.Module] | str) -> type[nn.Module]:
     if not isinstance(act_layer, str):
         return act_layer
@@ -53,7 +47,7 @@ class ConvMixerLayer(nn.Module):
         drop_path_rate: Probability that, in training, an image skips spatial mixing.
 
     Raises:
-        ModelSizeError: If a size is not positive, or the kernel size is even.
+        ModelSizeError: If the kernel size is even.
     """
 
     def __init__(
@@ -66,7 +60,6 @@ class ConvMixerLayer(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        _check_positive(d_model=d_model, kernel_size=kernel_size)
         if kernel_size % 2 == 0:
             raise ModelSizeError(
                 f"kernel_size is {kernel_size}: an even kernel has no center, give an odd one "
@@ -102,9 +95,6 @@ class PatchEmbeddings(nn.Module):
         patch_size: Side of a square patch, in pixels.
         in_channels: Number of channels of the image.
         act_layer: Class of the activation.
-
-    Raises:
-        ModelSizeError: If a size is not positive.
     """
 
     def __init__(
@@ -117,7 +107,6 @@ class PatchEmbeddings(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        _check_positive(d_model=d_model, patch_size=patch_size, in_channels=in_channels)
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.patch_size = patch_size
         self.conv = nn.Conv2d(in_channels, d_model, patch_size, stride=patch_size, **factory)
@@ -125,20 +114,7 @@ class PatchEmbeddings(nn.Module):
         self.norm = nn.BatchNorm2d(d_model, **factory)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map images `[batch, in_channels, height, width]` to `[batch, d_model, rows, columns]`.
-
-        Raises:
-            AssertionError: If the image is smaller than one patch. (timm's convention: this check
-                survives scripting and tracing.)
-        """
-        torch._assert(
-            x.shape[-2] >= self.patch_size,
-            "the image is shorter than one patch: resize it, or use a model with smaller patches",
-        )
-        torch._assert(
-            x.shape[-1] >= self.patch_size,
-            "the image is narrower than one patch: resize it, or use a model with smaller patches",
-        )
+        """Map images `[batch, in_channels, height, width]` to `[batch, d_model, rows, columns]`."""
         return self.norm(self.act(self.conv(x)))
 
 
@@ -162,7 +138,6 @@ class ClassificationHead(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        _check_positive(d_model=d_model)
         self.d_model = d_model
         self.drop = nn.Dropout(drop_rate)
         self.reset(n_classes, global_pool, device=device, dtype=dtype)
@@ -232,11 +207,6 @@ class ConvMixer(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        _check_positive(n_layers=n_layers)
-        if not 0 <= drop_path_rate < 1:
-            raise ModelSizeError(
-                f"drop_path_rate is {drop_path_rate}: give at least 0, less than 1"
-            )
         act_layer = _get_activation(act_layer)
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.kernel_size = kernel_size

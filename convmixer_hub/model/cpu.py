@@ -201,7 +201,7 @@ class FastConvMixerLayer(ConvMixerLayer):
         return _activate_and_normalize(self.point_wise_conv(x), self.act2, self.norm2)
 
 
-_FAST: dict[type[nn.Module], type[nn.Module]] = {
+FAST: dict[type[nn.Module], type[nn.Module]] = {
     PatchEmbeddings: FastPatchEmbeddings,
     ConvMixerLayer: FastConvMixerLayer,
 }
@@ -225,13 +225,13 @@ def speed_up_on_cpu(model: nn.Module) -> None:
     Raises:
         ModelSizeError: If it is another model.
     """
-    parts = [module for module in model.modules() if isinstance(module, tuple(_FAST))]
+    parts = [module for module in model.modules() if isinstance(module, tuple(FAST))]
     if not parts:
         raise ModelSizeError(
             f"a {type(model).__name__} cannot be sped up: give a ConvMixer of this package"
         )
     for part in parts:
-        part.__class__ = _FAST.get(type(part), type(part))
+        part.__class__ = FAST.get(type(part), type(part))
     load_passes()
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from functools import cache
 from itertools import chain
 from typing import Any, cast
 
@@ -158,37 +159,15 @@ class InferenceConvMixer(nn.Module):
         )
         self.classification = copy.deepcopy(model.classification)
         self.requires_grad_(False)
-        super().train(False)
+        self.eval()
         for name in ("num_classes", "in_chans", "global_pool", "pretrained_cfg"):
             setattr(self, name, copy.copy(getattr(model, name, None)))
         self._traits = copy.copy(getattr(model, "_traits", {}))
         self._is_gelu = name_activation(model) == "gelu"
-        self._can_fuse = self._is_fused_right()
         has_layers = model.kernel_size in KERNEL_SIZES and model.num_features % PANEL == 0
         self._cpp = cpp and self._is_gelu and has_layers
-        self._parameters_in_panels: list[Tensor] | None = None
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_parameters_in_panels": None}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        self._can_fuse = self._is_fused_right()  # here and now: it may have been on a GPU
-
-    def _apply(self, *args: Any, **options: Any) -> InferenceConvMixer:
-        super()._apply(*args, **options)
-        self._parameters_in_panels = None
-        self._can_fuse = self._is_fused_right()
-        return self
-
-    def train(self, mode: bool = True) -> InferenceConvMixer:
-        """Refuse to be trained."""
-        if mode:
-            raise ModelSizeError(
-                "a model that is prepared for inference cannot be trained: train the one it was "
-                "made from"
-            )
-        return super().train(False)
+        for i, tensor in enumerate(self._lay_out_parameters() if self._cpp else ()):
+            self.register_buffer(f"panel{i}", tensor, persistent=False)
 
     def state_dict(self, *args: Any, **options: Any) -> Any:
         """Refuse to give weights, as it has only those of the head.
@@ -201,13 +180,6 @@ class InferenceConvMixer(nn.Module):
                 "the one it was made from"
             )
         return super().state_dict(*args, **options)
-
-    def load_state_dict(self, *args: Any, **options: Any) -> Any:
-        """Refuse weights: its state dict holds only the head."""
-        raise ModelSizeError(
-            "a model that is prepared for inference takes no weights: load them into the one it "
-            "was made from, and prepare that"
-        )
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Map images `[batch, in_chans, height, width]` to `[batch, d_model, rows, columns]`."""
@@ -225,13 +197,7 @@ class InferenceConvMixer(nn.Module):
         return torch.cat(parts)
 
     def _map_features(self, x: Tensor, fast: bool) -> Tensor:
-        for side in x.shape[-2:]:
-            torch._assert(
-                side >= self.patch_size,
-                "the image is smaller than one patch: resize it, or use a model with smaller "
-                "patches",
-            )
-        if fast and self._can_use_cpp():
+        if fast and self._cpp and load_cpp():
             return self._map_in_cpp(x)
         x = self.stem(x, fast)
         for module, channel in zip(self.spatial, self.channel):
@@ -241,12 +207,10 @@ class InferenceConvMixer(nn.Module):
         return x
 
     def _map_in_cpp(self, x: Tensor) -> Tensor:
-        if self._parameters_in_panels is None:
-            self._parameters_in_panels = list(self._lay_out_parameters())
         side = self.patch_size
         x = x[:, :, : x.shape[2] // side * side, : x.shape[3] // side * side]
         patches = F.pixel_unshuffle(x, side).contiguous(memory_format=torch.channels_last)
-        y: Tensor = torch.ops.convmixer_hub.map_features(patches, self._parameters_in_panels)
+        y: Tensor = torch.ops.convmixer_hub.map_features(patches, list(self._buffers.values()))
         return y
 
     def _lay_out_parameters(self) -> Iterator[Tensor]:
@@ -262,9 +226,6 @@ class InferenceConvMixer(nn.Module):
             if layer.groups == 1:
                 yield layer.shift.flatten()
 
-    def _can_use_cpp(self) -> bool:
-        return self._cpp and load_cpp()
-
     def _is_fast(self, x: Tensor) -> bool:
         return (
             not torch.jit.is_tracing()
@@ -273,28 +234,30 @@ class InferenceConvMixer(nn.Module):
             and x.dtype == self.stem.weight.dtype == torch.float32
             and x.dim() == 4
             and x.shape[0] > 0
+            and min(x.shape[2:]) >= self.patch_size
             and x.shape[1] == self.stem.weight.shape[1]
             and not (torch.is_grad_enabled() and x.requires_grad)
             and forward_ad.unpack_dual(x).tangent is None
             and not torch.is_autocast_enabled("cpu")
-            and (self._can_fuse or self._can_use_cpp())  # last: it may compile
+            and ((self._cpp and load_cpp()) or (self._is_gelu and _can_fuse()))  # may compile
         )
 
-    def _is_fused_right(self) -> bool:
-        """Check that oneDNN's fused operation, which PyTorch does not make public, is right."""
-        weight = self.stem.weight
-        if not self._is_gelu or weight.device.type != "cpu" or weight.dtype != torch.float32:
-            return False
-        _, channels, height, width = weight.shape
-        x = torch.linspace(-2, 2, 4 * weight[0].numel(), dtype=weight.dtype, device="cpu")
-        x = x.view(1, channels, 2 * height, 2 * width).to(memory_format=torch.channels_last)
-        conv = copy.copy(self.stem)  # that packs its weight for images of the usual size
-        try:
-            with torch.autocast("cpu", enabled=False):
-                found, expected = conv.compute_fused(x), conv.activate(x, False)
-            return torch.allclose(found, expected, atol=1e-5, rtol=1e-5)
-        except (RuntimeError, AttributeError, NotImplementedError, TypeError):
-            return False
+
+@cache
+@torch.random.fork_rng(devices=())
+def _can_fuse() -> bool:
+    """Check that oneDNN's fused operation, which PyTorch does not make public, is right."""
+    conv = nn.Conv2d(3, 8, 2, stride=2, device="cpu", dtype=torch.float32)
+    norm = nn.BatchNorm2d(8, device="cpu", dtype=torch.float32)
+    fused = _Convolution(conv, nn.GELU(), norm)
+    x = torch.linspace(-2, 2, 192, device="cpu", dtype=torch.float32).view(1, 3, 8, 8)
+    x = x.contiguous(memory_format=torch.channels_last)
+    try:
+        with torch.no_grad(), torch.autocast("cpu", enabled=False):
+            found, expected = fused.compute_fused(x), fused.activate(x, False)
+        return torch.allclose(found, expected, atol=1e-5, rtol=1e-5)
+    except (RuntimeError, AttributeError, NotImplementedError, TypeError):
+        return False
 
 
 def _read_norm(norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:

@@ -5,27 +5,19 @@ Code that computes a model other than by its own `forward` needs to know this.
 
 from __future__ import annotations
 
-from typing import Any
+import re
 
 from timm.layers import DropPath
 from torch import nn
 
-from .convmixer import ACTIVATIONS, ConvMixer, ConvMixerLayer, PatchEmbeddings
-from .cpu import FastConvMixerLayer, FastPatchEmbeddings
+from .convmixer import ACTIVATIONS, ConvMixer
+from .cpu import FAST
 
-PARTS: dict[str, tuple[type[nn.Module], ...]] = {
-    "patch_emb": (PatchEmbeddings, FastPatchEmbeddings),
-    "layer": (ConvMixerLayer, FastConvMixerLayer),
-    **dict.fromkeys(("conv", "depth_wise_conv", "point_wise_conv"), (nn.Conv2d,)),
-    **dict.fromkeys(("norm", "norm1", "norm2"), (nn.BatchNorm2d,)),
-    "drop_path": (nn.Identity, DropPath),
-}
-SETTINGS = {
-    "padding_mode": "zeros",
-    "dilation": (1, 1),
-    "affine": True,
-    "track_running_stats": True,
-}
+# What may stand in for what a model was built with.
+_BUILT_AS: dict[type, type] = {fast: plain for plain, fast in FAST.items()}
+_BUILT_AS[DropPath] = nn.Identity
+# The head, and activations, see `name_activation`, may be any.
+_FREE = re.compile(r"|classification\b.*|.*\.act\d?\b.*")
 
 
 def name_activation(model: nn.Module) -> str | None:
@@ -45,31 +37,21 @@ def name_activation(model: nn.Module) -> str | None:
     return found.pop() if len(found) == 1 else None
 
 
-def _describe_convolution(
-    kernel_size: int, stride: int = 1, padding: int = 0, groups: int = 1
-) -> dict[str, Any]:
-    sides = {"kernel_size": kernel_size, "stride": stride, "padding": padding}
-    return {name: (side, side) for name, side in sides.items()} | {"groups": groups}
+def _describe(part: nn.Module | None) -> tuple[type, str]:
+    """Give the kind of a part and its settings, without those that BatchNorms may differ in."""
+    settings = re.sub(r"(eps|momentum|drop_prob)=[^,]*(, )?", "", part.extra_repr() if part else "")
+    return _BUILT_AS.get(type(part), type(part)), settings
 
 
 def find_changed_part(model: ConvMixer) -> str | None:
     """Describe the first part that was replaced or set to compute something else, if any was."""
-    channels, side = model.num_features, getattr(model.patch_emb, "patch_size", 0)
-    mixing = {"in_channels": channels, "out_channels": channels}
-    geometry = {
-        "conv": {"out_channels": channels} | _describe_convolution(side, side),
-        "depth_wise_conv": mixing
-        | _describe_convolution(model.kernel_size, padding=model.kernel_size // 2, groups=channels),
-        "point_wise_conv": mixing | _describe_convolution(1),
-    }
-    for name, module in model.named_modules():
-        parent, _, part = name.rpartition(".")
-        kinds = PARTS.get("layer" if parent == "conv_mixer_layers" else part)
-        if kinds is None:
-            continue
-        settings = SETTINGS | geometry.get(part, {})
-        is_as_built = all(getattr(module, k, value) == value for k, value in settings.items())
-        if type(module) not in kinds or not is_as_built:
-            text = str(module).partition("(\n")[0]  # without its parts
+    layers, side = len(model.conv_mixer_layers), getattr(model.patch_emb, "patch_size", 1)
+    sizes = (model.num_features, layers, model.kernel_size, side)
+    built = dict(ConvMixer(*sizes, in_chans=model.in_chans, device="meta").named_modules())
+    parts = dict(model.named_modules())
+    for name in parts | built:
+        part = parts.get(name)
+        if not _FREE.fullmatch(name) and _describe(part) != _describe(built.get(name)):
+            text = str(part).partition("(\n")[0]  # without its parts
             return f"{name} is {text}"
     return None

@@ -60,7 +60,7 @@ from ..machine import describe_machine
 from ..model.config import get_config, get_label_names
 from ..model.convmixer import ConvMixer
 from ..training.folder import METRICS_FILE, read_metrics
-from ..training.settings import TrainingSettings, leave_out_gone, option_name
+from ..training.settings import TrainingSettings, option_name
 from ..zoo import VARIANTS
 from .golden import write_golden
 
@@ -110,7 +110,7 @@ def write_card(
     output = Path(output or folder)
     _check_output(output, source.file)
     card_file = output / CARD_FILE
-    settings = leave_out_gone(source.config.get("training") or {})
+    settings = source.config.get("training") or {}
     metrics = read_metrics(folder / METRICS_FILE)
     notes = _read_notes(folder / NOTES_FILE)
 

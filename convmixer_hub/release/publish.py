@@ -10,14 +10,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from huggingface_hub import CommitOperationAdd, HfApi, hf_hub_download
-from huggingface_hub.errors import HfHubHTTPError
 
 from ..checkpoints.files import read_model_files
 from ..checkpoints.resolve import Source, resolve_folder
 from ..errors import ConvMixerHubError, PublishError
 from ..files import hash_file
 from ..hub.records import CARD_FILE, EXAMPLE_REPO_ID, GOLDEN_FILE, WEIGHTS_FILE
-from ..hub.repository import describe_answer, explain_upload, read_token
+from ..hub.repository import explain_upload, read_token
 from ..load import load_trained
 from .golden import parse_golden
 
@@ -111,7 +110,13 @@ def publish(name: str, repo_id: str, private: bool = False, tag: str | None = No
         commit = hub.create_commit(repo_id, uploads, commit_message=message).oid
         _pull_back(uploads, repo_id, commit)
         if tag is not None:
-            _set_tag(hub, repo_id, tag, commit)
+            hub.create_tag(repo_id, tag=tag, revision=commit, exist_ok=True)
+            tagged = hub.model_info(repo_id, revision=tag).sha
+            if tagged != commit:
+                raise PublishError(
+                    f"{repo_id}: the files are there at commit {commit}, but tag '{tag}' is at "
+                    f"{tagged}; give another --tag"
+                )
     except ConvMixerHubError:
         raise
     except Exception as error:  # the client, its HTTP library and the disk each have their own
@@ -131,22 +136,3 @@ def _pull_back(uploads: Sequence[CommitOperationAdd], repo_id: str, commit: str)
                     f"{repo_id}: {name} came back with SHA-256 {digest}, but {wanted} was "
                     f"published; do not use commit {commit}, check HF_ENDPOINT and publish again"
                 )
-
-
-def _set_tag(hub: HfApi, repo_id: str, tag: str, commit: str) -> None:
-    try:
-        hub.create_tag(repo_id, tag=tag, revision=commit)
-    except HfHubHTTPError as error:
-        if error.response.status_code in (400, 422):
-            raise PublishError(
-                f"{repo_id}: the files are there at commit {commit}, but the Hub refuses tag "
-                f"'{tag}' ({describe_answer(error)}); give another --tag"
-            ) from None
-        if error.response.status_code != 409:
-            raise
-        tagged = hub.model_info(repo_id, revision=tag).sha
-        if tagged != commit:
-            raise PublishError(
-                f"{repo_id}: the files are there at commit {commit}, but tag '{tag}' is at "
-                f"{tagged}; give another --tag"
-            ) from None

@@ -29,25 +29,6 @@ from .images import choose_images
 from .run import train
 from .settings import TrainingSettings
 
-# The settings that are options of `convmixer finetune`.
-FINETUNE_OPTIONS = (
-    "held_out",
-    "epochs",
-    "batch_size",
-    "optimizer",
-    "learning_rate",
-    "weight_decay",
-    "layer_decay",
-    "freeze_batch_norm",
-    "label_smoothing",
-    "rand_augment",
-    "random_erasing",
-    "mixup",
-    "cutmix",
-    "ema_decay",
-    "flip",
-    "seed",
-)
 CONFUSION_FILE = "validation_confusion.png"
 MISTAKES_FILE = "mistakes.png"
 MISTAKES_SHOWN = 20

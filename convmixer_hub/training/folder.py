@@ -26,11 +26,11 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from ..checkpoints.files import save_model
-from ..errors import CheckpointError, TrainingError, first_line, printable
-from ..files import is_utf8, replacing
+from ..errors import CheckpointError, TrainingError, first_line
+from ..files import replacing
 from ..hub.repository import Repository
 from ..model.config import order_names
-from .settings import TrainingSettings, leave_out_gone
+from .settings import TrainingSettings
 
 STATE_FILE = "training_state.pt"
 METRICS_FILE = "metrics.csv"
@@ -43,11 +43,7 @@ class RunState:
     Attributes:
         settings: Those of the run.
         classes: Names of its classes.
-        images: Number of its training images, with those held out.
-        image_digest: What tells them from others, see `images.RunImages`; empty in older runs.
-        held_out_images: What tells the images for validation from others; empty if there are none.
-        readable_images: Number of those that it is trained on, damaged ones left out; 0 in older
-            runs.
+        image_digest: What tells its images from others, see `images.RunImages`.
         epoch: Number of completed epochs.
         step: Number of steps taken in the current epoch.
         sums: Of the current epoch so far: `loss`, `correct`, `seconds`.
@@ -63,10 +59,7 @@ class RunState:
 
     settings: dict[str, Any]
     classes: list[str]
-    images: int
-    image_digest: str = ""
-    held_out_images: str = ""
-    readable_images: int = 0
+    image_digest: str
     epoch: int = 0
     step: int = 0
     sums: dict[str, float] = field(default_factory=dict)
@@ -81,13 +74,7 @@ class RunState:
     @property
     def identity(self) -> dict[str, Any]:
         """What has to be the same for the run to be resumed."""
-        return {
-            "classes": self.classes,
-            "images": self.images,  # before the settings that follow from it
-            **self.settings,
-            "image_digest": self.image_digest,
-            "held_out_images": self.held_out_images,
-        }
+        return {"classes": self.classes, **self.settings, "image_digest": self.image_digest}
 
 
 @contextmanager
@@ -97,10 +84,6 @@ def lock_run(folder: Path) -> Iterator[None]:
     Raises:
         TrainingError: If the folder cannot be made or written to, or another process trains in it.
     """
-    if not is_utf8(folder):
-        raise TrainingError(
-            f"{printable(folder)}: is not UTF-8, as files of weights need it; name another --output"
-        )
     try:
         folder.mkdir(parents=True, exist_ok=True)
         file = (folder / ".lock").open("w")
@@ -154,7 +137,6 @@ def open_run(folder: Path, new: RunState) -> RunState:
             "name another --output"
         )
     state = read_state(folder / STATE_FILE)
-    state.image_digest = state.image_digest or new.image_digest
     _check_same(folder, state.identity, new.identity)
     return state
 
@@ -169,7 +151,7 @@ def read_state(file: Path) -> RunState:
         content: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
         # A setting that is missing is younger than the run; its default changes nothing.
         plain = asdict(TrainingSettings(content["settings"]["model"]))
-        content["settings"] = plain | leave_out_gone(content["settings"])
+        content["settings"] = plain | content["settings"]
         content["classes"] = order_names(content["classes"])
         known = {field.name for field in fields(RunState)}
         return RunState(**{name: content[name] for name in content.keys() & known})
@@ -181,29 +163,14 @@ def read_state(file: Path) -> RunState:
 
 def _check_same(folder: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:
     for name in found:
-        if name not in wanted:
-            raise TrainingError(
-                f"{folder}: holds a run of another version, with the setting {name}, which this "
-                "one lacks; resume it with that version, or name another run folder"
-            )
-        if name == "model" and _has_moved(found[name], wanted[name]):
-            continue  # the state has its weights
-        if found[name] != wanted[name]:
-            differs = f"with {name} {found[name]!r}, not {wanted[name]!r}"
+        if found[name] != wanted.get(name):
+            differs = f"with {name} {found[name]!r}, not {wanted.get(name)!r}"
             if name == "image_digest":
                 differs = "on other images"
-            if name == "held_out_images":
-                differs = "with other validation images"
             raise TrainingError(
                 f"{folder}: holds a run {differs}; "
                 "give the same settings and data to resume it, or name another run folder"
             )
-
-
-def _has_moved(old: str, new: str) -> bool:
-    """Return whether a folder is not where it was, and one of its name is in another place."""
-    names = [os.path.basename(os.path.abspath(path)) for path in (old, new)]
-    return names[0] == names[1] and not os.path.exists(old) and os.path.isdir(new)
 
 
 def save_state(folder: Path, state: RunState) -> None:

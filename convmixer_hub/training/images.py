@@ -29,16 +29,13 @@ class RunImages(NamedTuple):
     Attributes:
         training: Those that it is trained on.
         validation: Those by which it measures itself after each epoch; there may be none.
-        image_digest: Digest of the labels of all training images, and of their paths if they lie in
-            class folders.
-        validation_digest: Digest of which of them are held out, or of other images for validation;
-            empty if there are none.
+        image_digest: Digest of the labels of all training images and of those for validation, and
+            of their paths if they lie in class folders.
     """
 
     training: LabeledImages
     validation: LabeledImages
     image_digest: str
-    validation_digest: str
 
 
 def choose_images(settings: TrainingSettings, dataset: ImageDataset) -> RunImages:
@@ -59,19 +56,14 @@ def choose_images(settings: TrainingSettings, dataset: ImageDataset) -> RunImage
         generator = torch.Generator().manual_seed(settings.seed)
         order = torch.randperm(len(kept), generator=generator)[: settings.train_images]
         kept = [kept[i] for i in sorted(order.tolist())]
-    validation, validation_digest = images.select(held_out), _hash(held_out) if held_out else ""
-    if not held_out and "validation" in dataset.splits:
-        validation = dataset.get("validation")
-        validation_digest = _hash_images(validation)
-    return RunImages(images.select(kept), validation, _hash_images(images), validation_digest)
+    is_own = not held_out and "validation" in dataset.splits
+    validation = dataset.get("validation") if is_own else images.select(held_out)
+    return RunImages(images.select(kept), validation, _hash(images, validation))
 
 
-def _hash_images(images: LabeledImages) -> str:
-    return _hash((list(images.labels), list(images.raw.files)))
-
-
-def _hash(value: object) -> str:
-    return hashlib.sha256(repr(value).encode()).hexdigest()[:16]
+def _hash(*parts: LabeledImages) -> str:
+    text = repr([(list(part.labels), list(part.raw.files)) for part in parts])
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def hold_out(dataset: ImageDataset, size: int, seed: int) -> tuple[list[int], list[int]]:

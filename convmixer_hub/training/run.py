@@ -19,7 +19,7 @@ from tqdm import tqdm
 from ..data.augment import derive_seed
 from ..data.reader import ImageDataset
 from ..errors import DataError, TrainingError, UnknownModelError, first_line
-from ..evaluate import collect_logits, evaluate, fit_temperature
+from ..evaluate import collect_logits, count_correct, fit_temperature
 from ..hub.records import suggest
 from ..machine import count_workers, describe_machine, find_device, refuse_torchrun
 from ..model.cpu import choose_precision
@@ -86,13 +86,7 @@ def train(
             raise TrainingError(
                 f"{folder}: lies among the class folders in {place}; name another --output"
             )
-    new = RunState(
-        asdict(settings),
-        dataset.classes,
-        images=len(dataset.get("train")),
-        image_digest=chosen.image_digest,
-        held_out_images=chosen.validation_digest,
-    )
+    new = RunState(asdict(settings), dataset.classes, chosen.image_digest)
     try:
         with lock_run(folder):
             state = open_run(folder, new)
@@ -143,13 +137,6 @@ class _Run:
                 teacher = Teacher(settings.teachers, dataset.classes, data_config, device)
             self.images, self.validation = load_images(settings, images, data_config, skip_damaged)
             self.steps = len(self.images) // settings.batch_size  # of an epoch
-            readable = len(self.images)
-            if state.readable_images not in (0, readable):
-                raise TrainingError(
-                    f"{folder}: holds a run on {state.readable_images} training images, now "
-                    f"{readable} can be read; give the same ones, or name another run folder"
-                )
-            state.readable_images = readable
             lost = set(images.training.labels) - set(self.images.labels.tolist())
             if lost:
                 raise DataError(
@@ -238,7 +225,12 @@ class _Run:
                 if (step + 1) % interval and step + 1 < steps:
                     continue
                 loss, correct, norm = totals.tolist()
-                self._check_finite(step, {"loss": loss, "norm of the gradient": norm})
+                if not math.isfinite(loss + norm):
+                    raise TrainingError(
+                        f"loss or gradient is not finite in epoch {epoch + 1}, by step {step + 1}; "
+                        f"{self.folder} keeps what was saved before; start a new run with a "
+                        "smaller --lr"
+                    )
                 sums.update(loss=loss, correct=correct, seconds=time.monotonic() - start)
                 count = (step + 1) * settings.batch_size
                 bar.set_postfix_str(
@@ -249,15 +241,6 @@ class _Run:
                     self._update_state(epoch, step + 1, sums)
                     save_state(self.folder, state)
                     self.state_saved_at = time.monotonic()
-
-    def _check_finite(self, step: int, totals: dict[str, float]) -> None:
-        for name, value in totals.items():
-            if not math.isfinite(value):
-                raise TrainingError(
-                    f"the {name} is {value} in epoch {self.state.epoch + 1}, by step {step + 1}; "
-                    f"{self.folder} keeps what was saved before; start a new run with a smaller "
-                    "--lr"
-                )
 
     def _measure(self, sums: dict[str, float]) -> dict[str, Any]:
         """Return the metrics of the epoch."""
@@ -272,7 +255,7 @@ class _Run:
             "seconds": round(sums["seconds"], 1),
         }
         if self.validation is not None:
-            result = evaluate(self.network.result, self.validation)
+            result = count_correct(*collect_logits(self.network.result, self.validation))
             metrics["held_out_top1"] = round(result.top1, 2)
         return metrics
 

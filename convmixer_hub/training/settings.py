@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -11,9 +11,6 @@ from ..data.augment import FLIPS, is_rand_augment
 from ..errors import TrainingError
 
 PRECISIONS = ("auto", "fp32", "bf16")
-
-# Settings of earlier versions, with what they did unless told otherwise. This one does the same.
-GONE = [("keep_best", False)]
 
 OPTIMIZERS: dict[str, dict[str, Any]] = {
     "muon": {"fallback_lr_scale": 0.5},
@@ -48,11 +45,6 @@ _AT_LEAST_0 = ("at least 0", lambda value: 0 <= value < math.inf)
 _AT_LEAST_1 = ("at least 1", lambda value: value >= 1)
 _SHARE = ("from 0 to 1", lambda value: 0 <= value <= 1)
 _BELOW_1 = ("at least 0 and below 1", lambda value: 0 <= value < 1)
-
-
-def leave_out_gone(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Leave out settings of an earlier version that make no difference, see `GONE`."""
-    return {name: value for name, value in settings.items() if (name, value) not in GONE}
 
 
 def option_name(setting: str) -> str:
@@ -245,18 +237,12 @@ class TrainingSettings:
         Raises:
             TrainingError: If they are larger than the images, or smaller than a patch.
         """
-        if not self.cropped_epochs:
-            return
-        if not patch_size <= self.small_crop_size <= side:
-            raise TrainingError(
-                f"small_crop_size is {self.small_crop_size}: {self.model} takes images of {side} "
-                f"pixels in patches of {patch_size}; give a number between them"
-            )
         first = self.first_crop_size or self.small_crop_size
-        if not patch_size <= first <= self.small_crop_size:
+        if self.cropped_epochs and not patch_size <= first <= self.small_crop_size <= side:
             raise TrainingError(
-                f"first_crop_size is {first}: must be 0, or a number from the patch size, "
-                f"{patch_size}, to small_crop_size, {self.small_crop_size}"
+                f"first_crop_size is {first}, small_crop_size {self.small_crop_size}: must be "
+                f"from {patch_size}, the patch size, to {side}, the image's, the first not above "
+                "the second"
             )
 
     def augments(self, epoch: int) -> bool:
