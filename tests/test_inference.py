@@ -248,6 +248,13 @@ def test_a_head_of_several_layers(prepare, batch):
     assert_same(model, prepare(model), batch)
 
 
+def test_layers_may_be_shared_and_nothing_is_dropped(prepare):
+    model = make_model(drop_rate=0.5)
+    model.conv_mixer_layers[1] = model.conv_mixer_layers[0]
+    model.patch_emb.conv = nn.Conv2d(1, 96, 1)
+    assert_same(model, prepare(model).train(), torch.randn(2, 1, 32, 32))
+
+
 def test_predict_takes_it():
     model = load_trained("convmixer_cifar")
     images = [open_image(PICTURES[name]) for name in ("cat", "ship")]

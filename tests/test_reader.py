@@ -210,11 +210,11 @@ REFUSED = {
     ),
     "an empty class": (
         ["train/cat/1.png", "train/dog/"],
-        "/train/dog: a class folder without an image that can be read; put some into it, or rem",
+        "/train/dog: a class folder without files called like images, such as 1.png; put some i",
     ),
     "a class in another format": (
         ["cat/1.png", ("dog/1.heic", b"x")],
-        "/dog: a class folder without an image that can be read; put some into it, or remove it",
+        "/dog: a class folder without files called like images, such as 1.png; put some into it",
     ),
     "an unknown class in the test images": (
         ["train/a/1.png", "train/b/1.png", "test/c/1.png"],

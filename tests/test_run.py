@@ -23,11 +23,11 @@ from convmixer_hub.machine import refuse_torchrun
 from convmixer_hub.training import network as network_module
 from convmixer_hub.training import run as run_module
 from convmixer_hub.training.folder import lock_run
-from convmixer_hub.training.images import choose_images, load_images, serve_batches
+from convmixer_hub.training.images import choose_images, hold_out, load_images, serve_batches
 from convmixer_hub.training.run import train
 from convmixer_hub.training.settings import TrainingSettings
 
-from .conftest import CONFIG, convmixer, limited, weights_of, write_split, write_tree
+from .conftest import CONFIG, PICTURES, convmixer, limited, weights_of, write_split, write_tree
 
 SETTINGS = TrainingSettings(
     "convmixer_96_8_ks5_p1",
@@ -290,6 +290,21 @@ def test_two_processes_do_not_train_in_one_folder(cifar_sample, tmp_path):
     message = "run: another process trains in it; wait for that, or name another --output"
     with lock_run(tmp_path / "run"), pytest.raises(TrainingError, match=message):
         run(SETTINGS, cifar_sample, tmp_path / "run")
+
+
+@pytest.mark.parametrize(("before", "now"), [(30, 29), (29, 30)])
+def test_a_run_does_not_go_on_with_fewer_or_more_images(
+    cifar_sample, tmp_path, finished_run, before, now
+):
+    change_state(finished_run, lambda state: state.update(epoch=1, readable_images=before))
+    images = [*PICTURES.values()] * 4
+    kept, _ = hold_out(open_dataset(cifar_sample), 10, seed=0)
+    if now < 30:
+        images[kept[0]] = b"damaged"
+    data = write_split(tmp_path / "data", "train", images, list(range(10)) * 4)
+    message = f"run: holds a run on {before} training images, now {now} can be read; give the same"
+    with pytest.raises(TrainingError, match=message):
+        run(SETTINGS, data, finished_run, skip_damaged=True)
 
 
 def test_a_full_disk_loses_nothing(first_run, cifar_sample, tmp_path):

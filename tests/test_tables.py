@@ -396,7 +396,7 @@ OF_THE_HUB = {
     "--data me/nothing": (
         "Error: me/nothing: no such folder, and what the Hub has by that name cannot be read "
         "as a dataset (Dataset 'me/nothing' doesn't exist on the Hub or cannot be accessed); "
-        "check its name and its files"
+        "check its name and its files, and whether there is room in the cache, which HF_HOME moves"
     ),
     "--data me/one": "convmixer_cifar: top-1 100.00 % (2 of 2 test images in 2 classes correct)",
 }

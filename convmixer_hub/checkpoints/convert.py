@@ -235,9 +235,9 @@ def _build_like(
     if head is not None:
         dimensions["classification.linear.weight"] = 2
     for key, count in dimensions.items():
-        if key not in state_dict or state_dict[key].dim() != count:
+        if key not in state_dict or state_dict[key].dim() != count or not state_dict[key].numel():
             raise CheckpointError(
-                f"{source}: tensor '{key}' is missing or has not {count} dimensions; "
+                f"{source}: tensor '{key}' is missing, empty or has not {count} dimensions; "
                 f"give a whole state dict in one of the layouts {', '.join(LAYOUTS)}"
             )
     d_model, in_chans, patch_size, _ = state_dict[stem].shape

@@ -18,8 +18,8 @@ from ..training.run import train
 from ..training.settings import TrainingSettings, option_name
 from .options import OpenData, data_options
 
-# What `finetune` does not leave open.
-FIXED = ("pretrained", "covariance_init")
+# What is settled where there are few images, which are seen whole, and trained weights.
+FIXED = ("pretrained", "covariance_init", "train_images", "small_crop_size", "first_crop_size")
 _SETTINGS = {setting.name: setting for setting in fields(TrainingSettings)[1:]}
 
 

@@ -321,8 +321,8 @@ def _sort_by_class(tree: _Tree, names: Mapping[str, str], left_out: LeftOut) -> 
         bare = {folder.parts[0] for folder in inside.folders} - {label for label, _ in classed}
         if split == "train" and bare and classed:
             raise DataError(
-                f"{place / min(bare)}: a class folder without an image that can be read; put some "
-                "into it, or remove it"
+                f"{place / min(bare)}: a class folder without files called like images, such as "
+                "1.png; put some into it, or remove it"
             )
         if classed:
             files = [file for _, file in classed]

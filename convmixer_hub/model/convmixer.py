@@ -62,8 +62,8 @@ class ConvMixerLayer(nn.Module):
         super().__init__()
         if kernel_size % 2 == 0:
             raise ModelSizeError(
-                f"kernel_size is {kernel_size}: an even kernel has no center, give an odd one "
-                f"({kernel_size - 1} or {kernel_size + 1})"
+                f"kernel_size is {kernel_size}: an even kernel has no center, give an odd one, "
+                f"such as {kernel_size + 1}"
             )
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.depth_wise_conv = nn.Conv2d(
@@ -188,7 +188,8 @@ class ConvMixer(nn.Module):
         dtype: Type of the parameters; torch's default if not given.
 
     Raises:
-        ModelSizeError: If a size is impossible, or no activation has this name.
+        ModelSizeError: If the kernel size is even, `num_classes` is negative, or no activation has
+            this name.
     """
 
     def __init__(

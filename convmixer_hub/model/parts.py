@@ -47,8 +47,9 @@ def find_changed_part(model: ConvMixer) -> str | None:
     """Describe the first part that was replaced or set to compute something else, if any was."""
     layers, side = len(model.conv_mixer_layers), getattr(model.patch_emb, "patch_size", 1)
     sizes = (model.num_features, layers, model.kernel_size, side)
-    built = dict(ConvMixer(*sizes, in_chans=model.in_chans, device="meta").named_modules())
-    parts = dict(model.named_modules())
+    channels = getattr(getattr(model.patch_emb, "conv", None), "in_channels", model.in_chans)
+    built = dict(ConvMixer(*sizes, in_chans=channels, device="meta").named_modules())
+    parts = dict(model.named_modules(remove_duplicate=False))
     for name in parts | built:
         part = parts.get(name)
         if not _FREE.fullmatch(name) and _describe(part) != _describe(built.get(name)):

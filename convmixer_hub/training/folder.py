@@ -44,6 +44,8 @@ class RunState:
         settings: Those of the run.
         classes: Names of its classes.
         image_digest: What tells its images from others, see `images.RunImages`.
+        readable_images: Number of those that it is trained on, damaged ones left out; 0 before that
+            is known.
         epoch: Number of completed epochs.
         step: Number of steps taken in the current epoch.
         sums: Of the current epoch so far: `loss`, `correct`, `seconds`.
@@ -60,6 +62,7 @@ class RunState:
     settings: dict[str, Any]
     classes: list[str]
     image_digest: str
+    readable_images: int = 0
     epoch: int = 0
     step: int = 0
     sums: dict[str, float] = field(default_factory=dict)

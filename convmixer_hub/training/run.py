@@ -137,6 +137,13 @@ class _Run:
                 teacher = Teacher(settings.teachers, dataset.classes, data_config, device)
             self.images, self.validation = load_images(settings, images, data_config, skip_damaged)
             self.steps = len(self.images) // settings.batch_size  # of an epoch
+            readable = len(self.images)
+            if state.readable_images not in (0, readable):
+                raise TrainingError(
+                    f"{folder}: holds a run on {state.readable_images} training images, now "
+                    f"{readable} can be read; give the same ones, or name another run folder"
+                )
+            state.readable_images = readable
             lost = set(images.training.labels) - set(self.images.labels.tolist())
             if lost:
                 raise DataError(
