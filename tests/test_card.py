@@ -159,14 +159,12 @@ def test_the_card_of_a_fine_tuned_model_serves_others(run, cifar_sample):
         (settings.model, "convmixer-hub/convmixer_cifar.cifar10"),
         ("hf-hub:somebody/birds@v2", "somebody/birds"),
         ("somebody/birds", "somebody/birds"),
-        ("/home/me/secret", None),
         ("./convmixer_cifar", None),
     ]:
         change_config(run, training=asdict(replace(settings, model=model)))
         card = ModelCard.load(write_card(run, cifar_sample, license="cc-by-4.0"))
         assert (card.data.base_model, card.data.license) == (base, "cc-by-4.0")
-        assert (model in card.text) == (base is not None)
-        assert ("convmixer train MODEL --data" in card.text) == (base is None)
+        assert f"convmixer train {model} --data" in card.text
     [card] = [u for u in list_uploads(str(run), "me/birds") if u.path_in_repo == "README.md"]
     assert b'timm.create_model("hf-hub:me/birds", pretrained=True)' in card.path_or_fileobj
 
@@ -216,14 +214,14 @@ def test_the_record_of_a_model_is_proposed(run, cifar_sample, monkeypatch):
 
 
 def test_the_card_of_a_model_trained_further_gives_its_command(run, cifar_sample):
-    settings = replace(SETTINGS, model="first_run", pretrained=True, small_crop_size=32)
-    settings = replace(settings, teacher=f"{ARCH}, first_run,./another")
+    settings = replace(SETTINGS, model="./first_run", pretrained=True, small_crop_size=32)
+    settings = replace(settings, teacher=f"{ARCH},./first_run,./another")
     change_config(run, training=asdict(settings), temperature=0.66)
     text = write_card(run, cifar_sample).read_text()
-    assert read_command(text) == replace(settings, model="MODEL", teacher=f"{ARCH},MODEL,TEACHER3")
+    assert read_command(text) == settings
     fitted = "is divided by 0.660, fitted on the held-out training images\n"
     assert f"- Temperature scaling: the head (weight and bias) {fitted}" in text
-    assert "- Start: the trained weights of `MODEL`\n" in text
+    assert "- Start: the trained weights of `./first_run`\n" in text
 
 
 def test_the_card_of_a_model_trained_by_default_gives_the_shortest_command(run, cifar_sample):

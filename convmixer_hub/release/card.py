@@ -61,7 +61,6 @@ from ..model.config import get_config, get_label_names
 from ..model.convmixer import ConvMixer
 from ..training.folder import METRICS_FILE, read_metrics
 from ..training.settings import TrainingSettings, option_name
-from ..zoo import VARIANTS
 from .golden import write_golden
 
 NOTES_FILE = "NOTES.md"
@@ -129,7 +128,6 @@ def write_card(
     shown = next((d for d in DATASETS if (d.classes, d.test_images) == kind), dataset)
     split = dataset.test_split
     base_model = _find_base_model(settings)
-    settings = _hide_folders(settings)
     plan = _read_plan(settings)
     result = Evaluation(int(confusion.trace()), int(confusion.sum()))
     preprocessing = resolve_input_data_config(model)
@@ -291,22 +289,6 @@ def _name_dataset(dataset: ImageDataset | DatasetRecord) -> str:
     if isinstance(dataset, DatasetRecord):
         return dataset.name
     return dataset.hub_id or "imagefolder"  # as the Hub's cards have it
-
-
-def _hide_folders(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Call models in folders MODEL, TEACHER1, …: the names of folders say nothing to others."""
-    model, teacher = (str(settings.get(name) or "") for name in ("model", "teacher"))
-    teachers = [name.strip() for name in teacher.split(",") if name]
-    shown: dict[str, str] = {}
-    for i, name in enumerate([model, *teachers]):
-        is_public = (
-            name in VARIANTS
-            or name in RECORDS
-            or (Repository.parse(name) and not os.path.exists(name))
-        )
-        shown.setdefault(name, name if is_public else f"TEACHER{i}" if i else "MODEL")
-    changes = {"model": shown[model], "teacher": ",".join(shown[name] for name in teachers)}
-    return {name: changes.get(name, value) for name, value in settings.items()}
 
 
 def _read_plan(settings: Mapping[str, Any]) -> TrainingSettings | None:
