@@ -197,9 +197,6 @@ class _Run:
         metrics = self._measure(sums)
         state.metrics.append(metrics)
         is_last = state.epoch + 1 == settings.epochs
-        if self.validation is not None and is_last:
-            logits, labels = collect_logits(self._make_result(), self.validation)
-            state.temperature = fit_temperature(logits, labels)
         self._update_state(state.epoch + 1, 0, {})
         # On a GPU, an epoch may take little longer than saving.
         is_due = time.monotonic() - self.all_saved_at > SECONDS_BETWEEN_SAVES
@@ -250,7 +247,7 @@ class _Run:
                     self.state_saved_at = time.monotonic()
 
     def _measure(self, sums: dict[str, float]) -> dict[str, Any]:
-        """Return the metrics of the epoch."""
+        """Return the metrics of the epoch; after the last one, fit the temperature, too."""
         settings, epoch = self.settings, self.state.epoch
         count = self.steps * settings.batch_size
         crop_size = settings.choose_crop_size(epoch, self.images.image_size)
@@ -262,8 +259,10 @@ class _Run:
             "seconds": round(sums["seconds"], 1),
         }
         if self.validation is not None:
-            result = count_correct(*collect_logits(self.network.result, self.validation))
-            metrics["held_out_top1"] = round(result.top1, 2)
+            logits, labels = collect_logits(self.network.result, self.validation)
+            metrics["held_out_top1"] = round(count_correct(logits, labels).top1, 2)
+            if epoch + 1 == settings.epochs:
+                self.state.temperature = fit_temperature(logits, labels)
         return metrics
 
     def _train_on_next_batch(self, epoch: int, step: int, learning_rate_factor: float) -> Tensor:
