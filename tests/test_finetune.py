@@ -228,6 +228,26 @@ def test_images_may_have_another_shape_than_the_weights_were_trained_on(photos, 
     assert f"\n1,{side}," in (folder / "metrics.csv").read_text()
 
 
+def test_a_run_may_take_images_of_another_size(photos, tmp_path):
+    options = QUICK | {"epochs": 2, "whole_share": 0.5, "precision": "fp32"}
+    overlay = {"input_size": (3, 48, 48)}
+    model = timm.create_model("convmixer_cifar", pretrained=True, pretrained_cfg_overlay=overlay)
+    save_model(model, tmp_path / "start", {})
+    expected = run(choose(str(tmp_path / "start"), photos, **options), photos, tmp_path / "a")
+    found = run(choose("convmixer_cifar", photos, img_size=48, **options), photos, tmp_path / "b")
+    assert found == expected
+    torch.testing.assert_close(
+        weights_of(tmp_path / "b"), weights_of(tmp_path / "a"), rtol=0, atol=0
+    )
+    metrics = (tmp_path / "b" / "metrics.csv").read_text()
+    assert "\n1,36," in metrics and "\n2,48," in metrics  # 24 of 32 pixels are 36 of 48
+    model = load_trained(tmp_path / "b")
+    config = model.pretrained_cfg
+    assert config["input_size"] == (3, 48, 48)
+    features = model.eval().forward_features(torch.zeros(1, *config["input_size"]))
+    assert tuple(config["pool_size"]) == features.shape[2:]
+
+
 @pytest.mark.slow
 def test_the_example_of_the_docs_runs_as_it_stands(tmp_path, run_python):
     page = (CHECKOUT / "docs" / "fine-tuning.md").read_text()

@@ -484,6 +484,7 @@ def test_a_finished_run_stays_as_it_is(finished_run, tmp_path, monkeypatch):
         ({"flip": "never"}, "flip is never: must be alternating or random or none"),
         ({"precision": "fp16"}, "precision is fp16: must be auto or fp32 or bf16"),
         ({"mixup": -1.0}, "mixup is -1.0: must be at least 0"),
+        ({"img_size": 4}, "img_size is 4: must be 0 or at least 8"),
         ({"seed": -1}, "seed is -1: must be from 0 to 2147483647"),
     ],
 )
@@ -495,8 +496,8 @@ def test_settings_that_cannot_be_are_refused(change, message):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"small_crop_size": 48}, "48: must be from 1, the patch size, to 32, the image's, the "),
-        ({"model": "convmixer_cifar", "small_crop_size": 1}, "1: must be from 2, the patch size,"),
+        ({"small_crop_size": 48}, "48: must be from 1, one patch, to 32, the whole image, the "),
+        ({"model": "convmixer_cifar", "small_crop_size": 1}, "1: must be from 2, one patch,"),
         ({"small_crop_size": 16, "first_crop_size": 17}, "is 17, small_crop_size 16: must be"),
         ({"train_images": 33}, "is 33: only 30 training images are not held out; give at most 30"),
         ({"cutmix": 0.5, "batch_size": 9}, "is 9: must be even, as images are mixed in pairs"),

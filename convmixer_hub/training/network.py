@@ -15,6 +15,7 @@ from timm.utils import ModelEmaV3
 from torch import nn
 
 from ..load import load_trained
+from ..model.config import get_config
 from ..model.convmixer import ConvMixer
 from ..model.cpu import keep_freed_memory, speed_up_on_cpu
 from ..model.gpu import FastOnGPU, can_speed_up
@@ -86,6 +87,10 @@ def build_network(settings: TrainingSettings, classes: list[str], device: torch.
     else:
         model = timm.create_model(settings.model, num_classes=len(classes))
     assert isinstance(model, ConvMixer)  # as every arch of this package is
+    if settings.img_size:
+        side, patches = settings.img_size, settings.img_size // model.patch_emb.patch_size
+        size = {"input_size": (model.in_chans, side, side), "pool_size": (patches, patches)}
+        get_config(model).update(size)
     if settings.covariance_init:
         init_depthwise_kernels(model)
     model.to(device)

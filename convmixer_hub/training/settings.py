@@ -9,6 +9,7 @@ from typing import Any
 
 from ..data.augment import FLIPS, is_rand_augment
 from ..errors import TrainingError
+from ..zoo import IMAGE_SIZE
 
 PRECISIONS = ("auto", "fp32", "bf16")
 
@@ -77,7 +78,11 @@ class TrainingSettings:
         *_SHARE,
     )
     warmup_epochs: float = _setting(1.0, "Epochs of linear warmup from 0.", *_AT_LEAST_0)
-    small_crop_size: int = _setting(24, "Side of the smaller crops, in pixels.", *_AT_LEAST_1)
+    small_crop_size: int = _setting(
+        24,
+        "Side of the smaller crops of images of 32 pixels; those of other sizes are in proportion.",
+        *_AT_LEAST_1,
+    )
     first_crop_size: int = _setting(
         0,
         "Side of the crops in the first half of the epochs with smaller crops; 0 for "
@@ -138,6 +143,13 @@ class TrainingSettings:
         0,
         "Number of training images to use; 0 for all that are not held out.",
         *_AT_LEAST_0,
+    )
+    img_size: int = _setting(
+        0,
+        "Side of the images that the model takes, in pixels; 0 for the one it has, 32 from "
+        "scratch.",
+        "0 or at least 8",
+        lambda value: value == 0 or value >= 8,
     )
     flip: str = _setting(
         "alternating",
@@ -220,12 +232,15 @@ class TrainingSettings:
         return self.epochs - round(self.whole_share * self.decay_epochs)
 
     def choose_crop_size(self, epoch: int, image_size: tuple[int, ...]) -> tuple[int, ...]:
-        """Return height and width of the crops in an epoch, counted from 0."""
+        """Return height and width of the crops in an epoch, counted from 0.
+
+        `image_size` is the height and width of the images.
+        """
         if epoch >= self.cropped_epochs:
             return image_size
         is_first_half = epoch < self.cropped_epochs // 2
-        side = (is_first_half and self.first_crop_size) or self.small_crop_size
-        return (side, side)
+        crop_size = (is_first_half and self.first_crop_size) or self.small_crop_size
+        return tuple(side * crop_size // IMAGE_SIZE for side in image_size)
 
     def check_crops(self, side: int, patch_size: int) -> None:
         """Refuse crops that do not fit a model.
@@ -238,10 +253,11 @@ class TrainingSettings:
             TrainingError: If they are larger than the images, or smaller than a patch.
         """
         first = self.first_crop_size or self.small_crop_size
-        if self.cropped_epochs and not patch_size <= first <= self.small_crop_size <= side:
+        least = math.ceil(patch_size * IMAGE_SIZE / side)
+        if self.cropped_epochs and not least <= first <= self.small_crop_size <= IMAGE_SIZE:
             raise TrainingError(
                 f"first_crop_size is {first}, small_crop_size {self.small_crop_size}: must be "
-                f"from {patch_size}, the patch size, to {side}, the image's, the first not above "
+                f"from {least}, one patch, to {IMAGE_SIZE}, the whole image, the first not above "
                 "the second"
             )
 
