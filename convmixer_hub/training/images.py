@@ -145,7 +145,7 @@ def load_images(
             images.validation, eval_transform(data_config), skip_damaged
         )
         damaged = damaged + skipped
-        validation = DataLoader(TensorDataset(tensors, labels), batch_size=256)
+        validation = DataLoader(TensorDataset(tensors, labels), settings.batch_size)
     for line in damaged:
         tqdm.write(f"skipped: {line}", file=sys.stderr)
     if len(training) < settings.batch_size:
