@@ -76,7 +76,7 @@ def load_trained(name: str | Path | Source, label_names: Sequence[str] | None = 
 
 
 def _load_file(source: Source) -> nn.Module:
-    """Build the model of a file of weights; it says how images are prepared, or else the arch."""
+    """Build the model of a file of weights; images are prepared as it says, or else the arch."""
     if source.config:
         return load_trained(source.folder)
     digest = ""

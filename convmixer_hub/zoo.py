@@ -105,7 +105,7 @@ def convmixer_cifar(pretrained: bool = False, **kwargs: Any) -> ConvMixer:
 
 @register_model
 def convmixer_256_8_ks9_p1(pretrained: bool = False, **kwargs: Any) -> ConvMixer:
-    """ConvMixer-256/8 with kernel 9 on single pixels, the paper's best for CIFAR-10: 0.71 M."""
+    """ConvMixer-256/8 with kernel 9 on single pixels, as in the paper: 0.71 M parameters."""
     return _create_convmixer("convmixer_256_8_ks9_p1", pretrained, **kwargs)
 
 

@@ -18,7 +18,7 @@ from ..training.run import train
 from ..training.settings import TrainingSettings, option_name
 from .options import OpenData, data_options
 
-# What is settled where there are few images, which are seen whole, and trained weights.
+# Not options of finetune, which starts from trained weights and sees all images whole.
 FIXED = ("pretrained", "covariance_init", "train_images", "small_crop_size", "first_crop_size")
 _SETTINGS = {setting.name: setting for setting in fields(TrainingSettings)[1:]}
 

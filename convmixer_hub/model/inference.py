@@ -163,7 +163,6 @@ class InferenceConvMixer(nn.Module):
         self.eval()
         for name in ("num_classes", "in_chans", "global_pool", "pretrained_cfg"):
             setattr(self, name, copy.copy(getattr(model, name, None)))
-        self._traits = copy.copy(getattr(model, "_traits", {}))
         self._is_gelu = name_activation(model) == "gelu"
         _can_fuse()  # here, as a tracer may be the first to call the model
         has_layers = model.kernel_size in KERNEL_SIZES and model.num_features % PANEL == 0

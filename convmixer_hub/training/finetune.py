@@ -131,7 +131,7 @@ def finetune(
 def _draw_mistakes(
     file: Path, images: Tensor, labels: Tensor, probabilities: Tensor, classes: list[str]
 ) -> None:
-    """Draw the most confident mistakes to a PNG; remove the file if there are none.
+    """Draw the most confident mistakes to a PNG, if there are any.
 
     Images are `[count, channels, height, width]`, 0 to 1, probabilities `[count, num_classes]`.
     """
@@ -139,7 +139,6 @@ def _draw_mistakes(
     order = confidence.argsort(descending=True)
     wrong = order[(predicted != labels)[order]][:MISTAKES_SHOWN]
     if not len(wrong):
-        file.unlink(missing_ok=True)  # what an earlier epoch got wrong
         return
     titles = [classes[label] for label in labels[wrong].tolist()]
     predictions = list(name_best(probabilities[wrong], classes, top_k=3))

@@ -18,7 +18,7 @@ from ..load import load_trained
 from ..model.config import get_config
 from ..model.convmixer import ConvMixer
 from ..model.cpu import keep_freed_memory, speed_up_on_cpu
-from ..model.gpu import FastOnGPU, can_speed_up
+from ..model.gpu import MAX_POSITIONS, FastOnGPU, can_speed_up
 from ..model.init import init_depthwise_kernels
 from .folder import RunState
 from .settings import OPTIMIZERS, TrainingSettings
@@ -87,10 +87,9 @@ def build_network(settings: TrainingSettings, classes: list[str], device: torch.
     else:
         model = timm.create_model(settings.model, num_classes=len(classes))
     assert isinstance(model, ConvMixer)  # as every arch of this package is
-    if settings.img_size:
-        side, patches = settings.img_size, settings.img_size // model.patch_emb.patch_size
-        size = {"input_size": (model.in_chans, side, side), "pool_size": (patches, patches)}
-        get_config(model).update(size)
+    if side := settings.img_size:
+        rows = side // model.patch_emb.patch_size
+        get_config(model).update(input_size=(model.in_chans, side, side), pool_size=(rows, rows))
     if settings.covariance_init:
         init_depthwise_kernels(model)
     model.to(device)
@@ -123,7 +122,8 @@ def _has_room(
 
     `image_size` is the height and width of the images, in pixels.
     """
-    positions = math.prod(side // model.patch_emb.patch_size for side in image_size)
+    patches = math.prod(side // model.patch_emb.patch_size for side in image_size)
+    positions = min(patches, MAX_POSITIONS)  # of larger images, only the crops go the fast way
     in_bf16 = precision != "fp32" and torch.cuda.is_bf16_supported(including_emulation=False)
     layers = len(model.conv_mixer_layers)
     needed = layers * model.num_features * positions**2 * (2 if in_bf16 else 4)

@@ -80,13 +80,13 @@ class TrainingSettings:
     warmup_epochs: float = _setting(1.0, "Epochs of linear warmup from 0.", *_AT_LEAST_0)
     small_crop_size: int = _setting(
         24,
-        "Side of the smaller crops of images of 32 pixels; those of other sizes are in proportion.",
+        "Side of the smaller crops, in pixels, for images of 32 pixels; for others in proportion.",
         *_AT_LEAST_1,
     )
     first_crop_size: int = _setting(
         0,
-        "Side of the crops in the first half of the epochs with smaller crops; 0 for "
-        "small_crop_size.",
+        "Side of the crops in the first half of the epochs with smaller crops, likewise for images "
+        "of 32 pixels; 0 for small_crop_size.",
         *_AT_LEAST_0,
     )
 
@@ -146,8 +146,8 @@ class TrainingSettings:
     )
     img_size: int = _setting(
         0,
-        "Side of the images that the model takes, in pixels; 0 for the one it has, 32 from "
-        "scratch.",
+        "Side of the images that the model takes, in pixels; 0 keeps that of the model: 32, unless "
+        "it was trained with another.",
         "0 or at least 8",
         lambda value: value == 0 or value >= 8,
     )
