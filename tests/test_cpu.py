@@ -6,6 +6,7 @@ import timm
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.utils import prune
 
 from convmixer_hub import ModelSizeError, speed_up_on_cpu
 from convmixer_hub.model import cpu
@@ -33,7 +34,7 @@ def test_result_gradients_and_statistics_are_those_of_the_two_modules(shape, kin
     separate = nn.BatchNorm2d(shape[1])
     nn.init.normal_(separate.weight)
     nn.init.normal_(separate.bias)
-    separate.running_mean += 3  # far from the mean of the batch
+    separate.running_mean += 1000  # far from the mean of the batch
     together = copy.deepcopy(separate)
     x = 3 * torch.randn(shape)
     if kind == "channels_last":
@@ -51,12 +52,11 @@ def test_result_gradients_and_statistics_are_those_of_the_two_modules(shape, kin
 
 
 @pytest.mark.parametrize("spread", [0.0, 1e-3, 1.0])
-def test_an_almost_constant_channel_far_from_zero_gives_numbers_at_once(spread):
+def test_an_almost_constant_channel_far_from_zero_is_normalized(spread):
     x = 100.0 + spread * torch.randn(8, 16, 16, 16)
     norm = nn.BatchNorm2d(16)
-    assert fuse(x, nn.GELU(), norm).isfinite().all() and (norm.running_var >= 0).all()
-    for _ in range(200):  # until the running mean is there
-        y = fuse(x, nn.GELU(), norm)
+    y = fuse(x, nn.GELU(), norm)
+    assert (norm.running_var >= 0).all()
     torch.testing.assert_close(y, nn.BatchNorm2d(16)(x), atol=5e-3, rtol=1e-3)
 
 
@@ -253,6 +253,30 @@ def test_other_parts_and_types_are_computed_as_before(change):
     for model in (plain, fast):
         change(model)
     assert_same_step(fast, plain, torch.randn(4, 3, 16, 16))
+
+
+def test_with_gradient_checkpointing_statistics_are_as_without_speed():
+    plain, fast = make_pair()
+    x = torch.randn(4, 3, 16, 16)
+    for model in (plain, fast):
+        model.set_grad_checkpointing()
+    for _ in range(3):
+        assert_same_step(fast, plain, x)
+
+
+def test_pruned_parts_and_hooks_work_as_without_speed():
+    called = []
+    for model in make_pair():
+        layer = model.conv_mixer_layers[0]
+        prune.l1_unstructured(layer.depth_wise_conv, "weight", 0.5)
+        modules = [module for module in model.modules() if not list(module.children())]
+        counts = []
+        for module in modules:
+            module.register_forward_hook(lambda *_, counts=counts: counts.append(1))
+        for _ in range(2):
+            model(torch.randn(4, 3, 16, 16)).sum().backward()
+        called.append(len(counts))
+    assert called[0] == called[1] == 2 * len(modules)
 
 
 @pytest.mark.filterwarnings("ignore")  # torch's own, of tracing

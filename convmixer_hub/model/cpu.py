@@ -23,6 +23,7 @@ from .compiler import KERNEL_SIZES, load_operators
 from .convmixer import ConvMixer, ConvMixerLayer, PatchEmbeddings
 
 CHANNELS_AT_A_TIME = 16
+SAMPLED = 64  # values of a channel, for a first guess of their mean
 
 
 def load_passes() -> bool:
@@ -52,25 +53,30 @@ def _count(x: Tensor) -> int:
 
 
 class _GELUBatchNormFunction(torch.autograd.Function):
-    """BatchNorm of GELU with the statistics of the batch; also gives these statistics."""
+    """BatchNorm of GELU with the statistics of the batch, which the running ones follow."""
 
     @staticmethod
-    def forward(
-        ctx: Any, z: Tensor, weight: Tensor, bias: Tensor, center: Tensor, eps: float
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(ctx: Any, z: Tensor, weight: Tensor, bias: Tensor, norm: Any) -> Tensor:
         passes = torch.ops.convmixer_hub
         z = z.contiguous(memory_format=torch.channels_last)
+        count = _count(z)
         # A center near the mean keeps the variance from being a small difference of large numbers.
+        # The step is odd, so that it meets all rows and columns.
+        some = z.movedim(1, -1).flatten(0, 2)[:: count // SAMPLED | 1]
+        center = F.gelu(some.float()).mean(0)
         y, slope, sums = passes.activate(z, center)
-        result, mean, variance = passes.normalize(y, sums, center, weight, bias, _count(z), eps)
+        result, mean, variance = passes.normalize(y, sums, center, weight, bias, count, norm.eps)
+        # Here, so that gradient checkpointing repeats it as it does in BatchNorm.
+        norm.num_batches_tracked += 1
+        norm.running_mean.lerp_(mean, norm.momentum)
+        norm.running_var.lerp_(variance * (count / (count - 1)), norm.momentum)
         ctx.save_for_backward(y, slope, weight, mean, variance)
-        ctx.eps = eps
-        ctx.mark_non_differentiable(mean, variance)
-        return result, mean, variance
+        ctx.eps = norm.eps
+        return result
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         passes = torch.ops.convmixer_hub
         y, slope, weight, mean, variance = ctx.saved_tensors
         grad = grad.contiguous(memory_format=torch.channels_last)
@@ -79,7 +85,7 @@ class _GELUBatchNormFunction(torch.autograd.Function):
         grad_z = passes.input_gradient(
             grad, y, slope, sums, weight, mean, variance, _count(y), ctx.eps
         )
-        return grad_z, grad_weight, grad_bias, None, None
+        return grad_z, grad_weight, grad_bias, None
 
 
 class _DepthwiseConvFunction(torch.autograd.Function):
@@ -115,6 +121,12 @@ class _DepthwiseConvFunction(torch.autograd.Function):
         return grad_x, grad_weight, grad_bias
 
 
+def has_hooks(module: nn.Module) -> bool:
+    """Return whether something is called with a module, such as by `torch.nn.utils.prune`."""
+    hooks = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+    return any(getattr(module, name) for name in hooks)
+
+
 def _takes(x: Tensor, parameter: Tensor) -> bool:
     return (
         x.device.type == "cpu"
@@ -139,19 +151,13 @@ def _activate_and_normalize(x: Tensor, act: nn.Module, norm: nn.Module) -> Tenso
         and norm.affine
         and norm.num_features % CHANNELS_AT_A_TIME == 0
         and _count(x) > 1  # else torch has an error
+        and not (has_hooks(act) or has_hooks(norm))
         and _takes(x, norm.weight)
         and load_passes()
     ):
         y: Tensor = norm(act(x))
         return y
-    y, mean, variance = _GELUBatchNormFunction.apply(
-        x, norm.weight, norm.bias, norm.running_mean, norm.eps
-    )
-    count = _count(x)
-    with torch.no_grad():
-        norm.num_batches_tracked += 1
-        norm.running_mean.lerp_(mean, norm.momentum)
-        norm.running_var.lerp_(variance * (count / (count - 1)), norm.momentum)
+    y = _GELUBatchNormFunction.apply(x, norm.weight, norm.bias, norm)
     return y
 
 
@@ -169,6 +175,7 @@ def _convolve(x: Tensor, conv: nn.Module) -> Tensor:
         and conv.padding_mode == "zeros"
         and conv.stride == conv.dilation == (1, 1)
         and conv.bias is not None
+        and not has_hooks(conv)
         and _takes(x, conv.weight)
     ):
         return _DepthwiseConvFunction.apply(x, conv.weight.to(x.dtype), conv.bias.to(x.dtype))
@@ -214,13 +221,14 @@ def speed_up_on_cpu(model: nn.Module) -> None:
     to rounding. Under `torch.autocast`, all but statistics and parameters is in bfloat16, as
     without this. `cpu.cpp` is compiled the first time (10 seconds, once per machine); without a
     C++ compiler (a WARNING says so), the gain is smaller. In evaluation mode, nothing changes;
-    `prepare_for_inference` takes the model, too.
+    `prepare_for_inference` takes the model, too. TorchScript, FX in training mode and gradients of
+    gradients do not: for these, load the state dict into a new model.
 
     Args:
         model: A ConvMixer of this package. It gains less if it has another activation than exact
             GELU, a number of channels that is no multiple of 16, or a kernel other than 3, 5, 7
-            and 9. Where it has other parts than those it was built with, or is not trained in
-            float32 or bfloat16 on a CPU, these compute as before.
+            and 9. Where it has hooks or other parts than those it was built with, or is not trained
+            in float32 or bfloat16 on a CPU, these compute as before.
 
     Raises:
         ModelSizeError: If it is another model.
