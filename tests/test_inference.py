@@ -144,8 +144,10 @@ def test_without_onednn_and_elsewhere_ordinary_operations_do(prepare, batch, mon
 def test_features_are_those_of_the_model(prepare, batch):
     model = make_model()
     with torch.no_grad():
-        found, expected = prepare(model).forward_features(batch), model.forward_features(batch)
+        prepared = prepare(model)
+        found, expected = prepared.forward_features(batch), model.forward_features(batch)
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+    assert torch.equal(prepared.forward_head(found), model.forward_head(found))
 
 
 def test_the_model_stays_as_it_is_and_the_other_as_it_was(batch):
@@ -239,6 +241,15 @@ def test_other_layers_are_refused(part, name, value, message):
     model = make_model()
     setattr(model.get_submodule(part), name, value)
     with pytest.raises(ModelSizeError, match=f"{re.escape(message)}.*, which is not as in this"):
+        prepare_for_inference(model)
+
+
+@pytest.mark.parametrize("part", ["", "conv_mixer_layers.6", "classification.linear"])
+def test_models_with_hooks_are_refused(part):
+    model = make_model()
+    model.get_submodule(part).register_forward_hook(lambda *_: None)
+    message = f"^{part or 'the model'} has hooks, such as of pruning, which is not as in this"
+    with pytest.raises(ModelSizeError, match=message):
         prepare_for_inference(model)
 
 

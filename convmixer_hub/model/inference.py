@@ -186,15 +186,19 @@ class InferenceConvMixer(nn.Module):
         """Map images `[batch, in_chans, height, width]` to `[batch, d_model, rows, columns]`."""
         return self._map_features(x, self._is_fast(x))
 
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """Map features to logits `[batch, num_classes]`, or to what stands before them."""
+        y: Tensor = self.classification(x, pre_logits)
+        return y
+
     def forward(self, x: Tensor) -> Tensor:
         """Map images `[batch, in_chans, height, width]` to logits `[batch, num_classes]`."""
         if not self._is_fast(x):
-            logits: Tensor = self.classification(self._map_features(x, False))
-            return logits
+            return self.forward_head(self._map_features(x, False))
         patches = max(1, x.shape[2] * x.shape[3] // self.patch_size**2)
         images = max(1, BYTES_IN_CACHE // (4 * self.num_features * patches))
         x = x.contiguous(memory_format=torch.channels_last)
-        parts = [self.classification(self._map_features(part, True)) for part in x.split(images)]
+        parts = [self.forward_head(self._map_features(part, True)) for part in x.split(images)]
         return torch.cat(parts)
 
     def _map_features(self, x: Tensor, fast: bool) -> Tensor:

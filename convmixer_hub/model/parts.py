@@ -11,7 +11,7 @@ from timm.layers import DropPath
 from torch import nn
 
 from .convmixer import ACTIVATIONS, ConvMixer
-from .cpu import FAST
+from .cpu import FAST, has_hooks
 
 # What may stand in for what a model was built with.
 _BUILT_AS: dict[type, type] = {fast: plain for plain, fast in FAST.items()}
@@ -44,7 +44,7 @@ def _describe(part: nn.Module | None) -> tuple[type, str]:
 
 
 def find_changed_part(model: ConvMixer) -> str | None:
-    """Describe the first part that was replaced or set to compute something else, if any was."""
+    """Describe the first part that has hooks, was replaced or set to compute something else."""
     layers, side = len(model.conv_mixer_layers), getattr(model.patch_emb, "patch_size", 1)
     sizes = (model.num_features, layers, model.kernel_size, side)
     channels = getattr(getattr(model.patch_emb, "conv", None), "in_channels", model.in_chans)
@@ -52,6 +52,8 @@ def find_changed_part(model: ConvMixer) -> str | None:
     parts = dict(model.named_modules(remove_duplicate=False))
     for name in parts | built:
         part = parts.get(name)
+        if part is not None and has_hooks(part):
+            return f"{name or 'the model'} has hooks, such as of pruning"
         if not _FREE.fullmatch(name) and _describe(part) != _describe(built.get(name)):
             text = str(part).partition("(\n")[0]  # without its parts
             return f"{name} is {text}"
