@@ -1,4 +1,5 @@
 import argparse
+import json
 
 import numpy as np
 import pytest
@@ -150,6 +151,21 @@ def test_convert_reads_what_training_programs_save(wrap, part, tmp_path, output)
     assert written.part == part
     tensors = safetensors.torch.load_file(output)
     torch.testing.assert_close(tensors, dict(original.state_dict()), atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("is_flat", [False, True], ids=["today", "as older timm wrote it"])
+def test_convert_keeps_how_the_images_of_a_folder_are_prepared(is_flat, tmp_path):
+    overlay = {"input_size": (3, 48, 40), "mean": (0.5,) * 3, "crop_pct": 0.9}
+    original = timm.create_model(ARCH, num_classes=2, pretrained_cfg_overlay=overlay)
+    save_model(original, tmp_path, {})
+    if is_flat:
+        config = json.loads((tmp_path / "config.json").read_text())
+        config |= config.pop("pretrained_cfg")
+        (tmp_path / "config.json").write_text(json.dumps(config))
+    convert(str(tmp_path), tmp_path / "out.safetensors", "timm")
+    found = timm.data.resolve_model_data_config(load_trained(str(tmp_path / "out.safetensors")))
+    assert found == timm.data.resolve_model_data_config(original)
+    assert found["input_size"] == (3, 48, 40)
 
 
 def test_what_timms_train_py_was_told_is_not_guessed(tmp_path, batch):

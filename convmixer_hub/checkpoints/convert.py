@@ -151,24 +151,32 @@ def read_checkpoint(name: str | Path) -> Checkpoint:
         arch if network else None,
         activation,
         metadata,
-        _read_preprocessing(file, trained_with, metadata),
+        _read_preprocessing(file, trained_with, metadata, config),
     )
 
 
-def _read_preprocessing(file: Path, options: object, metadata: dict[str, str]) -> dict[str, Any]:
-    """Read how images are prepared, from the options of a training program or from metadata."""
+def _read_preprocessing(
+    file: Path, options: object, metadata: dict[str, str], config: dict[str, Any]
+) -> dict[str, Any]:
+    """Read how images are prepared: from the options of a training program, else from metadata.
+
+    Else from `config`, that of the model, of which older ones of timm are flat.
+    """
     given = {name: getattr(options, name, None) for name in PREPROCESSING}
     if isinstance(given["input_size"], int):  # as in DeiT's program
         given["img_size"], given["input_size"] = given["input_size"], None
     kinds = (int, float, str, list, tuple)
+    configured = config.get("pretrained_cfg") or config
     try:
+        known = {name: configured[name] for name in PREPROCESSING if name in configured}
         saved = dict(json.loads(metadata.get("preprocessing", "{}")))
     except (ValueError, TypeError) as error:
         raise CheckpointError(
             f"{file}: the preprocessing in its metadata is no JSON object ({first_line(error)}); "
             "convert the checkpoint again"
         ) from None
-    return saved | {k: value for k, value in given.items() if isinstance(value, kinds) and value}
+    given = {name: value for name, value in given.items() if isinstance(value, kinds) and value}
+    return known | saved | given
 
 
 def _build_convmixer(arch: str) -> nn.Module | None:
