@@ -291,6 +291,15 @@ class TestLabelNames:
         [(*_, line)] = said()
         assert line.endswith(f"{HEAD} kept, its 2 classes had no names")
 
+    def test_classes_of_a_file_get_these_if_they_are_as_many(self, saved, batch, said):
+        model = timm.create_model(ARCH, num_classes=3).eval()
+        options = {"pretrained": True, "pretrained_cfg_overlay": saved(model)}
+        named = timm.create_model(ARCH, label_names=ANIMALS, **options).eval()
+        assert torch.equal(named(batch), model(batch))
+        assert said()[0][-1].endswith(f"{HEAD} kept, its 3 classes had no names")
+        timm.create_model(ARCH, label_names=["cat", "dog"], **options)
+        assert said()[-1][-1].endswith(f"{HEAD} keeps the rows of 0 classes, 2 newly initialized")
+
     def test_another_number_of_classes_is_refused(self):
         with pytest.raises(ModelSizeError, match="num_classes is 5, but label_names has 3 names"):
             timm.create_model(NAME, num_classes=5, label_names=ANIMALS)

@@ -73,8 +73,11 @@ def adapt_checkpoint(
     if stem in state_dict and tuple(state_dict[stem].shape) != expected[stem]:
         expected[stem] = (d_model, trained.input_size[0], *patch)
     if label_names:
-        expected[weight] = (trained.num_classes, *expected[weight][1:])
-        expected[bias] = (trained.num_classes,)
+        rows: tuple[int, ...] = (trained.num_classes,)
+        if rows != (0,) and weight in state_dict and not trained.label_names:
+            rows = tuple(state_dict[weight].shape[:1])  # the number may be the registry's alone
+        expected[weight] = (*rows, *expected[weight][1:])
+        expected[bias] = rows
         loads_head = bool(trained.num_classes)
     else:
         loads_head = trained.num_classes == model.num_classes
@@ -111,9 +114,11 @@ def _adapt_head(
     source: str,
 ) -> str:
     """Replace the head by one for the model's classes, and say what became of it."""
+    weight = f"{CLASSIFIER}.weight"
+    classes = len(state_dict[weight]) if weight in state_dict else 0
     if label_names:
         known = order_names(trained.label_names) or ()
-        if not known and trained.num_classes == len(label_names):
+        if not known and classes == len(label_names):
             return f"{CLASSIFIER} kept, its {len(label_names)} classes had no names"
         rows = {name: row for row, name in enumerate(known) if len(known) == trained.num_classes}
         kept = [(row, rows[name]) for row, name in enumerate(label_names) if name in rows]
@@ -126,8 +131,6 @@ def _adapt_head(
         return f"{CLASSIFIER} keeps the rows of {len(kept)} classes, {new} newly initialized"
     if not model.num_classes:
         return f"{CLASSIFIER} left out"
-    weight = f"{CLASSIFIER}.weight"
-    classes = len(state_dict[weight]) if weight in state_dict else 0
     if classes == model.num_classes and trained.num_classes >= 0:  # timm's train.py gives -1
         raise CheckpointError(
             f"{source}: has a head for {classes} classes, but its configuration says "
