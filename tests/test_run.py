@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from convmixer_hub import DataError, TrainingError, UnknownModelError
+from convmixer_hub.checkpoints.files import save_model
 from convmixer_hub.data.reader import open_dataset
 from convmixer_hub.evaluate import evaluate_on
 from convmixer_hub.hub.records import CIFAR10
@@ -27,7 +28,16 @@ from convmixer_hub.training.images import choose_images, hold_out, load_images, 
 from convmixer_hub.training.run import train
 from convmixer_hub.training.settings import TrainingSettings
 
-from .conftest import CONFIG, PICTURES, convmixer, limited, weights_of, write_split, write_tree
+from .conftest import (
+    ARCH,
+    CONFIG,
+    PICTURES,
+    convmixer,
+    limited,
+    weights_of,
+    write_split,
+    write_tree,
+)
 
 SETTINGS = TrainingSettings(
     "convmixer_96_8_ks5_p1",
@@ -407,6 +417,20 @@ def test_another_run_is_not_gone_on_with(finished_run, cifar_sample, difference,
         run(SETTINGS, cifar_sample, finished_run)
 
 
+@pytest.mark.parametrize("overlay", [{}, {"input_size": (3, 48, 48)}], ids=["weights", "config"])
+def test_a_run_from_another_model_is_another_run(first_run, cifar_sample, tmp_path, overlay):
+    start = shutil.copytree(first_run, tmp_path / "start")
+    settings = replace(SETTINGS, model=str(start), pretrained=True, epochs=1)
+    folder = run(settings, cifar_sample, tmp_path / "run")
+    model = load_trained(start if overlay else ARCH)
+    model.pretrained_cfg.update(overlay)
+    save_model(model, start, {})
+    with pytest.raises(TrainingError, match="holds a run from another trained model; give the sam"):
+        run(settings, cifar_sample, folder)
+    change_state(folder, lambda state: state.pop("start_digest"))  # of an earlier version
+    run(settings, cifar_sample, folder)
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
@@ -496,9 +520,10 @@ def test_settings_that_cannot_be_are_refused(change, message):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"small_crop_size": 48}, "48: must be from 1, one patch, to 32, the whole image, the "),
+        ({"small_crop_size": 48}, "48: must be from 1, one patch, to 32, the whole image "),
         ({"model": "convmixer_cifar", "small_crop_size": 1}, "1: must be from 2, one patch,"),
         ({"small_crop_size": 16, "first_crop_size": 17}, "is 17, small_crop_size 16: must be"),
+        ({"model": "convmixer_cifar", "img_size": 33}, "is 33: must be a multiple of 2, the patch"),
         ({"train_images": 33}, "is 33: only 30 training images are not held out; give at most 30"),
         ({"cutmix": 0.5, "batch_size": 9}, "is 9: must be even, as images are mixed in pairs"),
     ],

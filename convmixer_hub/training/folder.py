@@ -44,6 +44,8 @@ class RunState:
         settings: Those of the run.
         classes: Names of its classes.
         image_digest: What tells its images from others, see `images.RunImages`.
+        start_digest: What tells the trained model that it started from, weights and configuration,
+            from others; empty if there is none, and in runs of earlier versions.
         readable_images: Number of those that it is trained on, damaged ones left out; 0 before that
             is known.
         epoch: Number of completed epochs.
@@ -62,6 +64,7 @@ class RunState:
     settings: dict[str, Any]
     classes: list[str]
     image_digest: str
+    start_digest: str = ""
     readable_images: int = 0
     epoch: int = 0
     step: int = 0
@@ -77,7 +80,8 @@ class RunState:
     @property
     def identity(self) -> dict[str, Any]:
         """What has to be the same for the run to be resumed."""
-        return {"classes": self.classes, **self.settings, "image_digest": self.image_digest}
+        digests = {"image_digest": self.image_digest, "start_digest": self.start_digest}
+        return {"classes": self.classes, **self.settings, **digests}
 
 
 @contextmanager
@@ -166,10 +170,14 @@ def read_state(file: Path) -> RunState:
 
 def _check_same(folder: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:
     for name in found:
+        if name == "start_digest" and not (found[name] and wanted[name]):
+            continue  # a run of an earlier version, or a model that is gone, which the load tells
         if found[name] != wanted.get(name):
             differs = f"with {name} {found[name]!r}, not {wanted.get(name)!r}"
             if name == "image_digest":
                 differs = "on other images"
+            if name == "start_digest":
+                differs = "from another trained model"
             raise TrainingError(
                 f"{folder}: holds a run {differs}; "
                 "give the same settings and data to resume it, or name another run folder"

@@ -14,6 +14,7 @@ from timm.optim import create_optimizer_v2
 from timm.utils import ModelEmaV3
 from torch import nn
 
+from ..errors import TrainingError
 from ..load import load_trained
 from ..model.config import get_config
 from ..model.convmixer import ConvMixer
@@ -81,6 +82,7 @@ def build_network(settings: TrainingSettings, classes: list[str], device: torch.
     Raises:
         CheckpointError: If trained weights to start from cannot be found or downloaded, are
             damaged or do not fit.
+        TrainingError: If `img_size` is no multiple of the patch size.
     """
     if settings.pretrained:
         model = load_trained(settings.model, classes)
@@ -88,7 +90,12 @@ def build_network(settings: TrainingSettings, classes: list[str], device: torch.
         model = timm.create_model(settings.model, num_classes=len(classes))
     assert isinstance(model, ConvMixer)  # as every arch of this package is
     if side := settings.img_size:
-        rows = side // model.patch_emb.patch_size
+        rows, rest = divmod(side, model.patch_emb.patch_size)
+        if rest:
+            raise TrainingError(
+                f"img_size is {side}: must be a multiple of {model.patch_emb.patch_size}, the "
+                "patch size"
+            )
         get_config(model).update(input_size=(model.in_chans, side, side), pool_size=(rows, rows))
     if settings.covariance_init:
         init_depthwise_kernels(model)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import hashlib
+import json
 import math
 import time
 from dataclasses import asdict
@@ -16,10 +18,12 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from tqdm import tqdm
 
+from ..checkpoints.resolve import resolve
 from ..data.augment import derive_seed
 from ..data.reader import ImageDataset
 from ..errors import DataError, TrainingError, UnknownModelError, first_line
 from ..evaluate import collect_logits, count_correct, fit_temperature
+from ..files import hash_file
 from ..hub.records import suggest
 from ..machine import count_workers, describe_machine, find_device, refuse_torchrun
 from ..model.cpu import choose_precision
@@ -86,7 +90,8 @@ def train(
             raise TrainingError(
                 f"{folder}: lies among the class folders in {place}; name another --output"
             )
-    new = RunState(asdict(settings), dataset.classes, chosen.image_digest)
+    start_digest = _hash_start(settings.model) if settings.pretrained else ""
+    new = RunState(asdict(settings), dataset.classes, chosen.image_digest, start_digest)
     try:
         with lock_run(folder):
             state = open_run(folder, new)
@@ -100,6 +105,16 @@ def train(
             "and a smaller --batch-size, or hide the GPU with CUDA_VISIBLE_DEVICES=-1"
         ) from None
     return folder
+
+
+def _hash_start(model: str) -> str:
+    """Return a digest of a trained model to start from, weights and configuration; or nothing."""
+    source = resolve(model)
+    try:
+        parts = (hash_file(source.file), source.config)
+    except OSError:
+        return ""  # the load tells what is wrong
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
 class _Run:

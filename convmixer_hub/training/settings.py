@@ -257,8 +257,8 @@ class TrainingSettings:
         if self.cropped_epochs and not least <= first <= self.small_crop_size <= IMAGE_SIZE:
             raise TrainingError(
                 f"first_crop_size is {first}, small_crop_size {self.small_crop_size}: must be "
-                f"from {least}, one patch, to {IMAGE_SIZE}, the whole image, the first not above "
-                "the second"
+                f"from {least}, one patch, to {IMAGE_SIZE}, the whole image (of {side} pixels, in "
+                "proportion), the first not above the second"
             )
 
     def augments(self, epoch: int) -> bool:
