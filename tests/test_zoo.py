@@ -166,7 +166,9 @@ def test_a_folder_that_is_no_model_is_refused(tmp_path):
         load_trained(str(tmp_path))
 
 
-@pytest.mark.parametrize("config", ["[" * 100_000, '{"model_args": [1]}', '{"training": 1}'])
+@pytest.mark.parametrize(
+    "config", ["[" * 100_000, '{"model_args": [1]}', '{"training": 1}', '{"pretrained_cfg": "x"}']
+)
 def test_a_folder_whose_configuration_is_none_is_refused(config, tmp_path):
     (tmp_path / "config.json").write_text(config)
     with pytest.raises(CheckpointError, match=r"config.json: is not a model's configuration \("):

@@ -167,8 +167,8 @@ def _read_preprocessing(
         given["img_size"], given["input_size"] = given["input_size"], None
     kinds = (int, float, str, list, tuple)
     configured = config.get("pretrained_cfg") or config
+    known = {name: configured[name] for name in PREPROCESSING if name in configured}
     try:
-        known = {name: configured[name] for name in PREPROCESSING if name in configured}
         saved = dict(json.loads(metadata.get("preprocessing", "{}")))
     except (ValueError, TypeError) as error:
         raise CheckpointError(

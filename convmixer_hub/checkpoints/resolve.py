@@ -134,7 +134,7 @@ def _find_in_repository(repository: Repository) -> Source:
 def _read_config(file: Path) -> dict[str, Any]:
     try:
         config = dict(json.loads(file.read_text(encoding="utf-8-sig")))
-        for part in ("model_args", "training"):
+        for part in ("model_args", "training", "pretrained_cfg"):
             if not isinstance(config.get(part) or {}, dict):
                 raise TypeError(f"{part} is no object")
         return config

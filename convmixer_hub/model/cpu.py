@@ -61,7 +61,7 @@ class _GELUBatchNormFunction(torch.autograd.Function):
         z = z.contiguous(memory_format=torch.channels_last)
         count = _count(z)
         # A center near the mean keeps the variance from being a small difference of large numbers.
-        # The step is odd, so that it meets all rows and columns.
+        # An odd step meets more than one column where sides are even.
         some = z.movedim(1, -1).flatten(0, 2)[:: count // SAMPLED | 1]
         center = F.gelu(some.float()).mean(0)
         y, slope, sums = passes.activate(z, center)

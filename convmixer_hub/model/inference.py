@@ -48,7 +48,8 @@ def prepare_for_inference(model: nn.Module, cpp: bool = False) -> InferenceConvM
         The model, on the same device and in the same type.
 
     Raises:
-        ModelSizeError: If it is another model, a subclass too, or its parts were replaced.
+        ModelSizeError: If it is another model, a subclass too, or its parts were replaced or have
+            hooks.
     """
     if type(model) is not ConvMixer:
         raise ModelSizeError(
