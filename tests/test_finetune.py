@@ -194,6 +194,13 @@ def test_a_model_of_timm_is_refused(photos, tmp_path):
         run(choose(str(folder), photos), photos, tmp_path / "run")
 
 
+def test_a_model_without_pooling_is_refused(photos, tmp_path):
+    model = timm.create_model(NAME, pretrained=True, num_classes=0, global_pool="")
+    save_model(model, tmp_path / "start", {})
+    with pytest.raises(TrainingError, match="start: was saved without pooling, which a head needs"):
+        run(choose(str(tmp_path / "start"), photos), photos, tmp_path / "run")
+
+
 def test_a_run_is_never_taken_for_a_model_of_the_same_name(split_photos, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     printed = run_command(split_photos, NAME).stdout

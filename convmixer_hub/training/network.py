@@ -82,13 +82,19 @@ def build_network(settings: TrainingSettings, classes: list[str], device: torch.
     Raises:
         CheckpointError: If trained weights to start from cannot be found or downloaded, are
             damaged or do not fit.
-        TrainingError: If `img_size` is no multiple of the patch size.
+        TrainingError: If they were saved without pooling, or `img_size` is no multiple of the
+            patch size.
     """
     if settings.pretrained:
         model = load_trained(settings.model, classes)
     else:
         model = timm.create_model(settings.model, num_classes=len(classes))
     assert isinstance(model, ConvMixer)  # as every arch of this package is
+    if not model.global_pool:
+        raise TrainingError(
+            f"{settings.model}: was saved without pooling, which a head needs; load it with "
+            "global_pool='avg', and save that"
+        )
     if side := settings.img_size:
         rows, rest = divmod(side, model.patch_emb.patch_size)
         if rest:
