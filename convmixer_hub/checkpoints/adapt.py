@@ -73,12 +73,12 @@ def adapt_checkpoint(
     if stem in state_dict and tuple(state_dict[stem].shape) != expected[stem]:
         expected[stem] = (d_model, trained.input_size[0], *patch)
     if label_names:
+        loads_head = bool(trained.num_classes)
         rows: tuple[int, ...] = (trained.num_classes,)
-        if rows != (0,) and weight in state_dict and not trained.label_names:
+        if loads_head and weight in state_dict and not trained.label_names:
             rows = tuple(state_dict[weight].shape[:1])  # the number may be the registry's alone
         expected[weight] = (*rows, *expected[weight][1:])
         expected[bias] = rows
-        loads_head = bool(trained.num_classes)
     else:
         loads_head = trained.num_classes == model.num_classes
     ignored = set() if loads_head and not features_only else {weight, bias}

@@ -34,6 +34,8 @@ from .settings import TrainingSettings
 
 STATE_FILE = "training_state.pt"
 METRICS_FILE = "metrics.csv"
+# How runs are said to differ where their digests do.
+_DIGESTS = {"image_digest": "on other images", "start_digest": "from another trained model"}
 
 
 @dataclass
@@ -173,11 +175,8 @@ def _check_same(folder: Path, found: dict[str, Any], wanted: dict[str, Any]) -> 
         if name == "start_digest" and not (found[name] and wanted[name]):
             continue  # a run of an earlier version, or a model that is gone, which the load tells
         if found[name] != wanted.get(name):
-            differs = f"with {name} {found[name]!r}, not {wanted.get(name)!r}"
-            if name == "image_digest":
-                differs = "on other images"
-            if name == "start_digest":
-                differs = "from another trained model"
+            setting = f"with {name} {found[name]!r}, not {wanted.get(name)!r}"
+            differs = _DIGESTS.get(name, setting)
             raise TrainingError(
                 f"{folder}: holds a run {differs}; "
                 "give the same settings and data to resume it, or name another run folder"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import json
 import math
 import time
 from dataclasses import asdict
@@ -114,7 +113,7 @@ def _hash_start(model: str) -> str:
         parts = (hash_file(source.file), source.config)
     except OSError:
         return ""  # the load tells what is wrong
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(repr(parts).encode()).hexdigest()
 
 
 class _Run:
